@@ -1,0 +1,121 @@
+"""The training loop: one jitted step, no trainer, and no wait for the host between steps."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lbw_optax
+from train.model import IGNORED
+
+LossFn = Callable[[Any, Any, Any], jax.Array]
+"""``loss_fn(params, frozen, batch)`` gives the mean loss of a batch, a scalar."""
+
+
+class Fit(NamedTuple):
+    """What a run leaves: parameters, optimizer state, and one array of length `steps` per metric.
+
+    `history` holds "loss", and where the optimizer state holds a guard all `lbw_optax.metrics`.
+    """
+
+    params: Any
+    opt_state: Any
+    history: dict[str, np.ndarray]
+
+
+def fit(
+    loss_fn: LossFn,
+    params: Any,
+    tx: optax.GradientTransformation,
+    batch: Callable[[int], Any],
+    steps: int,
+    *,
+    frozen: Any = None,
+    on_step: Callable[[int, dict[str, np.ndarray], Any], None] | None = None,
+) -> Fit:
+    """Minimise ``loss_fn(params, frozen, batch(step))`` over `params` with any optimizer.
+
+    The caller's `params` stay valid. `frozen` is an argument of the compiled step, so it is
+    neither copied into the program nor updated. ``on_step(step, metrics, opt_state)`` is called
+    for every step, when the next one has been dispatched: `metrics` are that step's, `opt_state`
+    is the newest one, and it is gone after the call. Looking into it waits for the device.
+
+    >>> loss_fn = lambda params, frozen, batch: jnp.sum((params - batch) ** 2)
+    >>> run = fit(loss_fn, jnp.zeros(2), optax.sgd(0.25), lambda step: np.ones(2), steps=3)
+    >>> run.params.tolist(), run.history["loss"].tolist()
+    ([0.875, 0.875], [2.0, 0.5, 0.125])
+    """
+    tx = optax.with_extra_args_support(tx)
+    params = jax.tree.map(jnp.copy, params)  # each step donates its own
+    opt_state = tx.init(params)
+    records: list[dict[str, np.ndarray]] = []
+    before = None
+    for step in range(steps):
+        params, opt_state, metrics = _step(
+            loss_fn, tx.update, params, opt_state, frozen, batch(step)
+        )
+        if before is not None:
+            _record(records, before, on_step, opt_state)
+        before = metrics
+    if before is not None:
+        _record(records, before, on_step, opt_state)
+    history = {name: np.stack([record[name] for record in records]) for name in before or ()}
+    return Fit(params, opt_state, history)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _step(
+    loss_fn: LossFn,
+    update: Callable[..., Any],
+    params: Any,
+    opt_state: Any,
+    frozen: Any,
+    batch: Any,
+) -> tuple[Any, Any, dict[str, jax.Array]]:
+    loss, grads = jax.value_and_grad(loss_fn)(params, frozen, batch)
+    updates, opt_state = update(grads, opt_state, params, value=loss)
+    params = optax.apply_updates(params, updates)
+    return params, opt_state, _guard_metrics(opt_state) | {"loss": loss}
+
+
+def _guard_metrics(opt_state: Any) -> dict[str, jax.Array]:
+    try:
+        return lbw_optax.metrics(opt_state)
+    except (AttributeError, ValueError):  # no guard in this state
+        return {}
+
+
+def _record(
+    records: list[dict[str, np.ndarray]],
+    metrics: dict[str, jax.Array],
+    on_step: Callable[[int, dict[str, np.ndarray], Any], None] | None,
+    opt_state: Any,
+) -> None:
+    records.append(jax.device_get(metrics))
+    if on_step is not None:
+        on_step(len(records) - 1, records[-1], opt_state)
+
+
+def perplexity(
+    loss_fn: LossFn, params: Any, windows: Iterable[np.ndarray], *, frozen: Any = None
+) -> float:
+    """``exp(total loss / number of targets)`` over batches of windows (`train.data.windows`).
+
+    Each batch counts with its number of targets, so a padded last batch weighs what it holds.
+    """
+    total, targets = [], []
+    for tokens in windows:
+        total.append(_evaluate(loss_fn, params, frozen, tokens))
+        targets.append(np.count_nonzero(tokens[:, 1:] != IGNORED))
+    mean = np.average(np.asarray(jax.device_get(total), np.float64), weights=targets)
+    with np.errstate(over="ignore"):  # a broken run's perplexity may well be infinite
+        return float(np.exp(mean))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluate(loss_fn: LossFn, params: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
+    return loss_fn(params, frozen, tokens)
