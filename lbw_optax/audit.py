@@ -1,0 +1,218 @@
+"""What a person can read of the guard, and how they can overrule it. Runs on the host."""
+
+import json
+import math
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from lbw_optax import ring
+from lbw_optax.control import REGIMES
+from lbw_optax.ring import Event
+from lbw_optax.state import MODES, GuardState, find, find_all, is_guard
+from lbw_optax.telemetry import HISTOGRAM_EDGES
+
+
+class GuardExhausted(RuntimeError):
+    """The guard has used up what it may do; the run needs a person."""
+
+
+def metrics(state: Any) -> dict[str, jax.Array]:
+    """The guard's signals and decisions of the newest step, as a flat dict of scalars.
+
+    Works on any optimizer state that holds one guard, also inside ``jit``. A signal that could
+    not be measured in this step keeps its last value. ``gradient_log2/k`` counts the sampled
+    gradient coordinates with 2^k <= abs(g) < 2^(k+2).
+
+    Raises:
+      ValueError: if the state holds no guard, or several.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lbw_optax
+      >>> tx = optax.chain(optax.clip_by_global_norm(1.0), lbw_optax.adamw(1e-3))
+      >>> m = lbw_optax.metrics(tx.init(jnp.ones(3)))
+      >>> print(f"{m['scale']:.2f}", lbw_optax.REGIMES[int(m["regime"])])
+      0.01 recovering
+    """
+    guard = find(state)
+    seen = guard.telemetry._asdict()
+    histogram = seen.pop("histogram")
+    control = guard.control
+    return {
+        "scale": jnp.exp(control.log_scale),
+        "regime": control.regime,
+        **{name: x for name, x in seen.items() if not name.startswith("has_")},
+        "loss_trend": guard.statistics.loss.mean - guard.statistics.loss_slow.mean,
+        "skips": control.skips,
+        "skips_in_a_row": control.skips_in_a_row,
+        "events": guard.ring.recorded,
+        "budget": control.budget,
+        "exhausted": control.exhausted,
+        **{f"gradient_log2/{k}": histogram[..., i] for i, k in enumerate(HISTOGRAM_EDGES)},
+    }
+
+
+def events(state: Any) -> list[Event]:
+    """The interventions still in the state's ring, oldest first, as Python values.
+
+    The ring holds 64, and a step makes at most one: read every 64 steps and none is lost.
+
+    Raises:
+      ValueError: if the state holds no guard, or several.
+    """
+    return ring.read(find(state).ring)
+
+
+def check(state: Any) -> None:
+    """Stop loudly when a guard in this state has used up what it may do. Waits for the device.
+
+    Raises:
+      GuardExhausted: with the last interventions and what to do.
+      ValueError: if the state holds no guard.
+    """
+    for guard in find_all(state):
+        if bool(guard.control.exhausted):
+            raise GuardExhausted(_obituary(guard))
+
+
+def override(state: Any, *, scale: float | str | None = None, mode: str | None = None) -> Any:
+    """A human's order: the state with the scale pinned, released, or the mode changed.
+
+    A pure function; it reaches every guard in the state and clears "exhausted".
+
+    Args:
+      state: any optimizer state that holds a guard.
+      scale: a number in (0, 1] pins the scale there; "auto" gives it back to the law.
+      mode: "govern" or "observe".
+
+    Raises:
+      ValueError: if an argument is not one of these, or the state holds no guard.
+
+    Example:
+      >>> import jax.numpy as jnp, lbw_optax
+      >>> state = lbw_optax.adamw(1e-3).init(jnp.ones(3))
+      >>> print(lbw_optax.metrics(lbw_optax.override(state, scale=0.5))["scale"])
+      0.5
+    """
+    find_all(state)
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
+    if isinstance(scale, str) and scale != "auto":
+        raise ValueError(f'scale must be a number in (0, 1] or "auto", got {scale!r}.')
+    if isinstance(scale, int | float) and not 0 < scale <= 1:
+        raise ValueError(f'scale must be a number in (0, 1] or "auto", got {scale!r}.')
+    return jax.tree.map(
+        lambda node: _override(node, scale, mode) if is_guard(node) else node,
+        state,
+        is_leaf=is_guard,
+    )
+
+
+class AuditLog:
+    """Append the guard's interventions to a JSON Lines file, one line each.
+
+    A line holds ``number, step, regime, signal, value, threshold, action, scale_before,
+    scale_after`` and ``recorded_at``, the step of the loop that wrote it. A log that is opened
+    again goes on after its last line. If the ring was read too late, a line
+    ``{"action": "lost", ...}`` says how many interventions are missing.
+
+    Args:
+      path: the file; its folder must exist.
+
+    Raises:
+      OSError: if the file cannot be written.
+
+    Example:
+      >>> import jax.numpy as jnp, tempfile, lbw_optax
+      >>> state = lbw_optax.adamw(1e-3).init(jnp.ones(3))
+      >>> with lbw_optax.AuditLog(tempfile.mkdtemp() + "/audit.jsonl") as audit:
+      ...     audit.record(0, state)
+      0
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._path = Path(path)
+        self._next = _next_number(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def record(self, step: int, state: Any) -> int:
+        """Write what happened since the last call; returns the number of interventions written.
+
+        Waits for the device: call it every so many steps, 64 at the most.
+        """
+        guard = find(state)
+        recorded = int(guard.ring.recorded)
+        # After a restore the count is lower than what is written: go on from there.
+        first = min(self._next, recorded)
+        if first == recorded:
+            self._next = recorded
+            return 0
+        new = [event for event in ring.read(guard.ring) if event.number >= first]
+        lost = recorded - first - len(new)
+        if lost:
+            self._write({"action": "lost", "interventions": lost, "recorded_at": step})
+        for event in new:
+            self._write({**event._asdict(), "recorded_at": step})
+        self._file.flush()
+        self._next = recorded
+        return len(new)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _override(guard: GuardState, scale: float | str | None, mode: str | None) -> GuardState:
+    control = guard.control._replace(exhausted=jnp.zeros_like(guard.control.exhausted))
+    if isinstance(scale, str):
+        control = control._replace(pinned=jnp.zeros_like(control.pinned))
+    elif scale is not None:
+        log_scale = jnp.full_like(control.log_scale, jnp.log(scale))
+        control = control._replace(log_scale=log_scale, pinned=jnp.ones_like(control.pinned))
+    number = guard.mode if mode is None else jnp.full_like(guard.mode, MODES.index(mode))
+    return guard._replace(control=control, mode=number)
+
+
+def _obituary(guard: GuardState) -> str:
+    history = "; ".join(
+        f"step {e.step}: {e.action} for {e.signal} = {e.value:.3g} (threshold {e.threshold:.3g})"
+        for e in ring.read(guard.ring)[-5:]
+    )
+    control = jax.device_get(guard.control)
+    return (
+        f"The guard is exhausted after {int(guard.guard_steps)} steps: {int(control.skips)} "
+        f"skipped in all, {int(control.skips_in_a_row)} in a row, scale {math.exp(control.log_scale):.3g}, "
+        f"regime {REGIMES[control.regime]}. Last interventions: {history}. The parameters are as "
+        "they were before the skipped steps. Look at the data and the learning rate, restore an "
+        "earlier checkpoint, or go on with lbw_optax.override(state), which clears this."
+    )
+
+
+def _next_number(path: Path) -> int:
+    """One past the last event in the file; a torn last line, left by a kill, is cut off."""
+    if not path.exists():
+        return 0
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    numbers = [line.get("number", -1) for line in map(json.loads, whole.splitlines())]
+    return max(numbers, default=-1) + 1

@@ -1,0 +1,238 @@
+"""The control law: from what was seen to what is done, as pure functions on scalars.
+
+`judge` turns signals and statistics into evidence, `decide` turns evidence into a new scale, a
+regime, and whether the step is skipped. Any float whatever goes in; the scale stays in bounds.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lbw_optax import statistics as stats
+from lbw_optax.statistics import Statistics
+from lbw_optax.telemetry import Telemetry
+
+REGIMES = ("nominal", "stressed", "unstable", "recovering")
+NOMINAL, STRESSED, UNSTABLE, RECOVERING = range(4)
+SIGNALS = (
+    "none",
+    "nonfinite_gradients",
+    "nonfinite_loss",
+    "nonfinite_updates",
+    "gradient_norm",
+    "loss",
+    "overshoot",
+    "relative_step",
+)
+ACTIONS = ("none", "skip", "hold", "cut", "recover")
+NOTHING, SKIP, HOLD, CUT, RECOVER = range(5)
+
+# Spikes: this many spreads above the mean, and for the gradient norm at least this factor.
+SPIKE_SPREADS, SPIKE_FACTOR = 6.0, 10.0
+# The law (see `alarm`): tolerated relative step, its weight, the gain, the bounds of one step.
+KAPPA, STEP_WEIGHT, GAIN, MOST_CUT, MOST_GROWTH = 0.01, 4.0, 0.05, 0.4, 0.1
+# A turn of the scale by this factor is an intervention (down) or a recovery (up).
+TURN = 0.9
+# Steps without evidence of trouble before the scale may grow again after an unstable step.
+COOL_DOWN = 10
+# The budget is spent by interventions and earned back, this much a step.
+EARNED = 0.1
+
+
+class Bounds(NamedTuple):
+    """The user's limits; Python numbers or scalars."""
+
+    min_scale: float
+    max_skips: int
+    max_interventions: int
+
+
+class Control(NamedTuple):
+    """The law's own state: scalars."""
+
+    log_scale: jax.Array  # float32, in [log(min_scale), 0]
+    turning_point: jax.Array  # float32, extreme of log_scale since the last turn
+    regime: jax.Array  # int32, index into REGIMES
+    calm_steps: jax.Array  # int32, since the last skip or loss spike
+    skips_in_a_row: jax.Array  # int32
+    skips: jax.Array  # int32, in all
+    budget: jax.Array  # float32, interventions left
+    exhausted: jax.Array  # bool, stays True until a person clears it
+    pinned: jax.Array  # bool, a person holds the scale
+
+
+class Evidence(NamedTuple):
+    """What a step's signals amount to."""
+
+    poison: jax.Array  # int32, index into SIGNALS: why this step must be skipped, or 0
+    spike: jax.Array  # bool, the loss jumped
+    alarm: jax.Array  # float32, > 0: the scale is too large
+    signal: jax.Array  # int32, index into SIGNALS: what decided
+    value: jax.Array  # float32, of that signal
+    threshold: jax.Array  # float32, for that signal
+
+
+class Decision(NamedTuple):
+    """What is done in this step."""
+
+    skip: jax.Array  # bool
+    scale: jax.Array  # float32
+    scale_before: jax.Array  # float32
+    action: jax.Array  # int32, index into ACTIONS; 0: nothing to report
+
+
+def init(bounds: Bounds) -> Control:
+    """Soft start: the scale begins at its floor and the regime is `recovering`."""
+    floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
+    zero = jnp.zeros([], jnp.int32)
+    return Control(
+        log_scale=floor,
+        turning_point=floor,
+        regime=jnp.int32(RECOVERING),
+        calm_steps=jnp.int32(COOL_DOWN),
+        skips_in_a_row=zero,
+        skips=zero,
+        budget=jnp.asarray(bounds.max_interventions, jnp.float32),
+        exhausted=jnp.array(False),
+        pinned=jnp.array(False),
+    )
+
+
+def poison(seen: Telemetry, before: Statistics) -> jax.Array:
+    """Why this step must not be applied: index into SIGNALS, 0 if it may.
+
+    Non-finite gradients, loss or updates; a gradient norm that overflows; and one that jumps:
+    log |g| > m + max(6 s, log 10), with m and s of the steps before.
+    """
+    jump = jnp.log(seen.gradient_norm) > _gradient_threshold(before)
+    jump = (jump & (before.gradient.weight > 0)) | ~seen.has_gradient
+    reasons = [
+        seen.nonfinite_gradients > 0,
+        seen.nonfinite_loss > 0,
+        seen.nonfinite_updates > 0,
+        jump,
+    ]
+    return jnp.select(reasons, [jnp.int32(i) for i in range(1, 5)], jnp.int32(0))
+
+
+def judge(seen: Telemetry, before: Statistics, after: Statistics, why: jax.Array) -> Evidence:
+    """Weigh the signals of one step: thresholds of the steps before, mean overshoot with it."""
+    loss_threshold = before.loss.mean + SPIKE_SPREADS * stats.spread(before.loss, stats.LOSS)
+    spike = seen.has_loss & (before.loss.weight > 0) & (stats.symlog(seen.loss) > loss_threshold)
+    overshoot, step_term = alarm_terms(seen, after)
+    measured = seen.has_step | seen.has_overshoot
+    by_step = step_term > jnp.maximum(overshoot, 0)
+    signal = jnp.where(why > 0, why, jnp.where(spike, 5, jnp.where(by_step, 7, 6)))
+    values = [0.0, seen.nonfinite_gradients, seen.nonfinite_loss, seen.nonfinite_updates]
+    values += [seen.gradient_norm, seen.loss, overshoot, seen.relative_step]
+    thresholds = [0.0, 0.0, 0.0, 0.0, jnp.exp(_gradient_threshold(before))]
+    thresholds += [jnp.sign(loss_threshold) * jnp.expm1(jnp.abs(loss_threshold)), 0.0, KAPPA]
+    return Evidence(
+        poison=why,
+        spike=spike,
+        alarm=jnp.where(measured, alarm(overshoot, step_term), 0.0),
+        signal=signal.astype(jnp.int32),
+        value=_pick(values, signal),
+        threshold=_pick(thresholds, signal),
+    )
+
+
+def alarm_terms(seen: Telemetry, after: Statistics) -> tuple[jax.Array, jax.Array]:
+    """Overshoot in standard errors, and the relative step on a log scale: 4 log(r / kappa)."""
+    error = stats.standard_error(after.overshoot, stats.OVERSHOOT)
+    overshoot = after.overshoot.mean / error
+    ratio = jnp.where(seen.has_step, seen.relative_step, KAPPA) / KAPPA
+    return overshoot, STEP_WEIGHT * jnp.log(jnp.maximum(ratio, 1e-30))
+
+
+def alarm(overshoot: jax.Array, step_term: jax.Array) -> jax.Array:
+    r"""How much too large the scale is, in standard errors; 0 holds it.
+
+    .. math:: a = \max(z, -1) + 4 \log(r / \kappa), \quad\text{below } \kappa\text{ at most } z
+
+    The relative step decides where overshoot matters; overshoot decides what happens there.
+    """
+    both = jnp.maximum(overshoot, -1.0) + step_term
+    return jnp.where(step_term < 0, jnp.minimum(both, overshoot), both)
+
+
+def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Control, Decision]:
+    """One step of the law: skip or not, the new scale, the regime, the budget."""
+    skip = evidence.poison > 0
+    trouble = skip | evidence.spike
+    calm = jnp.where(trouble, 0, optax.safe_increment(control.calm_steps))
+    log_scale = _next_scale(control, evidence, calm, bounds)
+    regime, turning_point = _next_regime(control, log_scale, trouble, calm)
+    action = _action(control.regime, regime, skip)
+    intervened = (action == SKIP) | (action == CUT) | (action == HOLD)
+    budget = jnp.where(intervened, control.budget - 1, control.budget + EARNED)
+    in_a_row = jnp.where(skip, optax.safe_increment(control.skips_in_a_row), 0)
+    spent = (in_a_row >= bounds.max_skips) | (budget < 0)
+    new = Control(
+        log_scale=log_scale,
+        turning_point=turning_point,
+        regime=regime,
+        calm_steps=calm,
+        skips_in_a_row=in_a_row,
+        skips=jnp.where(skip, optax.safe_increment(control.skips), control.skips),
+        budget=jnp.clip(budget, 0, bounds.max_interventions).astype(jnp.float32),
+        exhausted=control.exhausted | spent,
+        pinned=control.pinned,
+    )
+    return new, Decision(skip, jnp.exp(log_scale), jnp.exp(control.log_scale), action)
+
+
+def _next_scale(control: Control, evidence: Evidence, calm: jax.Array, bounds: Bounds) -> jax.Array:
+    """Bounded change of the log-scale; none on a skipped step, no growth until calm."""
+    growth = jnp.where(calm < COOL_DOWN, 0.0, MOST_GROWTH)
+    change = jnp.clip(-GAIN * evidence.alarm, -MOST_CUT, growth)
+    change = jnp.where((evidence.poison > 0) | ~jnp.isfinite(evidence.alarm), 0.0, change)
+    floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
+    moved = jnp.clip(control.log_scale + change, floor, 0.0)
+    return jnp.where(control.pinned, control.log_scale, moved)
+
+
+def _next_regime(
+    control: Control, log_scale: jax.Array, trouble: jax.Array, calm: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Turns of the scale decide: 10 % under its last peak is stress, 10 % above the trough ends it.
+
+    A skip or a loss spike makes the run unstable until it has been calm for the cool-down.
+    """
+    was, turn = control.regime, -jnp.log(jnp.float32(TURN))
+    fell = log_scale < control.turning_point - turn
+    rose = log_scale > control.turning_point + turn
+    rules = [
+        (trouble, UNSTABLE),
+        ((was == UNSTABLE) & (calm < COOL_DOWN), UNSTABLE),
+        (was == UNSTABLE, RECOVERING),
+        ((was == STRESSED) & rose, RECOVERING),
+        ((was != STRESSED) & fell, STRESSED),
+        ((was == RECOVERING) & (log_scale >= -turn), NOMINAL),
+    ]
+    regime = jnp.select([when for when, _ in rules], [jnp.int32(r) for _, r in rules], was)
+    peak = jnp.maximum(control.turning_point, log_scale)
+    trough = jnp.minimum(control.turning_point, log_scale)
+    followed = jnp.where(regime == STRESSED, trough, peak)
+    restart = (regime == UNSTABLE) | ((regime != was) & (regime != NOMINAL))
+    return regime, jnp.where(restart, log_scale, followed)
+
+
+def _action(was: jax.Array, regime: jax.Array, skip: jax.Array) -> jax.Array:
+    """What to report: every skip, and every change of regime but the return to nominal."""
+    entered = [(UNSTABLE, HOLD), (STRESSED, CUT), (RECOVERING, RECOVER)]
+    rules = [(skip, SKIP)] + [((regime == r) & (was != r), a) for r, a in entered]
+    return jnp.select(
+        [when for when, _ in rules], [jnp.int32(a) for _, a in rules], jnp.int32(NOTHING)
+    )
+
+
+def _gradient_threshold(before: Statistics) -> jax.Array:
+    width = SPIKE_SPREADS * stats.spread(before.gradient, stats.GRADIENT)
+    return before.gradient.mean + jnp.maximum(width, jnp.log(jnp.float32(SPIKE_FACTOR)))
+
+
+def _pick(candidates: list, index: jax.Array) -> jax.Array:
+    return jnp.stack([jnp.asarray(x, jnp.float32) for x in candidates])[index]

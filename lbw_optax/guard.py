@@ -1,0 +1,175 @@
+"""The guard: observe, judge, act, above any Optax optimizer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lbw_optax import control, ring, statistics, telemetry
+from lbw_optax.state import MODES, GuardState
+from lbw_optax.telemetry import Probe, Telemetry
+
+
+def lbw_guard(
+    inner: optax.GradientTransformation | None = None,
+    *,
+    min_scale: float = 0.01,
+    max_skips: int = 30,
+    max_interventions: int = 50,
+    mode: str = "govern",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keep a training run alive under stress: scale and skip the updates of ``inner``.
+
+    With g_t the gradients, u_t the updates of ``inner`` and p_t the parameters, the guard applies
+
+    .. math::
+      s_t\, u_t, \qquad
+      \log s_t = \mathrm{clip}\big(\log s_{t-1} + \mathrm{clip}(-0.05\, a_t, -0.4, 0.1),\
+      \log s_{\min},\ 0\big),
+
+    where the alarm a_t weighs overshoot (the cosine of g_t with the step just taken, in standard
+    errors) and the relative step s_{t-1} |u_t| / |p_t|; see :mod:`lbw_optax.control`. A step with
+    a non-finite gradient, loss or update, or with a gradient norm that jumps, changes neither the
+    parameters nor the state of ``inner``.
+
+    Placement decides authority. Wrapped around an optimizer, the guard governs it. Chained before
+    one, ``optax.chain(lbw_guard(), optax.adamw(lr))``, it scales and zeroes gradients: AdamW
+    undoes a constant gradient scale, and its momentum and weight decay move the weights on a
+    zero gradient, so that this placement keeps NaN out but does not cure a learning rate that is
+    too high.
+
+    Args:
+      inner: the optimizer to govern; None for a transformation of gradients, to be chained.
+      min_scale: the smallest scale, in (0, 1]; the scale also starts there (soft start).
+      max_skips: after this many skipped steps in a row the state is exhausted and
+        :func:`lbw_optax.check` raises; skipping itself goes on.
+      max_interventions: the budget: skips, cuts and holds that may be outstanding; one is earned
+        back in ten steps. When it is spent the state is exhausted too.
+      mode: "govern", or "observe" to watch and decide but leave the updates as they are.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``. Its ``update`` takes the optional keyword
+      ``value``, the scalar loss; other keywords go to ``inner``.
+
+    Raises:
+      ValueError: if an argument is out of its range, or ``value`` is not a scalar.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from lbw_optax import lbw_guard, metrics
+      >>> loss = lambda w: jnp.sum((w - 1) ** 2)
+      >>> tx = lbw_guard(optax.adamw(1e-2))
+      >>> w = jnp.full(3, 2.0)
+      >>> state = tx.init(w)
+      >>> value, grads = jax.value_and_grad(loss)(w)
+      >>> updates, state = tx.update(grads * jnp.nan, state, w, value=value)
+      >>> print(optax.apply_updates(w, updates), metrics(state)["skips"])
+      [2. 2. 2.] 1
+
+    References:
+      The gradient's product with the last step as the derivative of the loss with respect to
+      the step size is the hypergradient of Baydin et al., 2018 (arXiv:1703.04782).
+    """
+    bounds = control.Bounds(min_scale, max_skips, max_interventions)
+    _validate(inner, bounds, mode)
+    wrapped = inner is not None
+    governed = optax.with_extra_args_support(inner if wrapped else optax.identity())
+
+    def init_fn(params: Any) -> GuardState:
+        nothing = jnp.zeros_like(telemetry.probe(params))
+        return GuardState(
+            inner_state=governed.init(params),
+            guard_steps=jnp.zeros([], jnp.int32),
+            mode=jnp.asarray(MODES.index(mode), jnp.int32),
+            telemetry=telemetry.init(),
+            probe=Probe(trace=nothing if wrapped else telemetry.probe(params), gradient=nothing),
+            statistics=statistics.init(),
+            control=control.init(bounds),
+            ring=ring.init(),
+        )
+
+    def update_fn(
+        updates: Any, state: GuardState, params: Any = None, *, value: Any = None, **extra_args: Any
+    ) -> tuple[Any, GuardState]:
+        if value is not None:
+            extra_args["value"] = value
+        proposed, inner_state = governed.update(updates, state.inner_state, params, **extra_args)
+        seen, probe = _observe(state, updates, proposed, params, value, wrapped)
+
+        why = control.poison(seen, state.statistics)
+        new_statistics = statistics.absorb(state.statistics, seen, why > 0)
+        evidence = control.judge(seen, state.statistics, new_statistics, why)
+        new_control, decision = control.decide(state.control, evidence, bounds)
+
+        governing = state.mode == MODES.index("govern")
+        skip = governing & decision.skip
+        applied = _apply(proposed, governing, skip, decision.scale)
+        if wrapped:
+            probe = probe._replace(trace=telemetry.probe(applied))
+        return applied, GuardState(
+            inner_state=_select(skip, state.inner_state, inner_state),
+            guard_steps=optax.safe_increment(state.guard_steps),
+            mode=state.mode,
+            telemetry=seen,
+            probe=_select(decision.skip, telemetry.forget(probe, wrapped), probe),
+            statistics=new_statistics,
+            control=new_control,
+            ring=ring.record(state.ring, state.guard_steps, new_control, evidence, decision),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _observe(
+    state: GuardState, gradients: Any, proposed: Any, params: Any, value: Any, wrapped: bool
+) -> tuple[Telemetry, Probe]:
+    """Measure one step; the probe returned holds this step's gradient and, chained, its params."""
+    before, remembered = state.telemetry, state.probe
+    if wrapped:
+        seen, sampled = telemetry.observe_gradients(
+            before, remembered, gradients, remembered.trace, value
+        )
+        scale = jnp.exp(state.control.log_scale)
+        return telemetry.observe_step(seen, proposed, params, scale), Probe(
+            trace=remembered.trace, gradient=sampled
+        )
+    here = remembered.trace if params is None else telemetry.probe(params)
+    moved = here - remembered.trace
+    seen, sampled = telemetry.observe_gradients(before, remembered, gradients, moved, value)
+    return telemetry.observe_moved(seen, moved, here), Probe(trace=here, gradient=sampled)
+
+
+def _apply(updates: Any, governing: jax.Array, skip: jax.Array, scale: jax.Array) -> Any:
+    """s u; nothing at all on a skipped step; u itself, to the bit, when only observing."""
+
+    def act(u: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(u.dtype, jnp.inexact):
+            return u
+        scaled = (u * scale.astype(jnp.promote_types(u.dtype, jnp.float32))).astype(u.dtype)
+        # Adding -0.0 leaves every float as it is; adding 0.0 would turn -0.0 into 0.0.
+        scaled = jnp.where(skip, jnp.full_like(u, -0.0), scaled)
+        return jnp.where(governing, scaled, u)
+
+    return jax.tree.map(act, updates)
+
+
+def _select(skip: jax.Array, old: Any, new: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(skip, x, y), old, new)
+
+
+def _validate(inner: Any, bounds: control.Bounds, mode: str) -> None:
+    if inner is not None and not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise ValueError(f"inner must be an Optax optimizer or None, got {inner!r}.")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
+    if not _traced(bounds.min_scale) and not 0 < bounds.min_scale <= 1:
+        raise ValueError(f"min_scale must be in (0, 1], got {bounds.min_scale!r}.")
+    for name in ("max_skips", "max_interventions"):
+        count = getattr(bounds, name)
+        if not _traced(count) and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count!r}.")
+
+
+def _traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)

@@ -1,0 +1,254 @@
+"""What one training step shows: every signal that the guard watches, and nothing else.
+
+`observe_gradients` measures what arrives, `observe_step` what is about to be applied. Both read
+whole pytrees and return float32 scalars; no decision is taken here.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+# A leaf contributes this share of its coordinates to the probe, within these bounds.
+PROBE_SHARE, PROBE_LEAST, PROBE_MOST = 128, 1024, 16384
+
+# Bucket i of the histogram counts 2^(2i-24) <= |g| < 2^(2i-22); the first and last take the rest.
+HISTOGRAM_EDGES = tuple(range(-24, 8, 2))
+
+
+class Telemetry(NamedTuple):
+    """The signals of the newest step: scalars, float32 unless said otherwise.
+
+    A signal that could not be measured keeps its last value and its `has_...` flag is False, so
+    that no NaN enters the optimizer state.
+    """
+
+    gradient_norm: jax.Array  # |g|
+    update_norm: jax.Array  # s |u|, at the scale held before this step
+    parameter_norm: jax.Array  # |p|, before the step
+    relative_step: jax.Array  # s |u| / |p|
+    overshoot: jax.Array  # cos(g_t, u_{t-1}) on the probe; > 0: the last step went too far
+    curvature: jax.Array  # <g_t - g_{t-1}, u_{t-1}> / |u_{t-1}|^2 on the probe
+    loss: jax.Array
+    nonfinite_gradients: jax.Array  # int32, elements
+    nonfinite_updates: jax.Array  # int32, elements
+    nonfinite_loss: jax.Array  # int32, 0 or 1
+    has_gradient: jax.Array  # bool
+    has_step: jax.Array  # bool, relative_step is new
+    has_overshoot: jax.Array  # bool, overshoot and curvature are new
+    has_loss: jax.Array  # bool
+    histogram: jax.Array  # int32[16], log2 |g| on the probe
+
+
+class Probe(NamedTuple):
+    """A fixed sample of coordinates, remembered from one step to the next; float32[n] each.
+
+    Leaf l with n_l coordinates gives m_l of them, weighted by sqrt(n_l / m_l), so that inner
+    products of probes estimate those of whole pytrees without bias.
+    """
+
+    trace: jax.Array  # wrapped: the last step u_{t-1}; chained: the parameters p_{t-1}
+    gradient: jax.Array  # g_{t-1}
+
+
+def init() -> Telemetry:
+    """Telemetry before the first step: zeros, nothing measured."""
+    real, whole, no = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32), jnp.array(False)
+    return Telemetry(
+        gradient_norm=real,
+        update_norm=real,
+        parameter_norm=real,
+        relative_step=real,
+        overshoot=real,
+        curvature=real,
+        loss=real,
+        nonfinite_gradients=whole,
+        nonfinite_updates=whole,
+        nonfinite_loss=whole,
+        has_gradient=no,
+        has_step=no,
+        has_overshoot=no,
+        has_loss=no,
+        histogram=jnp.zeros([len(HISTOGRAM_EDGES)], jnp.int32),
+    )
+
+
+def observe_gradients(
+    before: Telemetry, remembered: Probe, gradients: Any, last_step: jax.Array, value: Any
+) -> tuple[Telemetry, jax.Array]:
+    """Measure what arrives: gradients, loss, and how the last step turned out.
+
+    overshoot = <g_t, u_{t-1}> / (|g_t| |u_{t-1}|) and
+    curvature = <g_t - g_{t-1}, u_{t-1}> / |u_{t-1}|^2, both on the probe.
+
+    Returns:
+      The telemetry, and the probe of the gradients: float32[n].
+    """
+    norm, nonfinite = norm_and_nonfinite(gradients)
+    has_gradient = jnp.isfinite(norm)
+    sampled = probe(gradients)
+    slope = jnp.vdot(sampled, last_step)
+    product, step_square = _length(sampled) * _length(last_step), jnp.vdot(last_step, last_step)
+    has_overshoot = has_gradient & jnp.isfinite(slope) & jnp.isfinite(product) & (product > 0)
+    has_curvature = has_overshoot & (_length(remembered.gradient) > 0)
+    change = slope - jnp.vdot(remembered.gradient, last_step)
+    loss, has_loss, nonfinite_loss = _loss(value)
+    seen = before._replace(
+        gradient_norm=jnp.where(has_gradient, norm, before.gradient_norm),
+        overshoot=_ratio(slope, product, has_overshoot, before.overshoot),
+        curvature=_ratio(change, step_square, has_curvature, before.curvature),
+        loss=jnp.where(has_loss, loss, before.loss),
+        nonfinite_gradients=nonfinite,
+        nonfinite_loss=nonfinite_loss,
+        has_gradient=has_gradient,
+        has_overshoot=has_overshoot,
+        has_loss=has_loss,
+        histogram=_histogram(gradients),
+    )
+    return seen, sampled
+
+
+def observe_step(seen: Telemetry, updates: Any, params: Any, scale: jax.Array) -> Telemetry:
+    """Measure the step that the inner optimizer proposes, at the scale held so far.
+
+    relative_step = scale |u| / |p|; it is missing where the parameters are, or have no length.
+    """
+    norm, nonfinite = norm_and_nonfinite(updates)
+    norm = scale * norm
+    length = jnp.float32(0) if params is None else norm_and_nonfinite(params)[0]
+    finite = jnp.isfinite(norm)
+    has_step = finite & jnp.isfinite(length) & (norm > 0) & (length > 0)
+    return seen._replace(
+        update_norm=jnp.where(finite, norm, seen.update_norm),
+        parameter_norm=jnp.where(has_step, length, seen.parameter_norm),
+        relative_step=_ratio(norm, length, has_step, seen.relative_step),
+        nonfinite_updates=nonfinite,
+        has_step=has_step,
+    )
+
+
+def observe_moved(seen: Telemetry, last_step: jax.Array, params_probe: jax.Array) -> Telemetry:
+    """As `observe_step`, for a guard that does not see the optimizer's step: the last one, probed.
+
+    relative_step = |p_t - p_{t-1}| / |p_t| on the probe.
+    """
+    norm, length = _length(last_step), _length(params_probe)
+    has_step = jnp.isfinite(norm) & jnp.isfinite(length) & (norm > 0) & (length > 0)
+    return seen._replace(
+        update_norm=jnp.where(has_step, norm, seen.update_norm),
+        parameter_norm=jnp.where(has_step, length, seen.parameter_norm),
+        relative_step=_ratio(norm, length, has_step, seen.relative_step),
+        has_step=has_step,
+    )
+
+
+def forget(remembered: Probe, wrapped: bool) -> Probe:
+    """The probe after a poisoned step: no gradient, and no step where steps are remembered."""
+    nothing = jnp.zeros_like(remembered.gradient)
+    return Probe(trace=nothing if wrapped else remembered.trace, gradient=nothing)
+
+
+def probe(tree: Any) -> jax.Array:
+    """Sample a pytree at its fixed coordinates: float32[n], replicated over devices."""
+    return _concatenate([_sample(leaf) * _weight(leaf) for leaf in _floating(tree)])
+
+
+def norm_and_nonfinite(tree: Any) -> tuple[jax.Array, jax.Array]:
+    """Global norm, reduced in float32, and the number of non-finite elements (int32).
+
+    The elements are counted only where the norm says that there are any: the common path reads
+    the tree once.
+    """
+    leaves = _floating(tree)
+    norm = optax.tree.norm([leaf.astype(jnp.float32) for leaf in leaves])
+    norm = jnp.asarray(norm, jnp.float32)
+
+    def count() -> jax.Array:
+        return sum((jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in leaves), jnp.int32(0))
+
+    return norm, jax.lax.cond(jnp.isfinite(norm), lambda: jnp.int32(0), count)
+
+
+def _floating(tree: Any) -> list[jax.Array]:
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return [leaf for leaf in leaves if leaf.size and jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def _length(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.vdot(x, x))
+
+
+def _ratio(top: jax.Array, bottom: jax.Array, valid: jax.Array, otherwise: jax.Array) -> jax.Array:
+    ratio = top / jnp.where(valid, bottom, 1.0)
+    return jnp.where(valid & jnp.isfinite(ratio), ratio, otherwise)
+
+
+def _loss(value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The loss, whether there is a finite one, and 1 if it is given and not finite."""
+    if value is None:
+        return jnp.float32(0), jnp.array(False), jnp.int32(0)
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"value must be the scalar loss of this step, got shape {jnp.shape(value)}: "
+            "reduce it, for example with jnp.mean, before calling update."
+        )
+    loss = jnp.asarray(value, jnp.float32)
+    finite = jnp.isfinite(loss)
+    return loss, finite, (~finite).astype(jnp.int32)
+
+
+def _histogram(gradients: Any) -> jax.Array:
+    values = _concatenate([_sample(leaf) for leaf in _floating(gradients)])
+    finite = jnp.isfinite(values)
+    _, exponent = jnp.frexp(jnp.where(finite, values, 0.0))
+    bucket = jnp.where(values == 0, 0, (exponent - 1 - HISTOGRAM_EDGES[0]) // 2)
+    bucket = jnp.clip(bucket, 0, len(HISTOGRAM_EDGES) - 1)
+    empty = jnp.zeros([len(HISTOGRAM_EDGES)], jnp.int32)
+    return empty.at[bucket].add(finite.astype(jnp.int32))
+
+
+def _concatenate(parts: list[jax.Array]) -> jax.Array:
+    return jnp.concatenate(parts) if parts else jnp.zeros([0], jnp.float32)
+
+
+def _sample_size(leaf: jax.Array) -> int:
+    return min(leaf.size, max(PROBE_LEAST, min(PROBE_MOST, leaf.size // PROBE_SHARE)))
+
+
+def _weight(leaf: jax.Array) -> float:
+    return math.sqrt(leaf.size / _sample_size(leaf))
+
+
+def _sample(leaf: jax.Array) -> jax.Array:
+    taken = leaf.reshape(1) if leaf.ndim == 0 else _gather(leaf, _sample_size(leaf))
+    return taken.astype(jnp.float32)
+
+
+def _gather(leaf: jax.Array, size: int) -> jax.Array:
+    sharding = jax.typeof(leaf).sharding
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    replicated = NamedSharding(sharding.mesh, PartitionSpec()) if explicit else None
+    index = _coordinates(leaf.shape, size)
+    return leaf.at[index].get(mode="promise_in_bounds", out_sharding=replicated)
+
+
+def _coordinates(shape: tuple[int, ...], size: int) -> tuple[jax.Array, ...]:
+    """Evenly spaced flat positions, unravelled without forming a flat index (it may pass 2^32).
+
+    The stride is coprime to the last axis, so that a matrix is met in all its columns.
+    """
+    columns = shape[-1]
+    stride = math.prod(shape) // size
+    while math.gcd(stride, columns) != 1:
+        stride -= 1
+    k = jnp.arange(size, dtype=jnp.uint32)
+    flat = k * (stride % columns)
+    row = k * (stride // columns) + flat // columns
+    index = [flat % columns]
+    for length in reversed(shape[:-1]):
+        index.append(row % length)
+        row = row // length
+    return tuple(part.astype(jnp.int32) for part in reversed(index))
