@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lbw_optax import ring
 from lbw_optax.control import REGIMES
 from lbw_optax.ring import Event
-from lbw_optax.state import MODES, GuardState, find, find_all, is_guard
+from lbw_optax.state import MODES, GuardState, find, find_all, map_guards
 from lbw_optax.telemetry import HISTOGRAM_EDGES
 
 
@@ -98,18 +98,13 @@ def override(state: Any, *, scale: float | str | None = None, mode: str | None =
       >>> print(lbw_optax.metrics(lbw_optax.override(state, scale=0.5))["scale"])
       0.5
     """
-    find_all(state)
     if mode is not None and mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
     if isinstance(scale, str) and scale != "auto":
         raise ValueError(f'scale must be a number in (0, 1] or "auto", got {scale!r}.')
     if isinstance(scale, int | float) and not 0 < scale <= 1:
         raise ValueError(f'scale must be a number in (0, 1] or "auto", got {scale!r}.')
-    return jax.tree.map(
-        lambda node: _override(node, scale, mode) if is_guard(node) else node,
-        state,
-        is_leaf=is_guard,
-    )
+    return map_guards(lambda guard: _override(guard, scale, mode), state)
 
 
 class AuditLog:
@@ -199,10 +194,11 @@ def _obituary(guard: GuardState) -> str:
     control = jax.device_get(guard.control)
     return (
         f"The guard is exhausted after {int(guard.guard_steps)} steps: {int(control.skips)} "
-        f"skipped in all, {int(control.skips_in_a_row)} in a row, scale {math.exp(control.log_scale):.3g}, "
-        f"regime {REGIMES[control.regime]}. Last interventions: {history}. The parameters are as "
-        "they were before the skipped steps. Look at the data and the learning rate, restore an "
-        "earlier checkpoint, or go on with lbw_optax.override(state), which clears this."
+        f"skipped in all, {int(control.skips_in_a_row)} in a row, "
+        f"scale {math.exp(control.log_scale):.3g}, regime {REGIMES[control.regime]}. "
+        f"Last interventions: {history}. The parameters are as they were before the skipped "
+        "steps. Look at the data and the learning rate, restore an earlier checkpoint, or go on "
+        "with lbw_optax.override(state), which clears this."
     )
 
 

@@ -1,12 +1,13 @@
 """The guard's state, and how to find it inside any nest of Optax states."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
 from lbw_optax.control import Control
 from lbw_optax.ring import Ring
-from lbw_optax.statistics import Statistics
+from lbw_optax.statistics import Running, Statistics
 from lbw_optax.telemetry import Probe, Telemetry
 
 MODES = ("govern", "observe")
@@ -57,8 +58,8 @@ def find_all(state: Any) -> list[GuardState]:
     Raises:
       ValueError: if the state holds no guard.
     """
-    leaves = jax.tree.leaves(state, is_leaf=is_guard)
-    guards = [leaf for leaf in leaves if is_guard(leaf)]
+    leaves = jax.tree.leaves(state, is_leaf=_is_guard)
+    guards = [_plain(leaf) for leaf in leaves if _is_guard(leaf)]
     if not guards:
         raise ValueError(
             "This optimizer state holds no guard: build the optimizer with "
@@ -67,6 +68,43 @@ def find_all(state: Any) -> list[GuardState]:
     return guards
 
 
-def is_guard(node: Any) -> bool:
-    """Whether a node of an optimizer state is a guard's."""
+def map_guards(change: Callable[[GuardState], GuardState], state: Any) -> Any:
+    """The optimizer state with every guard in it changed.
+
+    Raises:
+      ValueError: if the state holds no guard.
+    """
+    find_all(state)
+
+    def visit(node: Any) -> Any:
+        if not _is_guard(node):
+            return node
+        changed = change(_plain(node))._replace(inner_state=node.inner_state)
+        return jax.tree.unflatten(jax.tree.structure(node), jax.tree.leaves(changed))
+
+    return jax.tree.map(visit, state, is_leaf=_is_guard)
+
+
+def _is_guard(node: Any) -> bool:
     return isinstance(node, GuardState)
+
+
+def _plain(guard: GuardState) -> GuardState:
+    """The guard's own parts as bare arrays, out of any wrapper that a framework put around them.
+
+    Flax NNX keeps each leaf of an optimizer state in a variable of its own.
+    """
+
+    def unwrap(kind: Any, part: Any) -> Any:
+        return kind(*jax.tree.leaves(part))
+
+    running = [unwrap(Running, part) for part in guard.statistics]
+    return guard._replace(
+        guard_steps=jax.tree.leaves(guard.guard_steps)[0],
+        mode=jax.tree.leaves(guard.mode)[0],
+        telemetry=unwrap(Telemetry, guard.telemetry),
+        probe=unwrap(Probe, guard.probe),
+        statistics=Statistics(*running),
+        control=unwrap(Control, guard.control),
+        ring=unwrap(Ring, guard.ring),
+    )
