@@ -101,12 +101,10 @@ def windows(
 STANDARD_LIBRARY_BYTES = 6_000_000
 """The embedded corpus is cut here, so that the first run tokenises it in a few seconds."""
 
-_LEFT_OUT = frozenset(
-    # Absent from some installations, not a part of Python, or tables and not source.
-    ("__pycache__", "ensurepip", "idlelib", "lib2to3", "test", "tests", "turtledemo")
-    + ("dist-packages", "distutils", "site-packages", "sitecustomize.py", "usercustomize.py")
-    + ("encodings", "pydoc_data")
-)
+_SOMETIMES_ABSENT = {"ensurepip", "idlelib", "lib2to3", "test", "tests", "turtledemo"}
+_NOT_PYTHON = {"__pycache__", "dist-packages", "site-packages", "sitecustomize.py"}
+_TABLES = {"encodings", "pydoc_data"}
+_LEFT_OUT = _SOMETIMES_ABSENT | _NOT_PYTHON | _TABLES
 
 
 def standard_library() -> dict[str, list[str]]:

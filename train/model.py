@@ -55,6 +55,8 @@ class Decoder(nnx.Module):
     """Token ids of shape (batch, length) to float32 logits of shape (batch, length, vocabulary).
 
     Block: ``x += attention(norm(x)); x += down(silu(gate(n)) * up(n)), n = norm(x)``.
+    Inside, x is rows, (batch * length, hidden): XLA's CPU backend takes the products of a
+    training step up to twice as fast in rank 2 as in rank 3, above all those of LoRA.
 
     >>> model = Decoder(PRESETS["tiny"], rngs=nnx.Rngs(0))
     >>> model(jnp.zeros((2, 5), jnp.int32)).shape
@@ -74,13 +76,13 @@ class Decoder(nnx.Module):
             self.lm_head = _linear(config.hidden_size, config.vocab_size, rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.embed_tokens(tokens)
+        x = self.embed_tokens(tokens.reshape(-1))
         rotation = rotary_angles(tokens.shape[1], self.config)
         for layer in self.layers:
             x = layer(x, rotation)
         x = self.norm(x)
         head = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
-        return head(x).astype(jnp.float32)
+        return head(x).astype(jnp.float32).reshape(*tokens.shape, -1)
 
 
 class Block(nnx.Module):
@@ -111,14 +113,16 @@ class Attention(nnx.Module):
         self.o_proj = _linear(queries, config.hidden_size, rngs)
 
     def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-        query = rotate(self._heads(self.q_proj(x)), rotation)
-        key = rotate(self._heads(self.k_proj(x)), rotation)
-        value = self._heads(self.v_proj(x))
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
+        length = rotation[0].shape[1]
 
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], -1, self.head_dim)
+        def heads(rows: jax.Array) -> jax.Array:
+            return rows.reshape(-1, length, rows.shape[-1] // self.head_dim, self.head_dim)
+
+        query = rotate(heads(self.q_proj(x)), rotation)
+        key = rotate(heads(self.k_proj(x)), rotation)
+        value = heads(self.v_proj(x))
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return self.o_proj(mixed.reshape(x.shape[0], -1))
 
 
 class MLP(nnx.Module):
