@@ -35,12 +35,14 @@ def fit(
     steps: int,
     *,
     frozen: Any = None,
+    opt_state: Any = None,
     on_step: Callable[[int, dict[str, np.ndarray], Any], None] | None = None,
 ) -> Fit:
     """Minimise ``loss_fn(params, frozen, batch(step))`` over `params` with any optimizer.
 
-    The caller's `params` stay valid. `frozen` is an argument of the compiled step, so it is
-    neither copied into the program nor updated. ``on_step(step, metrics, opt_state)`` is called
+    The caller's arguments stay valid. `frozen` is an argument of the compiled step, so it is
+    neither copied into the program nor updated. Without `opt_state` the run starts from
+    ``tx.init(params)``. ``on_step(step, metrics, opt_state)`` is called
     for every step, when the next one has been dispatched: `metrics` are that step's, `opt_state`
     is the newest one, and it is gone after the call. Looking into it waits for the device.
 
@@ -50,8 +52,9 @@ def fit(
     ([0.875, 0.875], [2.0, 0.5, 0.125])
     """
     tx = optax.with_extra_args_support(tx)
-    params = jax.tree.map(jnp.copy, params)  # each step donates its own
-    opt_state = tx.init(params)
+    opt_state = tx.init(params) if opt_state is None else opt_state
+    # Copies, because each step donates what it is given.
+    params, opt_state = jax.tree.map(jnp.copy, (params, opt_state))
     records: list[dict[str, np.ndarray]] = []
     before = None
     for step in range(steps):
@@ -85,7 +88,7 @@ def _step(
 def _guard_metrics(opt_state: Any) -> dict[str, jax.Array]:
     try:
         return lbw_optax.metrics(opt_state)
-    except (AttributeError, ValueError):  # no guard in this state
+    except ValueError:  # no guard in this state
         return {}
 
 

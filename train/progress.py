@@ -1,0 +1,74 @@
+"""Live progress over several runs: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from lbw_optax import REGIMES
+
+
+class Progress:
+    """Shows run, step, loss, scale, regime and the time left until `total` steps are done.
+
+    Everything goes to standard error; a line every `every` seconds when that is no terminal.
+    """
+
+    def __init__(self, total: int, *, every: float = 5.0):
+        self._every = every
+        self._started = self._shown = time.monotonic()
+        self._run = ""
+        live = sys.stderr.isatty()
+        self._bar = tqdm(total=total, disable=not live, dynamic_ncols=True, bar_format=_BAR)
+        self._done, self._total = 0, total
+
+    def start(self, run: str) -> None:
+        """Name the run that the next steps belong to."""
+        self._run = run
+        self._bar.set_description_str(run)
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Count one step, with the metrics that `train.loop.fit` gives for it."""
+        self._done += 1
+        self._bar.set_postfix_str(describe(metrics), refresh=False)
+        self._bar.update()
+        if self._bar.disable and time.monotonic() - self._shown > self._every:
+            self.note(f"{self._run}  step {step + 1}  {describe(metrics)}  {self._left()} left")
+
+    def note(self, line: str) -> None:
+        """Print a line that stays."""
+        self._shown = time.monotonic()
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+    def _left(self) -> str:
+        rate = (time.monotonic() - self._started) / max(self._done, 1)
+        return tqdm.format_interval(rate * (self._total - self._done))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+
+def describe(metrics: dict[str, Any]) -> str:
+    """Loss, and the guard's scale and regime where there is one.
+
+    >>> describe({"loss": 3.2061, "scale": 0.05, "regime": 0})
+    'loss 3.206  scale 0.050  nominal'
+    """
+    parts = [f"loss {metrics['loss']:.3f}"]
+    if "scale" in metrics:
+        parts += [f"scale {metrics['scale']:.3f}", REGIMES[int(metrics["regime"])]]
+    return "  ".join(parts)
+
+
+_BAR = "{desc}  {percentage:3.0f}%|{bar}| {elapsed}<{remaining}  {postfix}"
