@@ -45,17 +45,11 @@ def figure(panels: Mapping[str, Sequence[Curve]], path: str | os.PathLike[str]) 
       >>> runs = [Curve("AdamW", np.ones(9)), Curve("guard", np.ones(9), np.ones(9))]
       >>> figure({"LoRA": runs}, tempfile.mkdtemp() + "/runs.png")
     """
-    plt = _pyplot()
-    with plt.rc_context(_STYLE):
-        canvas, axes = plt.subplots(
-            2,
-            len(panels),
-            figsize=(1.5 + 5.25 * len(panels), 6.2),
-            sharex="col",
-            squeeze=False,
-            height_ratios=(2, 1),
-            layout="constrained",
-        )
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context(_STYLE):
+        size = (1.5 + 5.25 * len(panels), 6.2)
+        canvas = matplotlib.figure.Figure(figsize=size, layout="constrained")
+        axes = canvas.subplots(2, len(panels), sharex="col", squeeze=False, height_ratios=(2, 1))
         for (above, below), (title, curves) in zip(axes.T, panels.items(), strict=True):
             above.set_title(title)
             _draw_losses(above, curves)
@@ -63,7 +57,6 @@ def figure(panels: Mapping[str, Sequence[Curve]], path: str | os.PathLike[str]) 
         axes[0, 0].set_ylabel(f"training loss (mean of {SMOOTHED} steps)")
         axes[1, 0].set_ylabel("scale of the updates")
         canvas.savefig(path, dpi=150)
-        plt.close(canvas)
 
 
 SMOOTHED = 10
@@ -82,15 +75,13 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def _pyplot() -> Any:
+def _matplotlib() -> Any:
+    """The package without pyplot, which would choose a backend for the whole program."""
     try:
-        import matplotlib
+        import matplotlib.figure
     except ImportError as error:
         raise ImportError("a figure needs matplotlib: pip install 'lbw_optax[train]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    return matplotlib
 
 
 def _draw_losses(axes: Any, curves: Sequence[Curve]) -> None:
@@ -103,7 +94,8 @@ def _draw_losses(axes: Any, curves: Sequence[Curve]) -> None:
             linewidth=1.8 if guarded else 1.3,
             label=" ".join(filter(None, (curve.name, curve.group))),
         )
-    axes.set_yscale("log" if _spread(curves) > 4 else "linear")
+    if _spread(curves) > 4:
+        _logarithmic(axes, labelled=(1, 2, 5))
     axes.legend(ncols=2)
 
 
@@ -120,13 +112,24 @@ def _draw_scales(axes: Any, curves: Sequence[Curve]) -> None:
             if at:
                 axes.plot(*zip(*at, strict=True), mark, color=colour, markeredgecolor="white", ms=7)
                 used.add(action)
-    axes.set_yscale("log")
+    _logarithmic(axes, labelled=(1, 3))
+    axes.set_ylim(top=1.3)
     axes.set_xlabel("step")
     for action, (mark, meaning) in MARKS.items():
         if action in used:
             axes.plot([], [], mark, color="0.4", label=meaning)
     if used:
         axes.legend(ncols=len(used))
+
+
+def _logarithmic(axes: Any, labelled: Sequence[int]) -> None:
+    """A log axis with plain numbers (0.03, not 3 × 10⁻²) at these digits of each decade."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=labelled))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
 def smooth(loss: np.ndarray) -> np.ndarray:

@@ -63,8 +63,8 @@ def sample(tokens: np.ndarray, seed: int, step: int, *, batch_size: int, length:
 
     >>> tokens = np.arange(100, dtype=np.int32)
     >>> sample(tokens, seed=0, step=3, batch_size=2, length=3)
-    array([[59, 60, 61, 62],
-           [30, 31, 32, 33]], dtype=int32)
+    array([[48, 49, 50, 51],
+           [86, 87, 88, 89]], dtype=int32)
     """
     if len(tokens) <= length:
         raise DataError(

@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +55,14 @@ class Settings(NamedTuple):
 
 
 FULL = Settings()
-QUICK = Settings(batch_size=2, length=32, scratch_steps=12, lora_steps=12, evaluated=512)
+QUICK = Settings(
+    config=replace(PRESETS["tiny"], num_hidden_layers=1, hidden_size=32, intermediate_size=64),
+    batch_size=2,
+    length=32,
+    scratch_steps=12,
+    lora_steps=12,
+    evaluated=512,
+)
 
 
 class Run(NamedTuple):

@@ -1,0 +1,141 @@
+"""The demo as a user runs it: in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from train import demo
+
+ROOT = Path(demo.__file__).parent.parent
+COMMAND = [sys.executable, "-W", "error", "-m", "train.demo"]
+TEXT = "def double(x):\n    return 2 * x\n\n\nfor i in range(10):\n    print(i, double(i))\n"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("demo")
+    for split in ("train", "valid", "test"):
+        (place / f"{split}.txt").write_text(f"# {split}\n" + TEXT * 60)
+    return place
+
+
+@pytest.fixture(scope="module")
+def environment(place):
+    without_test_flags = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+    return without_test_flags | {"LBW_CACHE": str(place / "cache")}
+
+
+@pytest.fixture(scope="module")
+def finished(place, environment):
+    out = place / "runs" / "demo"
+    command = [*COMMAND, "--quick", "--seed", "3", "--data-dir", str(place), "--out", str(out)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    return done, out
+
+
+def test_the_table_shows_every_pair(finished):
+    lines = finished[0].stdout.splitlines()
+    for title in demo.TITLES.values():
+        start = next(i for i, line in enumerate(lines) if line.startswith(title))
+        assert lines[start].split()[-2:] == ["AdamW", "guard"]
+        assert ["tuned" in line for line in lines[start + 1 : start + 4]] == [True, False, False]
+        assert all(line.count("×") >= 2 for line in lines[start + 1 : start + 4])
+
+
+def test_progress_names_loss_scale_regime_and_time_left(finished):
+    guarded = [line for line in finished[0].stderr.splitlines() if "scale" in line]
+    assert guarded
+    for line in guarded:
+        assert "loss" in line
+        assert line.endswith("left")
+        assert any(regime in line for regime in demo.lbw_optax.REGIMES)
+
+
+def test_the_json_holds_the_table_and_where_it_comes_from(finished):
+    done, out = finished
+    document = json.loads((out / "demo.json").read_text())
+    assert {"commit", "versions", "machine", "seed", "settings", "tokens", "seconds"} < set(
+        document
+    )
+    assert document["seed"] == 3
+    runs = document["runs"]
+    assert len(runs) == 12
+    for run in runs:
+        assert f"{run['perplexity']:.2f} {run['ratio_to_tuned_adamw']:>6.2f}×" in done.stdout
+        assert len(run["history"]["loss"]) == demo.QUICK.steps(run["task"])
+        assert ("scale" in run["history"]) == (run["method"] == "guard")
+        assert run["seconds"] > 0
+
+
+def test_pairs_start_alike(finished):
+    runs = json.loads((finished[1] / "demo.json").read_text())["runs"]
+    for task in demo.TITLES:
+        assert len({run["history"]["loss"][0] for run in runs if run["task"] == task}) == 1
+
+
+def test_the_figure_is_there(finished):
+    image = imread(finished[1] / "demo.png")
+    assert 0.005 < np.mean(image[..., :3] < 0.9) < 0.5
+
+
+def test_interrupted_it_keeps_what_is_finished(finished, place, environment):
+    out = finished[1]
+    command = [*COMMAND, "--quick", "--data-dir", str(place), "--out", str(out)]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert any("test perplexity" in line for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    kept = json.loads((out / "demo.json").read_text())["runs"]
+    assert 1 <= len(kept) < 12
+    assert f"Stopped: {len(kept)} of 12 runs" in output
+    assert imread(out / "demo.png").ndim == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--seed", "-1"], "'-1' is not a whole number"),
+        (["--seed", "two"], "'two' is not a whole number"),
+        (["--data-dir", "nowhere"], "there is no directory nowhere: give one"),
+        (["--out", __file__], "cannot write"),
+        (["--steps", "3"], "unrecognized arguments: --steps 3"),
+    ],
+)
+def test_wrong_arguments_get_one_sentence(arguments, sentence, place, monkeypatch, capsys):
+    monkeypatch.setenv("LBW_CACHE", str(place / "cache"))
+    if "--data-dir" not in arguments:
+        arguments = [*arguments, "--data-dir", str(place)]
+    with pytest.raises(SystemExit) as stopped:
+        demo.main([*arguments, "--quick"])
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert sentence in last
+    assert "Traceback" not in last
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        demo.main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in ("data-dir", "out", "seed", "quick", "tune"))
+    assert "LBW_CACHE" in text

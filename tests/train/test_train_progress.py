@@ -1,0 +1,32 @@
+"""Progress where standard error is no terminal: plain lines with the time left."""
+
+import numpy as np
+
+from lbw_optax import REGIMES
+from train.progress import Progress, describe
+
+METRICS = {"loss": np.float32(2.5), "scale": np.float32(0.25), "regime": np.int32(1)}
+
+
+def test_lines_name_run_step_loss_scale_regime_and_time_left(capsys):
+    with Progress(10, every=-1.0) as progress:
+        progress.start("LoRA, guard")
+        progress.step(0, METRICS)
+        progress.note("a line that stays")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("LoRA, guard  step 1  loss 2.500  scale 0.250  stressed  ")
+    assert first.endswith(" left")
+    assert second == "a line that stays"
+
+
+def test_lines_come_no_more_often_than_asked(capsys):
+    with Progress(10, every=3600.0) as progress:
+        for step in range(10):
+            progress.step(step, METRICS)
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_guard_there_is_only_a_loss():
+    assert describe({"loss": np.float32(np.nan)}) == "loss nan"
+    for number, regime in enumerate(REGIMES):
+        assert describe(METRICS | {"regime": number}).endswith(regime)
