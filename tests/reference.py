@@ -1,0 +1,292 @@
+"""The NumPy reference: telemetry, statistics and law once more, in float64 and plain Python.
+
+Written from the equations, not from the code: means and variances are weighted sums over the
+whole history, the law is a sequence of `if`s. A signal that is missing is None. Constants are
+read from the package, so that an experiment with them needs no second change here.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from lbw_optax import control, statistics
+from lbw_optax.telemetry import HISTOGRAM_EDGES
+
+# --- telemetry of pytrees that are small enough to be sampled whole --------------------------
+
+
+def flat(leaves) -> np.ndarray:
+    parts = [np.asarray(leaf).astype(np.float64).ravel() for leaf in leaves]
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def cosine(x: np.ndarray, y: np.ndarray) -> float | None:
+    lengths = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(x @ y / lengths) if lengths > 0 else None
+
+
+def curvature(gradient: np.ndarray, gradient_before: np.ndarray, step: np.ndarray) -> float | None:
+    """Secant estimate of the second derivative of the loss along the last step."""
+    if not (np.any(gradient_before) and np.any(step)):
+        return None
+    return float((gradient - gradient_before) @ step / (step @ step))
+
+
+def histogram(gradient: np.ndarray) -> np.ndarray:
+    """Counts of log2 |g| in the buckets [2^k, 2^(k+2)); both ends take what lies beyond."""
+    sizes = np.abs(gradient[np.isfinite(gradient)])
+    edges = 2.0 ** np.array(HISTOGRAM_EDGES[1:], float)
+    return np.bincount(np.searchsorted(edges, sizes, side="right"), minlength=len(HISTOGRAM_EDGES))
+
+
+# --- running statistics -----------------------------------------------------------------------
+
+
+class RunningReference:
+    """The weighted mean and variance of every value that entered, from the whole history."""
+
+    def __init__(self, memory: statistics.Memory):
+        self.memory = memory
+        self.entered: list[float] = []
+
+    @property
+    def weight(self) -> float:
+        return 1 - self.memory.decay ** len(self.entered)
+
+    @property
+    def mean(self) -> float:
+        return float(np.average(self.entered, weights=self._weights())) if self.entered else 0.0
+
+    @property
+    def variance(self) -> float:
+        if not self.entered:
+            return 0.0
+        squares = np.square(np.array(self.entered) - self.mean)
+        return float(np.average(squares, weights=self._weights()))
+
+    @property
+    def spread(self) -> float:
+        prior = self.memory.prior**2 * self.memory.decay ** len(self.entered)
+        return math.sqrt(self.variance + self.memory.floor**2 + prior)
+
+    @property
+    def standard_error(self) -> float:
+        if not self.entered:
+            return self.spread
+        shares = self._weights() / self._weights().sum()
+        return self.spread * math.sqrt(np.square(shares).sum())
+
+    def add(self, x: float | None) -> None:
+        if x is None or not math.isfinite(x):
+            return
+        x = float(np.clip(x, -statistics.LARGEST, statistics.LARGEST))
+        if self.entered:
+            limit = statistics.WINSOR * self.spread
+            x = self.mean + float(np.clip(x - self.mean, -limit, limit))
+        self.entered.append(x)
+
+    def _weights(self) -> np.ndarray:
+        return self.memory.decay ** np.arange(len(self.entered))[::-1].astype(float)
+
+
+def symlog(x: float) -> float:
+    return math.copysign(math.log1p(abs(x)), x)
+
+
+def inverse_symlog(x: float) -> float:
+    return math.copysign(math.expm1(abs(x)), x)
+
+
+# --- the law ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Signals:
+    """What one step shows; None is a signal that could not be measured."""
+
+    gradient_norm: float | None = 1.0  # None: it overflows
+    overshoot: float | None = None
+    relative_step: float | None = None
+    loss: float | None = None
+    nonfinite_gradients: int = 0
+    nonfinite_loss: int = 0
+    nonfinite_updates: int = 0
+
+
+class Outcome(NamedTuple):
+    """What the law makes of one step."""
+
+    skip: bool
+    log_scale: float
+    regime: str
+    action: str
+    signal: str
+    value: float
+    threshold: float
+    budget: float
+    exhausted: bool
+    calm_steps: int
+    skips_in_a_row: int
+    skips: int
+
+
+@dataclass
+class LawReference:
+    """Statistics and law as a Python object: `step` takes the signals of one step."""
+
+    min_scale: float = 0.01
+    max_skips: int = 30
+    max_interventions: int = 50
+    log_scale: float = field(init=False)
+    turning_point: float = field(init=False)
+
+    def __post_init__(self):
+        self.gradient = RunningReference(statistics.GRADIENT)
+        self.overshoot = RunningReference(statistics.OVERSHOOT)
+        self.loss = RunningReference(statistics.LOSS)
+        self.loss_slow = RunningReference(statistics.LOSS_SLOW)
+        self.log_scale = self.turning_point = math.log(self.min_scale)
+        self.regime = "recovering"
+        self.calm_steps = control.COOL_DOWN
+        self.skips_in_a_row = self.skips = 0
+        self.budget = float(self.max_interventions)
+        self.exhausted = False
+        self.last_norm = self.last_loss = self.last_step = 0.0
+
+    def step(self, seen: Signals) -> Outcome:
+        self._remember(seen)
+        poison = self._poison(seen)
+        spike = self._loss_spikes(seen)
+        thresholds = {"gradient_norm": self.gradient_threshold(), "loss": self.loss_threshold()}
+        self._absorb(seen, poison)
+        overshoot, step_term, alarm = self._alarm(seen)
+        by_step = "relative_step" if step_term > max(overshoot, 0) else "overshoot"
+        signal = poison or ("loss" if spike else by_step)
+        trouble = bool(poison) or spike
+        self.calm_steps = 0 if trouble else self.calm_steps + 1
+        if not poison:
+            self._move(alarm)
+        action = self._turn(trouble)
+        self._account(bool(poison), action)
+        values = vars(seen) | {
+            "gradient_norm": self.last_norm,
+            "loss": self.last_loss,
+            "relative_step": self.last_step,
+            "overshoot": overshoot,
+        }
+        limits = {
+            "gradient_norm": math.exp(thresholds["gradient_norm"]),
+            "loss": inverse_symlog(thresholds["loss"]),
+            "relative_step": control.KAPPA,
+        }
+        return Outcome(
+            bool(poison),
+            self.log_scale,
+            self.regime,
+            "skip" if poison else action,
+            signal,
+            values[signal],
+            limits.get(signal, 0.0),
+            self.budget,
+            self.exhausted,
+            self.calm_steps,
+            self.skips_in_a_row,
+            self.skips,
+        )
+
+    def _remember(self, seen: Signals) -> None:
+        """What an event reports of a signal that is missing is its last value."""
+        if seen.gradient_norm is not None:
+            self.last_norm = seen.gradient_norm
+        if seen.loss is not None:
+            self.last_loss = seen.loss
+        if seen.relative_step is not None:
+            self.last_step = seen.relative_step
+
+    def gradient_threshold(self) -> float:
+        """Of log |g|."""
+        width = control.SPIKE_SPREADS * self.gradient.spread
+        return self.gradient.mean + max(width, math.log(control.SPIKE_FACTOR))
+
+    def loss_threshold(self) -> float:
+        """Of symlog(loss)."""
+        return self.loss.mean + control.SPIKE_SPREADS * self.loss.spread
+
+    def _poison(self, seen: Signals) -> str | None:
+        for name in ("nonfinite_gradients", "nonfinite_loss", "nonfinite_updates"):
+            if getattr(seen, name):
+                return name
+        if seen.gradient_norm is None:
+            return "gradient_norm"
+        if self.gradient.entered and _log(seen.gradient_norm) > self.gradient_threshold():
+            return "gradient_norm"
+        return None
+
+    def _loss_spikes(self, seen: Signals) -> bool:
+        if seen.loss is None or not self.loss.entered:
+            return False
+        return symlog(seen.loss) > self.loss_threshold()
+
+    def _absorb(self, seen: Signals, poison: str | None) -> None:
+        if seen.gradient_norm is not None:
+            self.gradient.add(_log(seen.gradient_norm))
+        if not poison:
+            self.overshoot.add(seen.overshoot)
+        if seen.loss is not None:
+            self.loss.add(symlog(seen.loss))
+            self.loss_slow.add(symlog(seen.loss))
+
+    def _alarm(self, seen: Signals) -> tuple[float, float, float]:
+        """Both terms, and how much too large the scale is; 0 where nothing was measured."""
+        z = self.overshoot.mean / self.overshoot.standard_error
+        step = 0.0
+        if seen.relative_step is not None:
+            ratio = max(seen.relative_step / control.KAPPA, 1e-30)
+            step = control.STEP_WEIGHT * math.log(ratio)
+        if seen.overshoot is None and seen.relative_step is None:
+            return z, step, 0.0
+        alarm = max(z, -1) + step
+        return z, step, min(alarm, z) if step < 0 else alarm
+
+    def _move(self, alarm: float) -> None:
+        growth = control.MOST_GROWTH if self.calm_steps >= control.COOL_DOWN else 0.0
+        change = min(max(-control.GAIN * alarm, -control.MOST_CUT), growth)
+        self.log_scale = min(max(self.log_scale + change, math.log(self.min_scale)), 0.0)
+
+    def _turn(self, trouble: bool) -> str:
+        """The new regime; the turning point follows the peak, under stress the trough."""
+        was, turn = self.regime, -math.log(control.TURN)
+        fell = self.log_scale < self.turning_point - turn
+        rose = self.log_scale > self.turning_point + turn
+        if trouble or (was == "unstable" and self.calm_steps < control.COOL_DOWN):
+            self.regime = "unstable"
+        elif was == "unstable" or (was == "stressed" and rose):
+            self.regime = "recovering"
+        elif was != "stressed" and fell:
+            self.regime = "stressed"
+        elif was == "recovering" and self.log_scale >= -turn:
+            self.regime = "nominal"
+        changed = self.regime != was
+        if self.regime == "unstable" or (changed and self.regime != "nominal"):
+            self.turning_point = self.log_scale
+        elif self.regime == "stressed":
+            self.turning_point = min(self.turning_point, self.log_scale)
+        else:
+            self.turning_point = max(self.turning_point, self.log_scale)
+        reported = {"unstable": "hold", "stressed": "cut", "recovering": "recover"}
+        return reported.get(self.regime, "none") if changed else "none"
+
+    def _account(self, skip: bool, action: str) -> None:
+        spends = skip or action in ("cut", "hold")
+        self.budget += -1 if spends else control.EARNED
+        self.skips_in_a_row = self.skips_in_a_row + 1 if skip else 0
+        self.skips += skip
+        if self.skips_in_a_row >= self.max_skips or self.budget < 0:
+            self.exhausted = True
+        self.budget = min(max(self.budget, 0.0), float(self.max_interventions))
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf

@@ -1,0 +1,404 @@
+"""The law: against the NumPy reference over whole trajectories, and bounds for any input."""
+
+import functools
+import itertools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import LawReference, Signals
+
+from lbw_optax import control, statistics, telemetry
+from lbw_optax.control import ACTIONS, REGIMES, SIGNALS, Bounds, Control, Decision, Evidence
+
+FLOOR, LENGTH = 0.01, 400
+BOUNDS = Bounds(min_scale=FLOOR, max_skips=30, max_interventions=50)
+EPS = 1e-5
+
+
+def law(carry, seen, bounds):
+    """One step of the guard's judgement, as `guard.update_fn` puts it together."""
+    remembered, state = carry
+    why = control.poison(seen, remembered)
+    after = statistics.absorb(remembered, seen, why > 0)
+    evidence = control.judge(seen, remembered, after, why)
+    state, decision = control.decide(state, evidence, bounds)
+    return (after, state), (state, evidence, decision)
+
+
+@jax.jit
+def _scan(seen: telemetry.Telemetry, bounds: Bounds):
+    start = (statistics.init(), control.init(bounds))
+    return jax.lax.scan(functools.partial(law, bounds=bounds), start, seen)[1]
+
+
+def run_law(seen, bounds=BOUNDS) -> tuple[Control, Evidence, Decision]:
+    return jax.device_get(_scan(seen, bounds))
+
+
+def batch(steps: list[Signals]) -> telemetry.Telemetry:
+    """Signals as the arrays that the law reads; a missing one keeps its last value."""
+    seen = jax.tree.map(lambda x: np.zeros([len(steps), *x.shape], x.dtype), telemetry.init())
+    flags = {
+        "gradient_norm": seen.has_gradient,
+        "overshoot": seen.has_overshoot,
+        "relative_step": seen.has_step,
+        "loss": seen.has_loss,
+    }
+    for i, step in enumerate(steps):
+        for name, x in vars(step).items():
+            field = getattr(seen, name)
+            field[i] = x if x is not None else field[max(i - 1, 0)]
+            if name in flags:
+                flags[name][i] = x is not None
+    return seen
+
+
+def noisy(length=LENGTH, seed=0, **changes) -> list[Signals]:
+    """A healthy run: falling loss and gradient, steps about the right length."""
+    rng = np.random.default_rng(seed)
+    steps = []
+    for t in range(length):
+        healthy = {
+            "gradient_norm": math.exp(rng.normal(0, 0.2)) * (1 + 4 / (1 + t)),
+            "overshoot": float(rng.normal(-0.01, 0.05)),
+            "relative_step": 0.004 * math.exp(rng.normal(0, 0.3)),
+            "loss": 3 + 4 / (1 + t / 30) + float(rng.normal(0, 0.05)),
+        }
+        steps.append(Signals(**{k: float(np.float32(x)) for k, x in healthy.items()}))
+    return steps
+
+
+def change(steps, where, **signals):
+    for i in where:
+        vars(steps[i]).update(signals)
+    return steps
+
+
+def _shifted(factor):
+    steps = noisy()
+    for step in steps[200:]:
+        step.gradient_norm *= factor
+    return steps
+
+
+def _stormy(seed):
+    """Everything at once, at random."""
+    rng = np.random.default_rng(seed)
+    steps = noisy(seed=seed)
+    faults = [
+        {"nonfinite_gradients": 7, "gradient_norm": None, "overshoot": None},
+        {"nonfinite_loss": 1, "loss": None},
+        {"nonfinite_updates": 2, "relative_step": None},
+        {"gradient_norm": 1e5},
+        {"gradient_norm": None},
+        {"gradient_norm": 0.0, "overshoot": None},
+        {"loss": 90.0},
+        {"overshoot": 0.9},
+        {"relative_step": 0.4},
+        {"overshoot": None, "relative_step": None},
+        {"loss": None},
+    ]
+    for step in steps:
+        if rng.random() < 0.15:
+            vars(step).update(faults[rng.integers(len(faults))])
+    return steps
+
+
+TRAJECTORIES = {
+    "healthy": noisy(),
+    "overshooting": change(noisy(), range(150, 250), overshoot=0.08, relative_step=0.03),
+    "long_steps": change(noisy(), range(100, 400), relative_step=0.05),
+    "nan_gradients": change(
+        noisy(), [0, 5, *range(100, 110)], nonfinite_gradients=3, gradient_norm=None
+    ),
+    "nan_losses": change(noisy(), [1, 50, 51], nonfinite_loss=1, loss=None),
+    "nonfinite_updates": change(noisy(), [30], nonfinite_updates=4, relative_step=None),
+    "gradient_spikes": change(noisy(), [60, 200, 201], gradient_norm=1e6),
+    "loss_spikes": change(noisy(), [60, 64, 200, 209, 219], loss=60.0),
+    "level_shift_3": _shifted(3),
+    "level_shift_25": _shifted(25),
+    "level_shift_1e6": _shifted(1e6),
+    "no_loss": change(noisy(), range(400), loss=None),
+    "no_overshoot": change(noisy(), range(400), overshoot=None),
+    "no_parameters": change(noisy(), range(400), relative_step=None),
+    "nothing_measured": change(noisy(), range(400), overshoot=None, relative_step=None, loss=None),
+    "zero_gradients": change(noisy(), range(100, 200), gradient_norm=0.0, overshoot=None),
+    "negative_loss": change(noisy(), range(200, 400), loss=-5.0),
+    "all_bad": change(noisy(), range(10, 400), nonfinite_gradients=1, gradient_norm=None),
+    **{f"stormy_{seed}": _stormy(seed) for seed in range(4)},
+}
+
+
+def names_of(all_names, numbers) -> list[str]:
+    return [all_names[i] for i in numbers]
+
+
+@pytest.mark.parametrize("steps", TRAJECTORIES.values(), ids=TRAJECTORIES)
+def test_trajectory_equals_the_reference(steps):
+    state, evidence, decision = run_law(batch(steps))
+    reference = LawReference(FLOOR, BOUNDS.max_skips, BOUNDS.max_interventions)
+    expected = [reference.step(step) for step in steps]
+    actual = {
+        "skip": decision.skip.tolist(),
+        "action": names_of(ACTIONS, decision.action),
+        "regime": names_of(REGIMES, state.regime),
+        "signal": names_of(SIGNALS, evidence.signal),
+        "exhausted": state.exhausted.tolist(),
+        "calm_steps": state.calm_steps.tolist(),
+        "skips_in_a_row": state.skips_in_a_row.tolist(),
+        "skips": state.skips.tolist(),
+    }
+    for name, values in actual.items():
+        assert values == [getattr(outcome, name) for outcome in expected], name
+    for name in ("log_scale", "budget"):
+        values = [getattr(outcome, name) for outcome in expected]
+        np.testing.assert_allclose(getattr(state, name), values, rtol=1e-3, atol=2e-3, err_msg=name)
+    for name in ("value", "threshold"):
+        values = [getattr(outcome, name) for outcome in expected]
+        np.testing.assert_allclose(getattr(evidence, name), values, rtol=5e-3, atol=1e-3)
+    np.testing.assert_allclose(np.log(decision.scale), state.log_scale, rtol=1e-4, atol=1e-5)
+    before = np.append(math.log(FLOOR), state.log_scale[:-1])
+    np.testing.assert_allclose(np.log(decision.scale_before), before, rtol=1e-4, atol=1e-5)
+
+
+def test_the_trajectories_visit_every_regime_signal_and_action():
+    """Or else the comparison above would prove less than it seems to."""
+    seen = {"regime": set(), "signal": set(), "action": set()}
+    for steps in TRAJECTORIES.values():
+        state, evidence, decision = run_law(batch(steps))
+        seen["regime"] |= set(names_of(REGIMES, state.regime))
+        seen["signal"] |= set(names_of(SIGNALS, evidence.signal))
+        seen["action"] |= set(names_of(ACTIONS, decision.action))
+    assert seen["regime"] == set(REGIMES)
+    assert seen["signal"] == set(SIGNALS) - {"none"}
+    assert seen["action"] == set(ACTIONS)
+
+
+# --- any float whatever ------------------------------------------------------------------------
+
+ANY_FLOAT = st.one_of(
+    st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True),
+    st.sampled_from([0.0, -0.0, 1e-45, 1e38, -1e38, math.inf, -math.inf, math.nan, 1.0]),
+)
+PROPERTY_LENGTH = 32
+STEP_FIELDS = ("gradient_norm", "overshoot", "relative_step", "loss")
+
+
+@st.composite
+def any_telemetry(draw):
+    """Any floats and any flags, whether or not telemetry would ever produce them."""
+    seen = jax.tree.map(lambda x: np.zeros([PROPERTY_LENGTH, *x.shape], x.dtype), telemetry.init())
+    for name in STEP_FIELDS:
+        pool = draw(st.lists(ANY_FLOAT, min_size=1, max_size=6))
+        values = list(itertools.islice(itertools.cycle(pool), PROPERTY_LENGTH))
+        getattr(seen, name)[:] = values
+    for name in ("has_gradient", "has_step", "has_overshoot", "has_loss"):
+        pattern = draw(st.integers(0, 2**PROPERTY_LENGTH - 1))
+        getattr(seen, name)[:] = [bool(pattern >> i & 1) for i in range(PROPERTY_LENGTH)]
+    for name in ("nonfinite_gradients", "nonfinite_loss", "nonfinite_updates"):
+        at = draw(st.lists(st.integers(0, PROPERTY_LENGTH - 1), max_size=4))
+        getattr(seen, name)[at] = draw(st.integers(1, 2**31 - 1))
+    return seen
+
+
+def assert_bounded(state: Control, decision: Decision, floor: float) -> None:
+    chex.assert_tree_all_finite(jax.tree.map(jnp.asarray, (state, decision)))
+    assert (decision.scale >= floor * (1 - EPS)).all()
+    assert (decision.scale <= 1).all()
+    moved = np.diff(state.log_scale, prepend=math.log(floor))
+    assert (moved >= -control.MOST_CUT - EPS).all()
+    assert (moved <= control.MOST_GROWTH + EPS).all()
+    assert (decision.scale >= 0.1 * decision.scale_before).all()
+    assert ((state.budget >= 0) & (state.budget <= BOUNDS.max_interventions)).all()
+    assert ((state.regime >= 0) & (state.regime < len(REGIMES))).all()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(any_telemetry(), st.sampled_from([1.0, 0.5, 0.01, 1e-6]))
+def test_any_floats_leave_the_law_in_bounds(seen, floor):
+    bounds = BOUNDS._replace(min_scale=floor)
+    state, evidence, decision = run_law(seen, bounds)
+    assert_bounded(state, decision, floor)
+    assert ((evidence.signal > 0) & (evidence.signal < len(SIGNALS))).all()
+    # Once exhausted, for ever; and every poisoned step is skipped, exhausted or not.
+    assert (np.diff(state.exhausted.astype(int)) >= 0).all()
+    np.testing.assert_array_equal(decision.skip, evidence.poison > 0)
+    poisoned = seen.nonfinite_gradients + seen.nonfinite_loss + seen.nonfinite_updates
+    assert decision.skip[poisoned > 0].all()
+
+
+@jax.jit
+def _decide_all(evidence: Evidence, bounds: Bounds):
+    def step(state, one):
+        state, decision = control.decide(state, one, bounds)
+        return state, (state, decision)
+
+    return jax.lax.scan(step, control.init(bounds), evidence)[1]
+
+
+def decide_all(bounds=BOUNDS, **given_evidence) -> tuple[Control, Decision]:
+    """`decide` on hand-made evidence; what is not given is quiet."""
+    length = max(len(np.atleast_1d(x)) for x in given_evidence.values())
+    fields = {name: np.zeros(length, np.float32) for name in Evidence._fields}
+    fields |= {"poison": np.zeros(length, np.int32), "signal": np.full(length, 6, np.int32)}
+    fields["spike"] = np.zeros(length, bool)
+    for name, x in given_evidence.items():
+        fields[name] = np.asarray(x, fields[name].dtype)
+    return jax.device_get(_decide_all(Evidence(**fields), bounds))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(ANY_FLOAT, min_size=PROPERTY_LENGTH, max_size=PROPERTY_LENGTH),
+    st.lists(st.integers(0, 9), min_size=PROPERTY_LENGTH, max_size=PROPERTY_LENGTH),
+)
+def test_any_alarm_leaves_the_decision_in_bounds(alarms, kinds):
+    poison = [4 if kind == 0 else 0 for kind in kinds]
+    spike = [kind == 1 for kind in kinds]
+    state, decision = decide_all(alarm=alarms, poison=poison, spike=spike)
+    assert_bounded(state, decision, FLOOR)
+    unmoved = decision.skip | ~np.isfinite(np.asarray(alarms, np.float32))
+    np.testing.assert_array_equal(decision.scale[unmoved], decision.scale_before[unmoved])
+
+
+# --- soft start, regimes, cool-down, budget -----------------------------------------------------
+
+DEEP, CALM = 1e6, -1e6  # alarms that ask for the largest cut and the largest growth
+
+
+def regimes(state: Control) -> list[str]:
+    return names_of(REGIMES, state.regime)
+
+
+def test_soft_start():
+    """From the floor upwards, by at most the growth of one step, to exactly 1."""
+    state, decision = decide_all(alarm=[CALM] * 100)
+    np.testing.assert_allclose(decision.scale_before[0], FLOOR, rtol=1e-5)
+    steps = math.ceil(-math.log(FLOOR) / control.MOST_GROWTH)
+    assert decision.scale[steps - 2] < 1
+    assert (decision.scale[steps:] == 1).all()
+    assert regimes(state)[0] == "recovering"
+    assert regimes(state)[-1] == "nominal"
+    assert not decision.action.any()  # a start is no intervention
+
+
+def test_a_cut_is_reported_once_and_a_recovery_once():
+    """Fifty steps up, ten down, ninety up again."""
+    state, decision = decide_all(alarm=[CALM] * 50 + [DEEP] * 10 + [CALM] * 90)
+    assert [r for r, _ in itertools.groupby(regimes(state))] == [
+        "recovering", "nominal", "stressed", "recovering", "nominal",
+    ]  # fmt: skip
+    actions = names_of(ACTIONS, decision.action[decision.action > 0])
+    assert actions == ["cut", "recover"]
+
+
+def test_hysteresis():
+    """Wavering by less than the turn changes no regime, however often."""
+    settle = [CALM] * 60
+    small = 0.4 * -math.log(control.TURN) / control.GAIN
+    state, decision = decide_all(alarm=settle + [small, -small] * 100)
+    assert set(regimes(state)[60:]) == {"nominal"}
+    assert not decision.action[60:].any()
+
+
+@pytest.mark.parametrize("trouble", ["spike", "poison"])
+def test_cool_down(trouble):
+    """After trouble: unstable, no growth for the cool-down, then recovering and growing again."""
+    length, at = 60, 20
+    happened = np.zeros(length, np.int32)
+    happened[at] = 1
+    state, decision = decide_all(alarm=[CALM] * length, **{trouble: happened})
+    calm_again = at + control.COOL_DOWN
+    assert set(regimes(state)[at:calm_again]) == {"unstable"}
+    assert regimes(state)[calm_again] == "recovering"
+    assert (decision.scale[at:calm_again] == decision.scale[at - 1]).all()
+    assert decision.scale[calm_again] > decision.scale[at]
+    first = "skip" if trouble == "poison" else "hold"
+    assert names_of(ACTIONS, decision.action[at:]) == [
+        first, *["none"] * (control.COOL_DOWN - 1), "recover", *["none"] * (length - calm_again - 1)
+    ]  # fmt: skip
+
+
+def test_an_unstable_run_may_still_be_cut():
+    spike = np.arange(40) == 25
+    alarm = np.where(np.arange(40) > 25, DEEP, CALM)
+    _, decision = decide_all(alarm=alarm, spike=spike)
+    assert decision.scale[26] < decision.scale[25]
+
+
+def test_budget_is_spent_and_earned():
+    """One intervention costs one; calm steps earn back, up to the whole and no further."""
+    poison = np.zeros(100, np.int32)
+    poison[[10, 11, 12]] = 4
+    state, _ = decide_all(poison=poison)
+    full = BOUNDS.max_interventions
+    np.testing.assert_allclose(state.budget[[9, 10, 11, 12]], [full, full - 1, full - 2, full - 3])
+    np.testing.assert_allclose(state.budget[13], full - 3 + control.EARNED, rtol=1e-6)
+    assert state.budget[12 + math.ceil(3 / control.EARNED) + 1] == full
+    assert state.budget.max() == full
+    assert not state.exhausted.any()
+
+
+def test_exhausted_by_skips_in_a_row_latches_and_skips_go_on():
+    bounds = BOUNDS._replace(max_skips=5)
+    poison = np.array([4] * 4 + [0] + [4] * 8 + [0] * 40)
+    state, decision = decide_all(bounds, poison=poison)
+    assert state.exhausted.argmax() == 9  # four in a row are not five
+    assert state.exhausted[9:].all()
+    np.testing.assert_array_equal(decision.skip, poison > 0)
+    assert state.skips[-1] == 12
+
+
+def test_exhausted_by_the_budget():
+    """Skips that are never in a row, but too many."""
+    bounds = BOUNDS._replace(max_interventions=3)
+    state, _ = decide_all(bounds, poison=[4, 0] * 10)
+    # Spends 1, earns 0.1: 2.1, 1.2, 0.3 left, and the fourth is one too many.
+    assert state.exhausted.argmax() == 6
+    assert state.exhausted[6:].all()
+
+
+def test_pinned_scale_holds():
+    state = control.init(BOUNDS)._replace(pinned=jnp.array(True), log_scale=jnp.float32(-1.0))
+    for alarm in (DEEP, CALM, math.nan):
+        quiet = Evidence(*[jnp.float32(0)] * 6)._replace(
+            poison=jnp.int32(0), spike=jnp.array(False), alarm=jnp.float32(alarm)
+        )
+        state, decision = control.decide(state, quiet, BOUNDS)
+        assert state.log_scale == -1.0
+        assert decision.scale == decision.scale_before
+
+
+# --- thresholds ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("climb", [False, True], ids=["jump", "climb"])
+def test_a_jump_is_skipped_and_a_climb_to_the_same_norm_is_not(climb):
+    quiet = np.full(100, 1.0)
+    steady = np.geomspace(1.0, 1000.0, 101)[:-1]
+    norms = np.append(steady if climb else quiet, 1000.0)
+    _, evidence, decision = run_law(batch([Signals(gradient_norm=x) for x in norms]))
+    assert decision.skip[-1] == (not climb)
+    assert not decision.skip[:-1].any()
+    assert SIGNALS[evidence.signal[-1]] == ("overshoot" if climb else "gradient_norm")
+
+
+def test_less_than_the_spike_factor_is_never_skipped():
+    """However quiet the run was, up to ten times the usual norm passes."""
+    for factor, skipped in ((0.95, False), (1.05, True)):
+        norms = [1.0] * 200 + [factor * control.SPIKE_FACTOR]
+        _, _, decision = run_law(batch([Signals(gradient_norm=x) for x in norms]))
+        assert decision.skip[-1] == skipped
+
+
+def test_first_step_is_judged_by_nothing():
+    """No threshold before anything was seen; non-finite values are refused all the same."""
+    for first, skipped in ((1e30, False), (None, True)):
+        _, _, decision = run_law(batch([Signals(gradient_norm=first, loss=1e30)]))
+        assert decision.skip[0] == skipped
