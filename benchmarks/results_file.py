@@ -1,0 +1,44 @@
+"""A JSON Lines file that runs append to and continue from."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Write one line, whole, in one call: several processes may append to one file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+    with path.open("ab+") as file:
+        torn = file.tell() and not _ends_whole(file)
+        file.write((b"\n" if torn else b"") + line.encode())
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; what a killed process left of its last line is no record.
+
+    Not-a-number and infinity come back as None.
+    """
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [record for record in records if isinstance(record, dict)]
+
+
+def _ends_whole(file: Any) -> bool:
+    file.seek(-1, 2)
+    return bool(file.read(1) == b"\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
