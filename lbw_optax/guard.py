@@ -78,8 +78,8 @@ def lbw_guard(
 
     def init_fn(params: Any) -> GuardState:
         nothing = jnp.zeros_like(telemetry.probe(params))
-        return GuardState(
-            inner_state=governed.init(params),
+        state = GuardState(
+            inner_state=None,
             guard_steps=jnp.zeros([], jnp.int32),
             mode=jnp.asarray(MODES.index(mode), jnp.int32),
             telemetry=telemetry.init(),
@@ -88,6 +88,8 @@ def lbw_guard(
             control=control.init(bounds),
             ring=ring.init(),
         )
+        # A buffer that two leaves share cannot be donated.
+        return jax.tree.map(jnp.copy, state)._replace(inner_state=governed.init(params))
 
     def update_fn(
         updates: Any, state: GuardState, params: Any = None, *, value: Any = None, **extra_args: Any
@@ -104,7 +106,7 @@ def lbw_guard(
 
         governing = state.mode == MODES.index("govern")
         skip = governing & decision.skip
-        applied = _apply(proposed, governing, skip, decision.scale)
+        applied = _apply(proposed, jnp.where(governing, decision.scale, 1.0), skip)
         if wrapped:
             probe = probe._replace(trace=telemetry.probe(applied))
         return applied, GuardState(
@@ -140,16 +142,15 @@ def _observe(
     return telemetry.observe_moved(seen, moved, here), Probe(trace=here, gradient=sampled)
 
 
-def _apply(updates: Any, governing: jax.Array, skip: jax.Array, scale: jax.Array) -> Any:
-    """s u; nothing at all on a skipped step; u itself, to the bit, when only observing."""
+def _apply(updates: Any, scale: jax.Array, skip: jax.Array) -> Any:
+    """s u in the dtype of u, and nothing at all on a skipped step."""
 
     def act(u: jax.Array) -> jax.Array:
         if not jnp.issubdtype(u.dtype, jnp.inexact):
             return u
         scaled = (u * scale.astype(jnp.promote_types(u.dtype, jnp.float32))).astype(u.dtype)
         # Adding -0.0 leaves every float as it is; adding 0.0 would turn -0.0 into 0.0.
-        scaled = jnp.where(skip, jnp.full_like(u, -0.0), scaled)
-        return jnp.where(governing, scaled, u)
+        return jnp.where(skip, jnp.full_like(u, -0.0), scaled)
 
     return jax.tree.map(act, updates)
 
