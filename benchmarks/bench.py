@@ -1,10 +1,9 @@
 """What all cells of the stress benchmark share: tokens, model, and the pre-trained base.
 
-The base is trained on the first half of the train split mixed with the source of Python's standard
-library, and fine-tuned on the second half of the train split, which it has not seen: it has
-something to learn, and gives up one domain for the other, as when a general model is tuned. Without
-a data directory the corpus is the standard library itself, and only the half is new. From scratch
-all of the train split is used.
+The base is trained on Python's standard library and the first tenth of the train split, and
+fine-tuned on the other nine tenths, which it has not seen: as a general model is tuned to a domain
+it knows a little of. Without a data directory the corpus is the standard library itself, and the
+base has its first tenth. From scratch all of the train split is used.
 """
 
 import hashlib
@@ -94,11 +93,11 @@ def _loss_fn(size: Size, adapters: bool) -> loop.LossFn:
 
 def _tokens(corpus: data.Corpus, *, mixed: bool) -> dict[str, np.ndarray]:
     train = np.asarray(corpus.train)
-    first, second = np.array_split(train, 2)
+    known, new = np.split(train, [len(train) // 10])
     if mixed:
         source = data.encode(corpus.tokenizer, data.standard_library()["train"])
-        first = np.concatenate([first, source])
-    return {"pretrain": first, "finetune": second, "scratch": train}
+        known = np.concatenate([known, source])
+    return {"pretrain": known, "finetune": new, "scratch": train}
 
 
 def _facts(directory: str | Path | None, corpus: data.Corpus, size: Size) -> dict[str, Any]:

@@ -19,6 +19,7 @@ class Method(NamedTuple):
     build: Callable[[Recipe], optax.GradientTransformation]
     title: str
     takes_lr: bool = True
+    guarded: bool = False
     regimes: tuple[str, ...] = ("lora", "full", "scratch", "recipe")
 
 
@@ -119,12 +120,19 @@ METHODS = {
     "prodigy": Method(prodigy, "Prodigy", takes_lr=False),
     "dadapt-adamw": Method(dadapt_adamw, "D-Adapt AdamW", takes_lr=False),
     "schedule-free": Method(schedule_free, "schedule-free AdamW"),
-    "guard": Method(lambda r: lbw_guard(adamw(r)), "**guard**, wrapped"),
+    "guard": Method(lambda r: lbw_guard(adamw(r)), "guard", guarded=True),
     "guard-clip-1.0": Method(
-        lambda r: lbw_guard(adamw(r._replace(clip=1.0))), "guard + clip 1.0", regimes=("lora",)
+        lambda r: lbw_guard(adamw(r._replace(clip=1.0))),
+        "guard + clip 1.0",
+        guarded=True,
+        regimes=("lora",),
     ),
     "guard-chained": Method(
-        lambda r: optax.chain(lbw_guard(), adamw(r)), "guard, chained before AdamW"
+        lambda r: optax.chain(lbw_guard(), adamw(r)), "guard, chained before AdamW", guarded=True
     ),
-    "guard-observe": Method(lambda r: lbw_guard(adamw(r), mode="observe"), "guard, observing"),
+    "guard-observe": Method(
+        lambda r: lbw_guard(adamw(r), mode="observe"), "guard, observing", guarded=True
+    ),
 }
+
+QUICK = ("adamw", "clip-1.0", "stable-spam", "prodigy", "guard")

@@ -72,7 +72,7 @@ REGIMES = {
     regime.name: regime
     for regime in (
         Regime("lora", "LoRA", True, True, 0.999, 1e-4, None, False, TO_300, 2e-3),
-        Regime("full", "full fine-tuning", True, False, 0.999, 1e-4, None, False, TO_300, 2e-4),
+        Regime("full", "full fine-tuning", True, False, 0.999, 1e-4, None, False, TO_300, 1e-3),
         Regime("scratch", "from scratch", False, False, 0.999, 1e-4, None, False, TO_30, 2e-3),
         Regime("recipe", "warm-up + cosine", False, False, 0.95, 0.1, 1.0, True, TO_30, 5e-3),
     )
@@ -103,6 +103,17 @@ SIZES = {
             steps={"lora": 150, "full": 150, "scratch": 300, "recipe": 400},
             evaluated=32_768,
             curve_windows=32,
+            rank=8,
+        ),
+        Size(
+            name="quick",
+            config=_decoder(vocab=512, hidden=64, layers=2),
+            length=64,
+            batch_size=8,
+            base_steps=600,
+            steps={"lora": 75, "full": 75, "scratch": 150, "recipe": 200},
+            evaluated=16_384,
+            curve_windows=16,
             rank=8,
         ),
     )
@@ -177,7 +188,7 @@ def _watch(state: Any, keep: tuple[str, ...]) -> dict[str, jax.Array]:
         metrics = lbw_optax.metrics(state)
     except ValueError:  # no guard in this state
         return {}
-    return {name: metrics[name] for name in ("scale", "events", *keep)}
+    return {name: metrics[name] for name in ("scale", "events", "skips", *keep)}
 
 
 def averaged(params: Any, state: Any) -> Any:

@@ -3,16 +3,19 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Write one line, whole, in one call: several processes may append to one file."""
+def append(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write one line, whole, in one call, and give the record as `read` will.
+
+    Several processes may append to one file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+    line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
     with path.open("ab+") as file:
-        torn = file.tell() and not _ends_whole(file)
-        file.write((b"\n" if torn else b"") + line.encode())
+        file.write((b"\n" if _is_torn(file) else b"") + line.encode() + b"\n")
+    return json.loads(line)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -31,9 +34,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict)]
 
 
-def _ends_whole(file: Any) -> bool:
+def _is_torn(file: BinaryIO) -> bool:
+    if file.seek(0, 2) == 0:
+        return False
     file.seek(-1, 2)
-    return bool(file.read(1) == b"\n")
+    return file.read(1) != b"\n"
 
 
 def _finite(value: Any) -> Any:

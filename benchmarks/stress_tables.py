@@ -1,0 +1,205 @@
+"""Tables and figure from the result file of `python -m benchmarks.stress`.
+
+    python -m benchmarks.stress_tables          # writes benchmarks/STRESS.md and STRESS.png
+
+What the numbers mean is said in `benchmarks.stress_grid` and above each table.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks import results_file
+from benchmarks.methods import METHODS
+from benchmarks.regimes import REGIMES
+from benchmarks.stress import RESULTS
+from benchmarks.stress_figure import draw
+from benchmarks.stress_grid import Grid, load, pace, perplexity, sensitivity
+from benchmarks.stress_targets import peers, targets
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stress_tables")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="result file, JSON Lines")
+    parser.add_argument("--out", type=Path, default=RESULTS.parent.parent / "STRESS.md")
+    parser.add_argument("--split", choices=("valid", "test"), default="test")
+    options = parser.parse_args(arguments)
+    records = results_file.read(options.results)
+    if not records:
+        parser.exit(2, f"{options.results} holds no cell: run python -m benchmarks.stress first\n")
+    grid = load(records, options.split)
+    picture = options.out.with_suffix(".png")
+    options.out.write_text(report(grid, picture.name), encoding="utf-8")
+    draw(grid, picture)
+    print(f"wrote {options.out} and {picture}")
+
+
+def report(grid: Grid, picture: str) -> str:
+    parts = ["# Stress benchmark", _provenance(grid), f"![Perplexity over rate]({picture})"]
+    parts += ["## Targets", target_table(grid), lost_cells(grid)]
+    for regime in grid.regimes():
+        parts += [f"## {REGIMES[regime].title}", _about(grid, regime)]
+        parts += [perplexity_table(grid, regime)]
+        parts += ["Steps to AdamW's final loss at its tuned rate, over AdamW's own:"]
+        parts += [pace_table(grid, regime)]
+    parts += ["## LR sensitivity S", _SENSITIVITY, sensitivity_table(grid)]
+    parts += ["## Interventions of the guard", _INTERVENTIONS, intervention_table(grid)]
+    parts += ["## Time", "Seconds a run, with its compilation and evaluation.", time_table(grid)]
+    return "\n\n".join(parts) + "\n"
+
+
+_SENSITIVITY = (
+    "Mean over the rates of min(loss, loss before training), less the method's best loss. "
+    "It says nothing of how good that best loss is."
+)
+_INTERVENTIONS = (
+    "Events the guard reports; cuts of the scale below 0.9 after the soft start, which ends at "
+    "0.9 or after a quarter of the run; skips; share of steps below 0.9; smallest and last scale."
+)
+
+
+def _provenance(grid: Grid) -> str:
+    newest = max(grid.cells.values(), key=lambda record: len(record["versions"]))
+    seeds = sorted({key[3] for key in grid.cells})
+    commits = sorted({f"{r['commit']}"[:10] + "*" * bool(r["dirty"]) for r in grid.cells.values()})
+    shape = newest["model"]
+    versions = ", ".join(f"{name} {number}" for name, number in newest["versions"].items())
+    return (
+        f"Data: {newest['data']}; tokenizer: {newest['tokenizer']}. Model: "
+        f"{shape['num_hidden_layers']} layers, {shape['hidden_size']} wide; sequences of "
+        f"{newest['length']}, batch {newest['batch_size']}. Medians over seeds "
+        f"{', '.join(map(str, seeds))}; ± is half the range; **bold** is the best of a column. "
+        f"{len(grid.cells)} cells at commit {', '.join(commits)} (* with local changes); "
+        f"{versions}; {newest['machine']}.\n\nMade by `python -m benchmarks.stress` and "
+        "`python -m benchmarks.stress_tables`."
+    )
+
+
+def _about(grid: Grid, regime: str) -> str:
+    records = [record for key, record in grid.cells.items() if key[0] == regime]
+    before = statistics.median(record["before"][grid.split] for record in records)
+    return (
+        f"Final {grid.split} perplexity after {records[0]['steps']} steps, from {before:.2f} "
+        f"before the first. ×1 is AdamW's tuned learning rate, {grid.tuned[regime]:g}."
+    )
+
+
+def target_table(grid: Grid) -> str:
+    rows = [
+        [t.title, f"≤ {t.must:g}", f"≤ {t.aim:g}", _number(t.measured, 3), t.verdict]
+        for t in targets(grid)
+    ]
+    return _markdown(["worst of its kind", "must", "aim", "measured", ""], rows)
+
+
+def lost_cells(grid: Grid) -> str:
+    """Every cell in which a peer ends better than the guard, said in words."""
+    lost = []
+    for regime in grid.regimes():
+        for multiple in grid.multiples(regime):
+            own = perplexity(grid, regime, "guard", multiple)
+            values = {
+                peer: perplexity(grid, regime, peer, multiple) for peer in peers(grid, regime)
+            }
+            better = {p: v for p, v in values.items() if v is not None and own and v < own}
+            if better:
+                best = min(better, key=better.__getitem__)
+                lost.append(
+                    f"- {REGIMES[regime].title} ×{multiple}: {len(better)} peers, best "
+                    f"{METHODS[best].title} ({better[best]:.2f}; the guard {own:.2f})"
+                )
+    return "\n".join(["Where a peer ends better than the guard:\n", *(lost or ["- nowhere"])])
+
+
+def perplexity_table(grid: Grid, regime: str) -> str:
+    def entry(method: str, multiple: int) -> tuple[float, str] | None:
+        losses = grid.losses(regime, method, multiple).values()
+        middle = perplexity(grid, regime, method, multiple)
+        if middle is None:
+            return None
+        if math.isinf(middle):
+            return middle, "diverged"
+        spread = f" ± {(math.exp(max(losses)) - math.exp(min(losses))) / 2:.2f}"
+        return middle, f"{middle:.2f}" + (spread if len(losses) > 1 else "")
+
+    return _by_multiple(grid, regime, entry)
+
+
+def pace_table(grid: Grid, regime: str) -> str:
+    def entry(method: str, multiple: int) -> tuple[float, str] | None:
+        share = pace(grid, regime, method, multiple)
+        return None if share is None or math.isinf(share) else (share, f"{share:.2f}")
+
+    return _by_multiple(grid, regime, entry)
+
+
+def _by_multiple(
+    grid: Grid, regime: str, entry: Callable[[str, int], tuple[float, str] | None]
+) -> str:
+    """Methods by multiples of the tuned rate; the smallest value of a column is bold."""
+    methods, multiples = grid.methods(regime), grid.multiples(regime)
+    columns = [_bold_smallest([entry(method, k) for method in methods]) for k in multiples]
+    rows = zip([METHODS[method].title for method in methods], *columns, strict=True)
+    return _markdown(["", *(f"×{k}" for k in multiples)], rows)
+
+
+def _bold_smallest(entries: list[tuple[float, str] | None]) -> list[str]:
+    smallest = min((entry[0] for entry in entries if entry), default=0.0)
+    return [
+        "–" if entry is None else f"**{entry[1]}**" if entry[0] == smallest else entry[1]
+        for entry in entries
+    ]
+
+
+def sensitivity_table(grid: Grid) -> str:
+    methods = [name for name, method in METHODS.items() if method.takes_lr]
+    columns = []
+    for regime in grid.regimes():
+        values = [sensitivity(grid, regime, method) for method in methods]
+        columns.append(_bold_smallest([None if s is None else (s, f"{s:.3f}") for s in values]))
+    rows = zip([METHODS[method].title for method in methods], *columns, strict=True)
+    return _markdown(["", *(REGIMES[regime].title for regime in grid.regimes())], rows)
+
+
+def intervention_table(grid: Grid) -> str:
+    keys = ("events", "cuts", "skips", "share_below", "smallest", "last")
+    rows = []
+    for regime in grid.regimes():
+        for method in grid.methods(regime):
+            for multiple in grid.multiples(regime):
+                records = grid.records(regime, method, multiple).values()
+                if METHODS[method].guarded and records:
+                    cell = [REGIMES[regime].title, METHODS[method].title, f"×{multiple}"]
+                    rows.append(cell + [_middle(r["guard"][key] for r in records) for key in keys])
+    return _markdown(["", "", "", *(key.replace("_", " ") for key in keys)], rows)
+
+
+def time_table(grid: Grid) -> str:
+    rows = []
+    for name, method in METHODS.items():
+        times = [
+            [r["seconds"] for key, r in grid.cells.items() if key[:2] == (regime, name)]
+            for regime in grid.regimes()
+        ]
+        if any(times):
+            rows.append([method.title, *(_middle(column) if column else "–" for column in times)])
+    return _markdown(["", *(REGIMES[regime].title for regime in grid.regimes())], rows)
+
+
+def _middle(values: Iterable[float]) -> str:
+    return f"{statistics.median(values):.3g}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _markdown(header: list[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
