@@ -31,10 +31,10 @@ TITLES = {"scratch": "From scratch", "lora": "LoRA on a briefly trained base"}
 METHODS = {"adamw": "AdamW", "guard": "guard"}
 MULTIPLES = (1, 10, 100)
 # The best of the grid for AdamW: benchmarks/results/demo_tuning.json, made with --tune.
-RATES = {"scratch": 3e-3, "lora": 1e-2}
+RATES = {"scratch": 1e-3, "lora": 2e-3}
 GRID = {
-    "scratch": (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2),
-    "lora": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 3e-2),
+    "scratch": (5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3),
+    "lora": (5e-4, 1e-3, 2e-3, 3e-3, 5e-3),
 }
 
 
@@ -43,9 +43,9 @@ class Settings(NamedTuple):
 
     config: Config = PRESETS["tiny"]
     batch_size: int = 8
-    length: int = 128
-    scratch_steps: int = 300
-    lora_steps: int = 150
+    length: int = 64
+    scratch_steps: int = 700
+    lora_steps: int = 300
     evaluated: int = 65_536  # targets of the held-out split
     rank: int = 8
     alpha: float = 16.0
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except data.DataError as error:
         parser.exit(2, f"train.demo: {error}\n")
     except OSError as error:
-        parser.exit(2, f"train.demo: cannot write {error.filename}: {error.strerror}\n")
+        parser.exit(2, f"train.demo: cannot write {error.filename or 'a file'}: {error.strerror}\n")
     except KeyboardInterrupt:
         parser.exit(130, "train.demo: stopped before the first run was finished\n")
 
@@ -105,7 +105,8 @@ def compare(bench: "Bench", out: Path) -> int:
         try:
             for run in _runs(bench, progress):
                 runs.append(run)
-                progress.note(f"{_name(run)}: test perplexity {run.perplexity:.2f}")
+                name = _name(run.task, run.method, run.rate)
+                progress.note(f"{name}: test perplexity {run.perplexity:.2f}")
         except KeyboardInterrupt:
             if not runs:
                 raise
@@ -200,8 +201,8 @@ class Bench:
     def run(self, task: Task, method: str, rate: float, judged_on: str, progress: Progress) -> Run:
         """Train, and measure the perplexity on the split `judged_on`."""
         started = time.perf_counter()
-        progress.start(f"{TITLES[task.name]}, {METHODS[method]}, learning rate {rate:g}")
-        tx = self._optimizers[method]
+        tx, steps = self._optimizers[method], self.settings.steps(task.name)
+        progress.start(_name(task.name, method, rate), steps)
         events: dict[int, lbw_optax.Event] = {}
 
         def on_step(step: int, metrics: dict[str, np.ndarray], opt_state: Any) -> None:
@@ -214,7 +215,7 @@ class Bench:
             task.params,
             tx,
             task.batch,
-            self.settings.steps(task.name),
+            steps,
             frozen=task.frozen,
             opt_state=optax.tree.set(tx.init(task.params), learning_rate=jnp.float32(rate)),
             on_step=on_step,
@@ -270,8 +271,8 @@ def _multiple(multiple: float) -> str:
     return "tuned" if multiple == 1 else f"{multiple:g}×"
 
 
-def _name(run: Run) -> str:
-    return f"{TITLES[run.task]}, {METHODS[run.method]}, learning rate {run.rate:g}"
+def _name(task: str, method: str, rate: float) -> str:
+    return f"{TITLES[task]}, {METHODS[method]}, learning rate {rate:g}"
 
 
 def _panels(runs: Sequence[Run]) -> dict[str, list[report.Curve]]:

@@ -19,14 +19,14 @@ class Progress:
     def __init__(self, total: int, *, every: float = 5.0):
         self._every = every
         self._started = self._shown = time.monotonic()
-        self._run = ""
+        self._run, self._steps = "", 0
         live = sys.stderr.isatty()
         self._bar = tqdm(total=total, disable=not live, dynamic_ncols=True, bar_format=_BAR)
         self._done, self._total = 0, total
 
-    def start(self, run: str) -> None:
-        """Name the run that the next steps belong to."""
-        self._run = run
+    def start(self, run: str, steps: int) -> None:
+        """Name the run that the next steps belong to, and its length."""
+        self._run, self._steps = run, steps
         self._bar.set_description_str(run)
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
@@ -35,7 +35,8 @@ class Progress:
         self._bar.set_postfix_str(describe(metrics), refresh=False)
         self._bar.update()
         if self._bar.disable and time.monotonic() - self._shown > self._every:
-            self.note(f"{self._run}  step {step + 1}  {describe(metrics)}  {self._left()} left")
+            place = f"{self._run}  step {step + 1}/{self._steps}"
+            self.note(f"{place}  {describe(metrics)}  {self._left()} left")
 
     def note(self, line: str) -> None:
         """Print a line that stays."""

@@ -10,11 +10,11 @@ METRICS = {"loss": np.float32(2.5), "scale": np.float32(0.25), "regime": np.int3
 
 def test_lines_name_run_step_loss_scale_regime_and_time_left(capsys):
     with Progress(10, every=-1.0) as progress:
-        progress.start("LoRA, guard")
+        progress.start("LoRA, guard", steps=5)
         progress.step(0, METRICS)
         progress.note("a line that stays")
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("LoRA, guard  step 1  loss 2.500  scale 0.250  stressed  ")
+    assert first.startswith("LoRA, guard  step 1/5  loss 2.500  scale 0.250  stressed  ")
     assert first.endswith(" left")
     assert second == "a line that stays"
 
