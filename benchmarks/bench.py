@@ -6,6 +6,7 @@ it knows a little of. Without a data directory the corpus is the standard librar
 base has its first tenth. From scratch all of the train split is used.
 """
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +64,7 @@ def prepare(directory: str | Path | None, size: Size) -> Bench:
         held_out=held_out,
         curve=rows[:: len(rows) // size.curve_windows][: size.curve_windows],
         base={},
-        losses={adapters: _loss_fn(size, adapters) for adapters in (False, True)},
+        losses={adapters: _loss_fn(size.config, size.rank, adapters) for adapters in (False, True)},
     )
     return bench._replace(base=_base(bench))
 
@@ -73,22 +74,23 @@ def start(bench: Bench, seed: int, *, from_base: bool, adapters: bool) -> tuple[
     fresh = model.Decoder(bench.size.config, rngs=nnx.Rngs(seed))
     if from_base:
         nnx.update(fresh, nnx.State(bench.base))
-    _, params, frozen = _taken_apart(fresh, bench.size, seed, adapters)
+    _, params, frozen = _taken_apart(fresh, bench.size.rank, seed, adapters)
     return params, frozen
 
 
 def _taken_apart(
-    decoder: model.Decoder, size: Size, seed: int, adapters: bool
+    decoder: model.Decoder, rank: int, seed: int, adapters: bool
 ) -> tuple[Any, Any, Any]:
     if not adapters:
         return model.split(decoder)
-    lora.add_lora(decoder, rank=size.rank, alpha=2 * size.rank, rngs=nnx.Rngs(seed))
+    lora.add_lora(decoder, rank=rank, alpha=2 * rank, rngs=nnx.Rngs(seed))
     return model.split(decoder, nnx.LoRAParam)
 
 
-def _loss_fn(size: Size, adapters: bool) -> loop.LossFn:
-    fresh = model.Decoder(size.config, rngs=nnx.Rngs(0))
-    return model.next_token_loss(_taken_apart(fresh, size, 0, adapters)[0])
+@functools.cache  # one function per shape, so that what is compiled for it is compiled once
+def _loss_fn(config: model.Config, rank: int, adapters: bool) -> loop.LossFn:
+    fresh = model.Decoder(config, rngs=nnx.Rngs(0))
+    return model.next_token_loss(_taken_apart(fresh, rank, 0, adapters)[0])
 
 
 def _tokens(corpus: data.Corpus, *, mixed: bool) -> dict[str, np.ndarray]:

@@ -107,6 +107,7 @@ def plan(
 
 def _tuning_loss(result: Callable[[Cell], dict[str, Any]], regime: str, lr: float) -> float:
     perplexity = result(Cell(regime, "adamw", lr, TUNING_SEED))["perplexity"]["valid"]
+    print(f"tuning {regime}: lr {lr:g}, valid perplexity {perplexity}", file=sys.stderr, flush=True)
     return float("inf") if perplexity is None else perplexity
 
 

@@ -84,9 +84,9 @@ def ratio(grid: Grid, regime: str, method: str, multiple: int) -> float | None:
 
 
 def sensitivity(grid: Grid, regime: str, method: str) -> float | None:
-    """S; None where a cell of the grid is missing."""
+    """S over the rates that were run; None for one rate, or where a cell is missing."""
     columns = [grid.records(regime, method, k) for k in grid.multiples(regime)]
-    seeds = set.intersection(*map(set, columns)) if columns else set()
+    seeds = set.intersection(*map(set, columns)) if len(columns) > 1 else set()
     values = [_sensitivity(grid, [column[seed] for column in columns]) for seed in seeds]
     return statistics.median(values) if values else None
 

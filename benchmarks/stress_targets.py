@@ -1,5 +1,6 @@
 """The targets of the stress benchmark: what must be reached, and what was measured."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -92,6 +93,8 @@ def _worst_cell(grid: Grid) -> float | None:
 
 def _steadiness(grid: Grid) -> float | None:
     def against(regime: str) -> float | None:
+        if grid.multiples(regime) != list(REGIMES[regime].multiples):
+            return None
         rated = [peer for peer in peers(grid, regime) if METHODS[peer].takes_lr]
         known = [s for peer in rated if (s := sensitivity(grid, regime, peer)) is not None]
         return _over(sensitivity(grid, regime, "guard"), min(known, default=None))
@@ -115,4 +118,6 @@ def _worst(values: Iterable[float | None]) -> float | None:
 
 
 def _over(value: float | None, other: float | None) -> float | None:
-    return None if value is None or other is None else value / other
+    if value is None or other is None:
+        return None
+    return value / other if other else math.inf
