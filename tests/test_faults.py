@@ -184,7 +184,7 @@ HEALTHY_BUT_EXTREME = {
 
 @pytest.mark.parametrize(("dtype", "size"), HEALTHY_BUT_EXTREME.values(), ids=HEALTHY_BUT_EXTREME)
 def test_extreme_but_healthy_gradients_are_not_skipped(dtype, size):
-    """Their squares overflow (300^2 in f16) or nearly so; they are what this run's gradients are."""
+    """Their squares overflow (300^2 in f16) or nearly so, and yet this run is healthy."""
     run, params = _plain_descent(), small_params(dtype)
     state = run.init(params)
     rng = np.random.default_rng(6)
@@ -241,11 +241,11 @@ TREES = {
     "empty": {},
     "scalar": np.float32(3.0),
     "python_tuple": (np.float32(3.0), np.float32([[-2.0]])),
-    "size_0_leaves": {"a": np.zeros([0, 3], np.float32), "b": np.float32([2.0, -1.0]), "c": np.zeros([0], np.float32)},
+    "size_0_leaves": {"a": np.zeros([0, 3], np.float32), "b": np.float32([2.0, -1.0])},
     "none_leaves": {"a": None, "b": np.float32([2.0, -1.0])},
     "masked_node_leaves": {"a": MASKED, "b": np.float32([2.0, -1.0])},
     "only_size_0": {"a": np.zeros([0], np.float32)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
@@ -322,7 +322,7 @@ def test_a_lasting_shift_of_level_is_accepted_again(factor, most, noise):
     state, skipped = run.init(params), []
     for step in range(160):
         level = (factor if step >= 100 else 1.0) * math.exp(noise * rng.normal())
-        gradients = jax.tree.map(lambda p: np.full_like(p, level / 4), jax.device_get(params))
+        gradients = _every(gradients_of(params), level / 4)
         before = int(guard_in(state).control.skips)
         params, state = run.step(params, state, gradients, np.float32(1))
         skipped.append(int(guard_in(state).control.skips) > before)
@@ -449,7 +449,7 @@ def test_guard_inside_multi_steps_with_a_skip_function_goes_on(micro_step):
 
 @pytest.mark.parametrize("fault", AT_FIRST)
 def test_chained_guard_keeps_every_fault_out(fault):
-    """Gradient-side authority: zeros go in; AdamW's state stays finite and its weights still move."""
+    """Gradient-side authority: zeros go in, AdamW's state stays finite, its weights still move."""
     run, params = chained("adamw"), small_params()
     params, state = train(run, params, run.init(params), 20)
     bad = FAULTS[fault][0](gradients_of(params), np.float32(1))

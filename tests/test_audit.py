@@ -1,0 +1,371 @@
+"""What the host reads and orders: metrics, events, check, override, the audit log."""
+
+import functools
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from support import assert_same_bits, gradients_of, guard_in, guarded, run_of, small_params, train
+
+import lbw_optax
+from lbw_optax import AuditLog, lbw_guard
+from lbw_optax.ring import SIZE, Event
+
+LABELS = {"bias": "bare", "gain": "bare", "weights": "governed"}
+
+
+def governed():
+    return lbw_guard(optax.sgd(0.1))
+
+
+NESTS = {
+    "plain": governed,
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), governed()),
+    "chained_before": lambda: optax.chain(lbw_guard(), optax.adamw(1e-3)),
+    "multi_steps": lambda: optax.MultiSteps(governed(), 2).gradient_transformation(),
+    "around_multi_steps": lambda: lbw_guard(optax.MultiSteps(optax.sgd(0.1), 2)),
+    "masked": lambda: optax.masked(governed(), {"bias": True, "gain": False, "weights": True}),
+    "partition": lambda: optax.partition(
+        {"governed": governed(), "bare": optax.sgd(0.1)}, dict(LABELS)
+    ),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(lbw_guard)(optax.sgd(0.1), min_scale=0.1),
+    "deep": lambda: optax.chain(
+        optax.masked(optax.chain(optax.trace(0.9), governed()), dict.fromkeys(LABELS, True)),
+        optax.identity(),
+    ),
+}  # fmt: skip
+READERS = {
+    "metrics": lbw_optax.metrics,
+    "events": lbw_optax.events,
+    "check": lbw_optax.check,
+    "override": functools.partial(lbw_optax.override, scale=0.5),
+}
+
+
+@pytest.mark.parametrize("make", NESTS.values(), ids=NESTS)
+def test_a_guard_is_found_in_every_nest(make):
+    state = make().init(small_params())
+    changed = lbw_optax.override(state, scale=0.5)
+    assert jax.tree.structure(changed) == jax.tree.structure(state)
+    np.testing.assert_allclose(jax.jit(lbw_optax.metrics)(changed)["scale"], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(lbw_optax.metrics(changed)["scale"], 0.5, rtol=1e-6)
+    assert lbw_optax.events(changed) == []
+    lbw_optax.check(changed)
+    assert_same_bits(make().init(small_params()), state)  # and the old state is as it was
+
+
+class Line(nnx.Module):
+    def __init__(self):
+        self.weight = nnx.Param(jnp.array([2.0, -1.0]))
+
+
+def test_flax_nnx_optimizer():
+    model = Line()
+    optimizer = nnx.Optimizer(model, lbw_guard(optax.sgd(0.1)), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, bad):
+        value, gradients = nnx.value_and_grad(lambda m: jnp.sum(m.weight[...] ** 2))(model)
+        gradients = jax.tree.map(lambda g: jnp.where(bad, jnp.nan, g), gradients)
+        optimizer.update(model, gradients, value=value)
+        return lbw_optax.metrics(optimizer.opt_state)
+
+    for bad in (False, False, True):
+        inside = step(model, optimizer, bad)
+    outside = lbw_optax.metrics(optimizer.opt_state)
+    chex.assert_trees_all_equal(inside, outside)
+    assert int(outside["skips"]) == 1
+    assert [event.action for event in lbw_optax.events(optimizer.opt_state)] == ["skip"]
+    optimizer.opt_state = lbw_optax.override(optimizer.opt_state, scale=0.25)
+    before = np.asarray(model.weight[...])
+    step(model, optimizer, False)
+    np.testing.assert_allclose(model.weight[...], before * (1 - 0.25 * 0.1 * 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_no_guard(read):
+    with pytest.raises(ValueError, match=r"holds no guard.*lbw_guard\(inner\)"):
+        read(optax.adamw(1e-3).init(small_params()))
+
+
+@pytest.mark.parametrize("name", ["metrics", "events"])
+def test_two_guards(name):
+    two = optax.chain(lbw_guard(), governed()).init(small_params())
+    with pytest.raises(ValueError, match=r"holds 2 guards.*pass the part"):
+        READERS[name](two)
+    assert READERS[name](two[0]) is not None
+    lbw_optax.check(lbw_optax.override(two, mode="observe"))  # these mean both
+
+
+def test_metrics_are_scalars_that_repeat_the_state():
+    run, params = guarded("adamw"), small_params()
+    _, state = train(run, params, run.init(params), 5)
+    metrics = lbw_optax.metrics(state)
+    chex.assert_shape(list(metrics.values()), ())
+    guard = guard_in(state)
+    assert float(metrics["gradient_norm"]) == float(guard.telemetry.gradient_norm)
+    assert int(metrics["regime"]) == int(guard.control.regime)
+    assert float(metrics["scale"]) == pytest.approx(np.exp(guard.control.log_scale))
+    assert float(metrics["loss_trend"]) < 0  # it fell
+    counts = [int(metrics[f"gradient_log2/{k}"]) for k in range(-24, 8, 2)]
+    assert counts == guard.telemetry.histogram.tolist()
+    assert sum(counts) == 16
+
+
+# --- override ----------------------------------------------------------------------------------
+
+
+def test_override_pins_and_releases_without_compiling_again():
+    run, params = guarded("adamw"), small_params()
+    params, state = train(run, params, run.init(params), 3)
+    compiled = run.update._cache_size()
+    state = lbw_optax.override(state, scale=0.3)
+    for _ in range(5):
+        params, state = train(run, params, state, 1)
+        assert float(lbw_optax.metrics(state)["scale"]) == pytest.approx(0.3)
+    state = lbw_optax.override(state, scale="auto")
+    params, state = train(run, params, state, 3)
+    assert float(lbw_optax.metrics(state)["scale"]) != pytest.approx(0.3)
+    assert run.update._cache_size() == compiled
+
+
+def test_a_pinned_guard_still_skips():
+    run, params = guarded("adamw"), small_params()
+    state = lbw_optax.override(run.init(params), scale=1.0)
+    bad = jax.tree.map(lambda g: g * np.float32(np.nan), gradients_of(params))
+    after, state = run.step(params, state, bad, np.float32(1))
+    assert_same_bits(after, params)
+    assert float(lbw_optax.metrics(state)["scale"]) == 1.0
+
+
+def test_override_of_the_mode_and_back():
+    run, params = guarded("sgd_momentum"), small_params()
+    state = lbw_optax.override(run.init(params), mode="observe")
+    updates, state = run.update(gradients_of(params), state, params, value=np.float32(1))
+    expected = jax.tree.map(lambda g: np.float32(-0.1) * g, gradients_of(params))
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+    state = lbw_optax.override(state, mode="govern")
+    updates, _ = run.update(gradients_of(params), state, params, value=np.float32(1))
+    assert abs(float(updates["gain"])) < 0.1 * abs(float(expected["gain"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("scale", x) for x in (0, 0.0, -1, 1.5, float("nan"), float("inf"), "x", "")]
+    + [("mode", x) for x in ("x", "", "auto", 1)],
+    ids=repr,
+)
+def test_bad_override_is_named_with_its_value(name, value):
+    state = governed().init(small_params())
+    with pytest.raises(ValueError, match=name) as error:
+        lbw_optax.override(state, **{name: value})
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=(pytest.fail.Exception, TypeError, AssertionError),
+    reason="only Python numbers are checked, and exp(log(1e-50)) is 0 in float32",
+)
+@pytest.mark.parametrize(
+    "scale", [np.float32(2), np.float32(np.nan), jnp.float32(2), jnp.float32(0), [0.5], 1e-50], ids=repr
+)  # fmt: skip
+def test_bad_override_not_yet_refused(scale):
+    test_bad_override_is_named_with_its_value("scale", scale)
+
+
+def test_override_without_an_order_clears_exhausted():
+    run, params = guarded("sgd_momentum", max_skips=2), small_params()
+    state = run.init(params)
+    bad = jax.tree.map(lambda g: g * np.float32(np.nan), gradients_of(params))
+    for _ in range(2):
+        _, state = run.update(bad, state, params, value=np.float32(1))
+    with pytest.raises(lbw_optax.GuardExhausted, match="2 skipped in all, 2 in a row"):
+        lbw_optax.check(state)
+    lbw_optax.check(lbw_optax.override(state))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="skips_in_a_row and the budget stay as they were: the next skip exhausts it again",
+)
+def test_override_gives_a_fresh_allowance():
+    run, params = guarded("sgd_momentum", max_skips=2), small_params()
+    state = run.init(params)
+    bad = jax.tree.map(lambda g: g * np.float32(np.nan), gradients_of(params))
+    for _ in range(2):
+        _, state = run.update(bad, state, params, value=np.float32(1))
+    _, state = run.update(bad, lbw_optax.override(state), params, value=np.float32(1))
+    assert not bool(guard_in(state).control.exhausted)  # one skip after the order, of two
+
+
+# --- events and the audit log ------------------------------------------------------------------
+
+
+def storm(steps, every=1):
+    """States after each step of a run with a NaN gradient at every so many steps."""
+    run, params = guarded("sgd_momentum"), small_params()
+    state, good = run.init(params), gradients_of(params)
+    bad = jax.tree.map(lambda g: g * np.float32(np.nan), good)
+    for step in range(steps):
+        _, state = run.update(good if step % every else bad, state, params, value=np.float32(1))
+        yield step, state
+
+
+def test_no_event_is_lost_when_read_every_64_steps():
+    seen: dict[int, Event] = {}
+    one_by_one: dict[int, Event] = {}
+    for step, state in storm(320):
+        newest = lbw_optax.events(state)[-1]
+        one_by_one[newest.number] = newest
+        if step % SIZE == SIZE - 1:
+            seen |= {event.number: event for event in lbw_optax.events(state)}
+    assert seen == one_by_one
+    assert sorted(seen) == list(range(320))
+    assert [seen[i].step for i in range(320)] == list(range(320))
+
+
+def lines(path):
+    """Every line on its own must be valid JSON by the standard: no NaN, no Infinity."""
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    text = path.read_text(encoding="utf-8")
+    assert not text or text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_audit_log_writes_each_intervention_once(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    with AuditLog(path) as audit:
+        for step, state in storm(100, every=5):
+            if step % 10 == 9:
+                audit.record(step, state)
+        assert audit.record(100, state) == 0
+        written = lines(path)  # complete without closing
+    assert [line["number"] for line in written] == list(range(int(guard_in(state).ring.recorded)))
+    assert [{k: v for k, v in line.items() if k != "recorded_at"} for line in written] == [
+        event._asdict() for event in lbw_optax.events(state)
+    ]
+    first = written[0]
+    assert first == {
+        "number": 0,
+        "step": 0,
+        "regime": "unstable",
+        "signal": "nonfinite_gradients",
+        "value": 16.0,
+        "threshold": 0.0,
+        "action": "skip",
+        "scale_before": pytest.approx(0.01),
+        "scale_after": pytest.approx(0.01),
+        "recorded_at": 9,
+    }
+
+
+def test_reopened_audit_log_goes_on_without_duplicates(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    for step, state in storm(90):
+        if step % 30 == 29:
+            with AuditLog(path) as audit:
+                assert audit.record(step, state) == 30
+                assert audit.record(step, state) == 0
+    assert [line["number"] for line in lines(path)] == list(range(90))
+
+
+@pytest.mark.parametrize("torn", ['{"number": 10, "st', "{", '{"number": 10}'])
+def test_a_torn_last_line_is_cut_off(tmp_path, torn):
+    """As a kill in the middle of a write leaves it; the event itself is written again."""
+    path = tmp_path / "audit.jsonl"
+    states = [state for _, state in storm(20)]
+    with AuditLog(path) as audit:
+        audit.record(9, states[9])
+    with path.open("a") as file:
+        file.write(torn)
+    with AuditLog(path) as audit:
+        assert audit.record(19, states[19]) == 10
+    assert [line["number"] for line in lines(path)] == list(range(20))
+
+
+def test_late_reading_says_how_many_are_lost(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    states = [state for _, state in storm(SIZE + 20)]
+    with AuditLog(path) as audit:
+        assert audit.record(4, states[4]) == 5
+        assert audit.record(SIZE + 19, states[-1]) == SIZE
+    written = lines(path)
+    assert written[5] == {"action": "lost", "interventions": 15, "recorded_at": SIZE + 19}
+    assert [line["number"] for line in written if "number" in line] == [
+        *range(5), *range(20, SIZE + 20)
+    ]  # fmt: skip
+    with AuditLog(path) as audit:  # a "lost" line is no obstacle to going on
+        assert audit.record(SIZE + 20, states[-1]) == 0
+
+
+def test_after_a_restore_the_log_goes_on_from_there(tmp_path):
+    """Back to the state after 5 events, of 10 written; what happens then is written again."""
+    path = tmp_path / "audit.jsonl"
+    states = [state for _, state in storm(10)]
+    with AuditLog(path) as audit:
+        audit.record(9, states[9])
+        assert audit.record(4, states[4]) == 0
+        assert audit.record(5, states[5]) == 1
+    assert [line["number"] for line in lines(path)] == [*range(10), 5]
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="a log that is opened again goes on after the largest number, not after the last line",
+)
+def test_after_a_restore_a_reopened_log_goes_on_from_there(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    states = [state for _, state in storm(10)]
+    with AuditLog(path) as audit:
+        audit.record(9, states[9])
+        audit.record(4, states[4])
+        audit.record(5, states[5])
+    with AuditLog(path) as audit:
+        assert audit.record(7, states[7]) == 2
+    assert [line["number"] for line in lines(path)] == [*range(10), 5, 6, 7]
+
+
+def test_a_path_in_a_missing_folder(tmp_path):
+    path = tmp_path / "missing" / "audit.jsonl"
+    with pytest.raises(OSError, match="missing"):
+        AuditLog(path)
+
+
+def test_an_empty_log(tmp_path):
+    with AuditLog(str(tmp_path / "audit.jsonl")) as audit:
+        assert audit.record(0, governed().init(small_params())) == 0
+    assert lines(tmp_path / "audit.jsonl") == []
+
+
+def test_check_names_what_to_do():
+    *_, (_, state) = storm(40)
+    with pytest.raises(lbw_optax.GuardExhausted, match="override") as error:
+        lbw_optax.check(optax.chain(optax.identity()).init({}) + (state,))
+    assert "step 39: skip for nonfinite_gradients = 16 (threshold 0)" in str(error.value)
+
+
+def test_metrics_inside_the_compiled_step():
+    """`metrics` inside the user's own jitted step costs no second program."""
+    run, params = run_of(governed()), small_params()
+
+    @jax.jit
+    def step(params, state):
+        updates, state = run.tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state, lbw_optax.metrics(state)
+
+    state = run.init(params)
+    for _ in range(3):
+        params, state, inside = step(params, state)
+        chex.assert_trees_all_close(inside, lbw_optax.metrics(state), rtol=1e-6)
+    assert step._cache_size() == 1

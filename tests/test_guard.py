@@ -1,0 +1,215 @@
+"""The transformation: arguments, soft start, what is applied, and observing without a touch."""
+
+import inspect
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import (
+    assert_all_finite,
+    assert_same_bits,
+    bare,
+    bits,
+    chained,
+    guard_in,
+    guarded,
+    small_params,
+)
+
+import lbw_optax
+from lbw_optax import lbw_guard
+
+RUNS = {"wrapped": guarded, "chained": chained}
+
+BAD_ARGUMENTS = [
+    *[("min_scale", x) for x in (0, 0.0, -1, 1.5, 2, math.nan, math.inf, np.float32(2))],
+    *[("max_skips", x) for x in (0, -1)],
+    *[("max_interventions", x) for x in (0, -5, 0.5)],
+    *[("mode", x) for x in ("x", "", "GOVERN", None, 1)],
+    *[("inner", x) for x in (1e-3, optax.adamw, "adamw", dict, (1, 2), object())],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_ARGUMENTS, ids=repr)
+def test_bad_argument_is_named_with_its_value(name, value):
+    with pytest.raises(ValueError, match=name) as error:
+        lbw_guard(**({"inner": optax.adamw(1e-3)} | {name: value}))
+    assert repr(value) in str(error.value)
+
+
+NOT_YET_REFUSED = [
+    ("inner", optax.GradientTransformation),
+    ("max_skips", math.nan),
+    ("max_interventions", math.nan),
+    ("min_scale", "0.1"),
+    ("min_scale", None),
+    ("max_skips", "3"),
+]
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=(pytest.fail.Exception, TypeError),
+    reason="a class has `init` and `update` too; NaN is not below 1; a type raises TypeError",
+)
+@pytest.mark.parametrize(("name", "value"), NOT_YET_REFUSED, ids=repr)
+def test_bad_argument_not_yet_refused(name, value):
+    test_bad_argument_is_named_with_its_value(name, value)
+
+
+@pytest.mark.parametrize("min_scale", [1, 1.0, 1e-6, np.float32(0.5), jnp.float32(0.5)], ids=repr)
+def test_good_min_scale(min_scale):
+    state = lbw_guard(optax.sgd(0.1), min_scale=min_scale).init(jnp.ones(2))
+    np.testing.assert_allclose(lbw_optax.metrics(state)["scale"], min_scale, rtol=1e-5)
+
+
+def test_adamw_has_the_signature_of_optax():
+    assert inspect.signature(lbw_optax.adamw) == inspect.signature(optax.adamw)
+
+
+def test_adamw_is_the_guard_around_adamw():
+    arguments = {"learning_rate": 3e-3, "b2": 0.95, "weight_decay": 0.02, "mask": {"w": True}}
+    params = {"w": jnp.ones([2, 3])}
+    alias, written = lbw_optax.adamw(**arguments), lbw_guard(optax.adamw(**arguments))
+    assert_same_bits(alias.init(params), written.init(params))
+    programs = [str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
+                for tx in (alias, written)]  # fmt: skip
+    assert programs[0] == programs[1]
+
+
+def random_gradients(steps, bad=()):
+    rng, params = np.random.default_rng(10), small_params()
+    for step in range(steps):
+        factor = np.float32(np.nan) if step in bad else np.float32(1)
+        yield jax.tree.map(lambda p, f=factor: f * rng.normal(size=p.shape).astype("f"), params)
+
+
+@pytest.mark.parametrize("inner", ["adamw", "sgd_momentum"])
+def test_wrapped_guard_applies_the_scaled_updates_of_the_inner_optimizer(inner):
+    """From the floor on; the inner optimizer itself never notices."""
+    run, inner_run, params = guarded(inner), bare(inner), small_params()
+    state, inner_state = run.init(params), inner_run.init(params)
+    scales = []
+    for gradients in random_gradients(40):
+        updates, state = run.update(gradients, state, params, value=np.float32(1))
+        expected, inner_state = inner_run.update(
+            gradients, inner_state, params, value=np.float32(1)
+        )
+        scales.append(float(lbw_optax.metrics(state)["scale"]))
+        expected = jax.tree.map(lambda u, s=scales[-1]: np.float32(s) * u, expected)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-9)
+        chex.assert_trees_all_close(state.inner_state, inner_state, rtol=1e-6)
+    assert 0.01 <= scales[0] <= 0.012
+    assert len(set(scales)) > 5
+
+
+def test_chained_guard_scales_gradients():
+    """Momentum SGD obeys them; for AdamW, see the README."""
+    run, inner_run, params = chained("sgd_momentum"), bare("sgd_momentum"), small_params()
+    state, inner_state = run.init(params), inner_run.init(params)
+    for gradients in random_gradients(20):
+        updates, state = run.update(gradients, state, params, value=np.float32(1))
+        scale = np.float32(lbw_optax.metrics(state)["scale"])
+        scaled = jax.tree.map(lambda g, s=scale: s * g, gradients)
+        expected, inner_state = inner_run.update(scaled, inner_state, params, value=np.float32(1))
+        chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-7)
+        params = optax.apply_updates(params, updates)
+
+
+def same_or_both_nan(actual, expected):
+    """To the bit; a NaN may be any NaN."""
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        nan = np.isnan(np.asarray(x, np.float64)) & np.isnan(np.asarray(y, np.float64))
+        np.testing.assert_array_equal(np.where(nan, 0, bits(x)), np.where(nan, 0, bits(y)))
+
+
+# Without optimization, LLVM does not contract a product and a sum into one rounding. With it, it
+# may do so in one program and not in another, whatever the arithmetic that they have in common.
+AS_WRITTEN = {"xla_backend_optimization_level": "0"}
+OBSERVED = [
+    pytest.param(inner, placement, AS_WRITTEN, id=f"{inner}-{placement}-as_written")
+    for inner in ("adamw", "sgd_momentum", "lion")
+    for placement in RUNS
+] + [
+    pytest.param(inner, "wrapped", {}, id=f"{inner}-wrapped-optimized")
+    for inner in ("adam", "adamw", "sgd_momentum")
+]
+
+
+@pytest.mark.parametrize(("inner", "placement", "options"), OBSERVED)
+def test_observing_leaves_every_bit_as_the_bare_optimizer_has_it(inner, placement, options):
+    """Also where it would have skipped: a NaN loss, a jump, and in the end NaN gradients."""
+    run, bare_run, params = RUNS[placement](inner), bare(inner), small_params()
+    update = jax.jit(run.tx.update, compiler_options=options) if options else run.update
+    bare_update = jax.jit(bare_run.tx.update, compiler_options=options)
+    state, bare_state = lbw_optax.override(run.init(params), mode="observe"), bare_run.init(params)
+    bare_params = params
+    for step, gradients in enumerate(random_gradients(60, bad=(50, 51))):
+        value = np.float32(np.nan if step in (0, 20) else 1)
+        if step == 30:
+            gradients = jax.tree.map(lambda g: np.float32(1e7) * g, gradients)
+        updates, state = update(gradients, state, params, value=value)
+        expected, bare_state = bare_update(gradients, bare_state, bare_params, value=value)
+        same_or_both_nan(updates, expected)
+        actual_state = state.inner_state if placement == "wrapped" else state[1]
+        same_or_both_nan(actual_state, bare_state)
+        params = optax.apply_updates(params, updates)
+        bare_params = optax.apply_updates(bare_params, expected)
+    # It watched all the same, and no NaN of the run got into its own memory.
+    assert int(guard_in(state).control.skips) >= 5
+    # (Chained, the probe is a sample of the parameters, which are NaN by now.)
+    probe = guard_in(state).probe.gradient if placement == "chained" else guard_in(state).probe
+    assert_all_finite(guard_in(state)._replace(inner_state=None, probe=probe))
+    assert lbw_optax.events(state)[0].signal == "nonfinite_loss"
+
+
+def test_observing_leaves_a_subnormal_gradient_as_it_is():
+    """Arithmetic flushes it to zero on some devices; observing is not arithmetic."""
+    run, bare_run = chained("sgd_momentum"), bare("sgd_momentum")
+    params = {"w": jnp.ones(3)}
+    gradients = {"w": np.float32([1e-40, -1e-45, 2.0])}
+    state = lbw_optax.override(run.init(params), mode="observe")
+    updates, state = run.update(gradients, state, params, value=np.float32(1))
+    expected, bare_state = bare_run.update(
+        gradients, bare_run.init(params), params, value=np.float32(1)
+    )
+    assert_same_bits((updates, state[1]), (expected, bare_state))
+
+
+def test_mode_of_the_factory_is_the_mode_of_the_state():
+    states = {m: lbw_guard(optax.sgd(0.1), mode=m).init(jnp.ones(2)) for m in ("govern", "observe")}
+    assert int(states["govern"].mode) != int(states["observe"].mode)
+    assert_same_bits(lbw_optax.override(states["govern"], mode="observe"), states["observe"])
+
+
+def test_without_inner_it_transforms_gradients():
+    tx, gradients = lbw_guard(min_scale=0.5), {"w": jnp.array([2.0, -4.0])}
+    state = tx.init(gradients)
+    updates, state = tx.update(gradients, state, gradients)
+    scale = lbw_optax.metrics(state)["scale"]
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda g: scale * g, gradients))
+
+
+def test_the_state_is_small():
+    """Scalars and a probe: at most 1/64 of a large leaf twice, and never a copy of it."""
+    params = {"w": jnp.zeros([1024, 1024])}
+    state = lbw_guard(optax.sgd(0.1)).init(params)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state))
+    assert size < 2 * params["w"].size / 64 + 1000
+    assert sorted({leaf.ndim for leaf in jax.tree.leaves(state)}) == [0, 1]
+
+
+def test_min_scale_one_only_skips():
+    """min_scale=1 leaves the scale at 1 for ever: only skips remain."""
+    tx, bare_tx, params = lbw_guard(optax.sgd(0.1), min_scale=1.0), optax.sgd(0.1), jnp.ones(3)
+    state = tx.init(params)
+    gradients = jnp.array([1.0, -2.0, 3.0])
+    updates, state = tx.update(gradients, state, params)
+    expected, _ = bare_tx.update(gradients, bare_tx.init(params), params)
+    chex.assert_trees_all_equal(updates, expected)
+    updates, state = tx.update(gradients * jnp.nan, state, params)
+    chex.assert_trees_all_equal(optax.apply_updates(params, updates), params)
