@@ -33,12 +33,14 @@ NESTS = {
     "partition": lambda: optax.partition(
         {"governed": governed(), "bare": optax.sgd(0.1)}, dict(LABELS)
     ),
-    "inject_hyperparams": lambda: optax.inject_hyperparams(lbw_guard)(optax.sgd(0.1), min_scale=0.1),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(lbw_guard)(
+        optax.sgd(0.1), min_scale=0.1
+    ),
     "deep": lambda: optax.chain(
         optax.masked(optax.chain(optax.trace(0.9), governed()), dict.fromkeys(LABELS, True)),
         optax.identity(),
     ),
-}  # fmt: skip
+}
 READERS = {
     "metrics": lbw_optax.metrics,
     "events": lbw_optax.events,
@@ -173,8 +175,10 @@ def test_bad_override_is_named_with_its_value(name, value):
     reason="only Python numbers are checked, and exp(log(1e-50)) is 0 in float32",
 )
 @pytest.mark.parametrize(
-    "scale", [np.float32(2), np.float32(np.nan), jnp.float32(2), jnp.float32(0), [0.5], 1e-50], ids=repr
-)  # fmt: skip
+    "scale",
+    [np.float32(2), np.float32(np.nan), jnp.float32(2), jnp.float32(0), [0.5], 1e-50],
+    ids=repr,
+)
 def test_bad_override_not_yet_refused(scale):
     test_bad_override_is_named_with_its_value("scale", scale)
 
@@ -351,7 +355,7 @@ def test_an_empty_log(tmp_path):
 def test_check_names_what_to_do():
     *_, (_, state) = storm(40)
     with pytest.raises(lbw_optax.GuardExhausted, match="override") as error:
-        lbw_optax.check(optax.chain(optax.identity()).init({}) + (state,))
+        lbw_optax.check({"optimizer": (optax.EmptyState(), state)})
     assert "step 39: skip for nonfinite_gradients = 16 (threshold 0)" in str(error.value)
 
 

@@ -325,9 +325,13 @@ def test_masked(make):
 
 def _partition(labels):
     return optax.partition(
-        {"governed": lbw_guard(optax.adamw(0.05)), "bare": optax.sgd(0.1), "none": optax.set_to_zero()},
+        {
+            "governed": lbw_guard(optax.adamw(0.05)),
+            "bare": optax.sgd(0.1),
+            "none": optax.set_to_zero(),
+        },
         labels,
-    )  # fmt: skip
+    )
 
 
 def test_partition():
