@@ -33,7 +33,7 @@ MULTIPLES = (1, 10, 100)
 # The best of the grid for AdamW: benchmarks/results/demo_tuning.json, made with --tune.
 RATES = {"scratch": 1e-3, "lora": 2e-3}
 GRID = {
-    "scratch": (5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3),
+    "scratch": (5e-4, 7e-4, 1e-3, 1.5e-3, 2e-3, 3e-3),
     "lora": (5e-4, 1e-3, 2e-3, 3e-3, 5e-3),
 }
 
