@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = []
     for regime in options.regimes:
         loss = functools.partial(_tuning_loss, result, regime)
-        tuned = tune(loss, regime)
+        tuned = tune(functools.cache(loss), regime)
         print(f"{regime}: AdamW's tuned learning rate is {tuned:g}", file=sys.stderr, flush=True)
         cells += plan(regime, tuned, options.methods, options.lrs, options.seeds)
     pending = [cell for cell in cells if not is_done(cell)]
@@ -106,9 +107,10 @@ def plan(
 
 
 def _tuning_loss(result: Callable[[Cell], dict[str, Any]], regime: str, lr: float) -> float:
-    perplexity = result(Cell(regime, "adamw", lr, TUNING_SEED))["perplexity"]["valid"]
-    print(f"tuning {regime}: lr {lr:g}, valid perplexity {perplexity}", file=sys.stderr, flush=True)
-    return float("inf") if perplexity is None else perplexity
+    found = result(Cell(regime, "adamw", lr, TUNING_SEED))["perplexity"]["valid"]
+    perplexity = math.inf if found is None else found
+    print(f"tuning {regime}: lr {lr:g}, valid perplexity {perplexity:.2f}", file=sys.stderr)
+    return perplexity
 
 
 def _memory(
@@ -181,7 +183,7 @@ def _record(bench: Bench, cell: Cell) -> dict[str, Any]:
 def interventions(scale: list[float], events: list[int], skips: list[int]) -> dict[str, Any]:
     """What the guard did, from its metrics of every step.
 
-    The soft start ends when the scale first reaches 0.9, at the latest after a quarter of the run.
+    The soft start ends when the scale first reaches 0.9, at the latest half way through the run.
     `cuts` counts how often the scale falls below 0.9 from there on, `share_below` tells for what
     share of the run it stays there.
 
@@ -190,7 +192,7 @@ def interventions(scale: list[float], events: list[int], skips: list[int]) -> di
     [1, 2, 0.375, 3, 1]
     """
     low = [value < 0.9 for value in scale]
-    soft_start = min([*(i for i, is_low in enumerate(low) if not is_low), len(low) // 4])
+    soft_start = min([*(i for i, is_low in enumerate(low) if not is_low), len(low) // 2])
     after = low[soft_start:]
     return {
         "events": events[-1],

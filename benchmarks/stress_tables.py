@@ -56,7 +56,7 @@ _SENSITIVITY = (
 )
 _INTERVENTIONS = (
     "Events the guard reports; cuts of the scale below 0.9 after the soft start, which ends at "
-    "0.9 or after a quarter of the run; skips; share of steps below 0.9; smallest and last scale."
+    "0.9 or half way; skips; share of steps below 0.9; smallest and last scale."
 )
 
 
@@ -69,8 +69,8 @@ def _provenance(grid: Grid) -> str:
     return (
         f"Data: {newest['data']}; tokenizer: {newest['tokenizer']}. Model: "
         f"{shape['num_hidden_layers']} layers, {shape['hidden_size']} wide; sequences of "
-        f"{newest['length']}, batch {newest['batch_size']}. Medians over seeds "
-        f"{', '.join(map(str, seeds))}; ± is half the range; **bold** is the best of a column. "
+        f"{newest['length']}, batch {newest['batch_size']}. Medians over seeds (here "
+        f"{', '.join(map(str, seeds))}); ± is half the range; **bold** is the best of a column. "
         f"{len(grid.cells)} cells at commit {', '.join(commits)} (* with local changes); "
         f"{versions}; {newest['machine']}.\n\nMade by `python -m benchmarks.stress` and "
         "`python -m benchmarks.stress_tables`."
@@ -154,7 +154,8 @@ def _bold_smallest(entries: list[tuple[float, str] | None]) -> list[str]:
 
 
 def sensitivity_table(grid: Grid) -> str:
-    methods = [name for name, method in METHODS.items() if method.takes_lr]
+    present = {key[1] for key in grid.cells}
+    methods = [name for name in METHODS if METHODS[name].takes_lr and name in present]
     columns = []
     for regime in grid.regimes():
         values = [sensitivity(grid, regime, method) for method in methods]
