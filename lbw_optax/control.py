@@ -31,8 +31,13 @@ NOTHING, SKIP, HOLD, CUT, RECOVER = range(5)
 
 # Spikes: this many spreads above the mean, and for the gradient norm at least this factor.
 SPIKE_SPREADS, SPIKE_FACTOR = 6.0, 10.0
-# The law (see `alarm`): tolerated relative step, its weight, the gain, the bounds of one step.
-KAPPA, STEP_WEIGHT, GAIN, MOST_CUT, MOST_GROWTH = 0.01, 4.0, 0.05, 0.4, 0.1
+# The law (see `alarm`): tolerated relative step, its weight, the weight of progress, the gain.
+KAPPA, STEP_WEIGHT, PROGRESS_WEIGHT, GAIN = 0.01, 4.0, 0.5, 0.05
+# Bounds of one step's change of log(scale): a cut, growth at kappa, growth far below it.
+MOST_CUT, GROWTH, MOST_GROWTH = 0.4, 0.1, 0.5
+# Soft start: the first step moves the parameters by this share of their length; the scale before
+# anything could be measured.
+FIRST_STEP, FIRST_SCALE = 0.001, 0.01
 # A turn of the scale by this factor is an intervention (down) or a recovery (up).
 TURN = 0.9
 # Steps without evidence of trouble before the scale may grow again after an unstable step.
@@ -61,6 +66,7 @@ class Control(NamedTuple):
     budget: jax.Array  # float32, interventions left
     exhausted: jax.Array  # bool, stays True until a person clears it
     pinned: jax.Array  # bool, a person holds the scale
+    started: jax.Array  # bool, the soft start has set the first scale
 
 
 class Evidence(NamedTuple):
@@ -69,6 +75,8 @@ class Evidence(NamedTuple):
     poison: jax.Array  # int32, index into SIGNALS: why this step must be skipped, or 0
     spike: jax.Array  # bool, the loss jumped
     alarm: jax.Array  # float32, > 0: the scale is too large
+    log_step: jax.Array  # float32, log(r / kappa); 0 if r could not be measured
+    has_step: jax.Array  # bool, r could be measured
     signal: jax.Array  # int32, index into SIGNALS: what decided
     value: jax.Array  # float32, of that signal
     threshold: jax.Array  # float32, for that signal
@@ -84,12 +92,12 @@ class Decision(NamedTuple):
 
 
 def init(bounds: Bounds) -> Control:
-    """Soft start: the scale begins at its floor and the regime is `recovering`."""
-    floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
+    """Before the soft start: a small scale, and the regime is `recovering`."""
+    first = jnp.log(jnp.maximum(jnp.asarray(bounds.min_scale, jnp.float32), FIRST_SCALE))
     zero = jnp.zeros([], jnp.int32)
     return Control(
-        log_scale=floor,
-        turning_point=floor,
+        log_scale=first,
+        turning_point=first,
         regime=jnp.int32(RECOVERING),
         calm_steps=jnp.int32(COOL_DOWN),
         skips_in_a_row=zero,
@@ -97,6 +105,7 @@ def init(bounds: Bounds) -> Control:
         budget=jnp.asarray(bounds.max_interventions, jnp.float32),
         exhausted=jnp.array(False),
         pinned=jnp.array(False),
+        started=jnp.array(False),
     )
 
 
@@ -121,9 +130,10 @@ def judge(seen: Telemetry, before: Statistics, after: Statistics, why: jax.Array
     """Weigh the signals of one step: thresholds of the steps before, mean overshoot with it."""
     loss_threshold = before.loss.mean + SPIKE_SPREADS * stats.spread(before.loss, stats.LOSS)
     spike = seen.has_loss & (before.loss.weight > 0) & (stats.symlog(seen.loss) > loss_threshold)
-    overshoot, step_term = alarm_terms(seen, after)
+    overshoot = after.overshoot.mean / stats.standard_error(after.overshoot, stats.OVERSHOOT)
+    log_step = jnp.where(seen.has_step, jnp.log(jnp.maximum(seen.relative_step, 1e-30) / KAPPA), 0)
     measured = seen.has_step | seen.has_overshoot
-    by_step = step_term > jnp.maximum(overshoot, 0)
+    by_step = STEP_WEIGHT * log_step > jnp.maximum(overshoot, 0)
     signal = jnp.where(why > 0, why, jnp.where(spike, 5, jnp.where(by_step, 7, 6)))
     values = [0.0, seen.nonfinite_gradients, seen.nonfinite_loss, seen.nonfinite_updates]
     values += [seen.gradient_norm, seen.loss, overshoot, seen.relative_step]
@@ -132,30 +142,43 @@ def judge(seen: Telemetry, before: Statistics, after: Statistics, why: jax.Array
     return Evidence(
         poison=why,
         spike=spike,
-        alarm=jnp.where(measured, alarm(overshoot, step_term), 0.0),
+        alarm=jnp.where(measured, alarm(overshoot, log_step, progress(after)), 0.0),
+        log_step=log_step,
+        has_step=seen.has_step,
         signal=signal.astype(jnp.int32),
         value=_pick(values, signal),
         threshold=_pick(thresholds, signal),
     )
 
 
-def alarm_terms(seen: Telemetry, after: Statistics) -> tuple[jax.Array, jax.Array]:
-    """Overshoot in standard errors, and the relative step on a log scale: 4 log(r / kappa)."""
-    error = stats.standard_error(after.overshoot, stats.OVERSHOOT)
-    overshoot = after.overshoot.mean / error
-    ratio = jnp.where(seen.has_step, seen.relative_step, KAPPA) / KAPPA
-    return overshoot, STEP_WEIGHT * jnp.log(jnp.maximum(ratio, 1e-30))
+def alarm(overshoot: jax.Array, log_step: jax.Array, progress: jax.Array) -> jax.Array:
+    r"""How much too large the scale is, in standard errors of the overshoot; 0 holds it.
 
+    With z the mean overshoot in standard errors, r the relative step and P the progress,
 
-def alarm(overshoot: jax.Array, step_term: jax.Array) -> jax.Array:
-    r"""How much too large the scale is, in standard errors; 0 holds it.
+    .. math::
+      a = \begin{cases}
+        \max(z, -1) + 4 \log(r / \kappa) & r > \kappa \\
+        z - \min(4 \log(\kappa / r),\ P / 2) & r \le \kappa
+      \end{cases}
 
-    .. math:: a = \max(z, -1) + 4 \log(r / \kappa), \quad\text{below } \kappa\text{ at most } z
-
-    The relative step decides where overshoot matters; overshoot decides what happens there.
+    Overshoot alone holds a run that starts near its goal, as fine-tuning does. A run that has
+    come far learns best at the edge of stability, where a little overshoot is normal: progress
+    earns tolerance for it, as long as the steps are small. Large steps are never tolerated.
     """
-    both = jnp.maximum(overshoot, -1.0) + step_term
-    return jnp.where(step_term < 0, jnp.minimum(both, overshoot), both)
+    step = STEP_WEIGHT * log_step
+    small = overshoot + jnp.maximum(step, -PROGRESS_WEIGHT * progress)
+    return jnp.where(log_step > 0, jnp.maximum(overshoot, -1.0) + step, small)
+
+
+def progress(statistics: Statistics) -> jax.Array:
+    """How far the loss has come from its start, in standard deviations of the loss, at least 0.
+
+    Without a loss nothing is known, and all is granted: infinity.
+    """
+    gained = statistics.loss_start.mean - statistics.loss.mean
+    far = jnp.maximum(gained / stats.spread(statistics.loss, stats.LOSS), 0.0)
+    return jnp.where(statistics.loss_start.weight > 0, far, jnp.inf)
 
 
 def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Control, Decision]:
@@ -164,6 +187,10 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
     trouble = skip | evidence.spike
     calm = jnp.where(trouble, 0, optax.safe_increment(control.calm_steps))
     log_scale = _next_scale(control, evidence, calm, bounds)
+    # The soft start sets a scale; it does not turn one.
+    begins = evidence.has_step & ~control.started & ~skip
+    turning_point = jnp.where(begins, log_scale, control.turning_point)
+    control = control._replace(turning_point=turning_point)
     regime, turning_point = _next_regime(control, log_scale, trouble, calm)
     action = _action(control.regime, regime, skip)
     intervened = (action == SKIP) | (action == CUT) | (action == HOLD)
@@ -180,15 +207,23 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
         budget=jnp.clip(budget, 0, bounds.max_interventions).astype(jnp.float32),
         exhausted=control.exhausted | spent,
         pinned=control.pinned,
+        started=control.started | begins,
     )
     return new, Decision(skip, jnp.exp(log_scale), jnp.exp(control.log_scale), action)
 
 
 def _next_scale(control: Control, evidence: Evidence, calm: jax.Array, bounds: Bounds) -> jax.Array:
-    """Bounded change of the log-scale; none on a skipped step, no growth until calm."""
-    growth = jnp.where(calm < COOL_DOWN, 0.0, MOST_GROWTH)
-    change = jnp.clip(-GAIN * evidence.alarm, -MOST_CUT, growth)
-    change = jnp.where((evidence.poison > 0) | ~jnp.isfinite(evidence.alarm), 0.0, change)
+    """Bounded change of the log-scale; none on a skipped step, no growth until calm.
+
+    Growth is quick far below kappa and slow near it: GROWTH (1 + log(kappa / r)). The first step
+    that can be measured sets the scale by its relative step.
+    """
+    far_below = jnp.maximum(-evidence.log_step, 0.0)
+    growth = jnp.clip(GROWTH * (1 + far_below), GROWTH, MOST_GROWTH)
+    change = jnp.clip(-GAIN * evidence.alarm, -MOST_CUT, jnp.where(calm < COOL_DOWN, 0.0, growth))
+    first = jnp.log(FIRST_STEP / KAPPA) - evidence.log_step
+    change = jnp.where(evidence.has_step & ~control.started, first, change)
+    change = jnp.where((evidence.poison > 0) | ~jnp.isfinite(change), 0.0, change)
     floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
     moved = jnp.clip(control.log_scale + change, floor, 0.0)
     return jnp.where(control.pinned, control.log_scale, moved)

@@ -32,6 +32,8 @@ GRADIENT = Memory(decay=0.95, floor=0.1, prior=1.0)  # log |g|
 OVERSHOOT = Memory(decay=0.8, floor=0.01, prior=0.1)  # cosine
 LOSS = Memory(decay=0.9, floor=0.02, prior=1.0)  # symlog(loss)
 LOSS_SLOW = Memory(decay=0.97, floor=0.02, prior=1.0)  # symlog(loss)
+# The loss at the start is the mean of this many first ones.
+START_STEPS = 10
 
 
 class Running(NamedTuple):
@@ -55,12 +57,13 @@ class Statistics(NamedTuple):
     overshoot: Running  # of the cosine
     loss: Running  # of symlog(loss), fast
     loss_slow: Running  # of symlog(loss), slow
+    loss_start: Running  # of symlog(loss), the first ones only
 
 
 def init() -> Statistics:
     """Statistics that have seen nothing."""
     nothing = Running(*[jnp.zeros([], jnp.float32)] * 3)
-    return Statistics(nothing, nothing, nothing, nothing)
+    return Statistics(nothing, nothing, nothing, nothing, nothing)
 
 
 def absorb(statistics: Statistics, seen: Telemetry, poisoned: jax.Array) -> Statistics:
@@ -70,6 +73,7 @@ def absorb(statistics: Statistics, seen: Telemetry, poisoned: jax.Array) -> Stat
     and loss enter, winsorised, so that a lasting shift of level is accepted in the end.
     """
     loss = symlog(seen.loss)
+    starting = statistics.loss_start.weight < 1 - LOSS.decay ** (START_STEPS - 0.5)
     return Statistics(
         gradient=update(
             statistics.gradient, jnp.log(seen.gradient_norm), seen.has_gradient, GRADIENT
@@ -79,6 +83,7 @@ def absorb(statistics: Statistics, seen: Telemetry, poisoned: jax.Array) -> Stat
         ),
         loss=update(statistics.loss, loss, seen.has_loss, LOSS),
         loss_slow=update(statistics.loss_slow, loss, seen.has_loss, LOSS_SLOW),
+        loss_start=update(statistics.loss_start, loss, seen.has_loss & starting, LOSS),
     )
 
 
