@@ -158,7 +158,7 @@ def _perplexity(bench: Bench, loss_fn: loop.LossFn, params: Any, frozen: Any) ->
     }
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)  # a whole grid of programs would fill the memory
 def _compiled(
     loss_fn: loop.LossFn, regime: Regime, factory: Factory, steps: int, keep: tuple[str, ...]
 ) -> Callable[..., dict[str, Any]]:

@@ -118,11 +118,13 @@ def _memory(
 ) -> tuple[Callable[[Cell], dict[str, Any]], Callable[[Cell], bool]]:
     """A function that gives a cell's record, run or remembered, and one that says which."""
     done = {record.get("key"): record for record in results_file.read(path)}
+    before = functools.cache(functools.partial(perplexity_before, bench))
 
     def result(cell: Cell) -> dict[str, Any]:
         key = _key(bench, cell)
         if key not in done:
-            done[key] = results_file.append(path, {"key": key} | _record(bench, cell))
+            start = {"key": key, "before": before(REGIMES[cell.regime], cell.seed)}
+            done[key] = results_file.append(path, start | _record(bench, cell))
         return done[key]
 
     return result, lambda cell: _key(bench, cell) in done
@@ -169,7 +171,6 @@ def _record(bench: Bench, cell: Cell) -> dict[str, Any]:
         "multiple": round(cell.lr / cell.tuned) if cell.lr and cell.tuned else None,
         "law": _law(cell.method),
         "steps": bench.size.steps[cell.regime],
-        "before": perplexity_before(bench, regime, cell.seed),
         "perplexity": run["perplexity"],
         "train_curve": [round(loss, 4) for loss in run["train_curve"]],
         "valid_curve": [round(loss, 4) for loss in run["valid_curve"]],
