@@ -27,6 +27,7 @@ class Progress:
     def start(self, run: str, steps: int) -> None:
         """Name the run that the next steps belong to, and its length."""
         self._run, self._steps = run, steps
+        self._bar.set_postfix_str("", refresh=False)
         self._bar.set_description_str(run)
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
@@ -72,4 +73,4 @@ def describe(metrics: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-_BAR = "{desc}  {percentage:3.0f}%|{bar}| {elapsed}<{remaining}  {postfix}"
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
