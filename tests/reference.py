@@ -136,7 +136,7 @@ class Outcome(NamedTuple):
 class LawReference:
     """Statistics and law as a Python object: `step` takes the signals of one step."""
 
-    min_scale: float = 0.01
+    min_scale: float = 0.001
     max_skips: int = 30
     max_interventions: int = 50
     log_scale: float = field(init=False)
@@ -147,7 +147,9 @@ class LawReference:
         self.overshoot = RunningReference(statistics.OVERSHOOT)
         self.loss = RunningReference(statistics.LOSS)
         self.loss_slow = RunningReference(statistics.LOSS_SLOW)
-        self.log_scale = self.turning_point = math.log(self.min_scale)
+        self.loss_start = RunningReference(statistics.LOSS)
+        self.log_scale = self.turning_point = math.log(max(self.min_scale, control.FIRST_SCALE))
+        self.started = False
         self.regime = "recovering"
         self.calm_steps = control.COOL_DOWN
         self.skips_in_a_row = self.skips = 0
@@ -161,13 +163,14 @@ class LawReference:
         spike = self._loss_spikes(seen)
         thresholds = {"gradient_norm": self.gradient_threshold(), "loss": self.loss_threshold()}
         self._absorb(seen, poison)
-        overshoot, step_term, alarm = self._alarm(seen)
-        by_step = "relative_step" if step_term > max(overshoot, 0) else "overshoot"
+        overshoot = self.overshoot.mean / self.overshoot.standard_error
+        large = seen.relative_step is not None and control.STEP_WEIGHT * self._log_step(seen)
+        by_step = "relative_step" if large > max(overshoot, 0) else "overshoot"
         signal = poison or ("loss" if spike else by_step)
         trouble = bool(poison) or spike
         self.calm_steps = 0 if trouble else self.calm_steps + 1
         if not poison:
-            self._move(alarm)
+            self._move(seen, overshoot)
         action = self._turn(trouble)
         self._account(bool(poison), action)
         values = vars(seen) | {
@@ -237,23 +240,43 @@ class LawReference:
         if seen.loss is not None:
             self.loss.add(symlog(seen.loss))
             self.loss_slow.add(symlog(seen.loss))
+            if len(self.loss_start.entered) < statistics.START_STEPS:
+                self.loss_start.add(symlog(seen.loss))
 
-    def _alarm(self, seen: Signals) -> tuple[float, float, float]:
-        """Both terms, and how much too large the scale is; 0 where nothing was measured."""
-        z = self.overshoot.mean / self.overshoot.standard_error
-        step = 0.0
-        if seen.relative_step is not None:
-            ratio = max(seen.relative_step / control.KAPPA, 1e-30)
-            step = control.STEP_WEIGHT * math.log(ratio)
-        if seen.overshoot is None and seen.relative_step is None:
-            return z, step, 0.0
-        alarm = max(z, -1) + step
-        return z, step, min(alarm, z) if step < 0 else alarm
+    def _log_step(self, seen: Signals) -> float:
+        return math.log(max(seen.relative_step, 1e-30) / control.KAPPA)
 
-    def _move(self, alarm: float) -> None:
-        growth = control.MOST_GROWTH if self.calm_steps >= control.COOL_DOWN else 0.0
-        change = min(max(-control.GAIN * alarm, -control.MOST_CUT), growth)
-        self.log_scale = min(max(self.log_scale + change, math.log(self.min_scale)), 0.0)
+    def _alarm(self, seen: Signals, overshoot: float) -> float:
+        """How much too large the scale is; 0 where nothing was measured."""
+        if seen.relative_step is None:
+            return 0.0 if seen.overshoot is None else overshoot
+        step = control.STEP_WEIGHT * self._log_step(seen)
+        if step > 0:
+            return max(overshoot, -1) + step
+        return overshoot - min(-step, control.PROGRESS_WEIGHT * self._progress())
+
+    def _progress(self) -> float:
+        """Of the loss since the start, in its own spreads; without a loss, all is granted."""
+        if not self.loss_start.entered:
+            return math.inf
+        return max(self.loss_start.mean - self.loss.mean, 0) / self.loss.spread
+
+    def _move(self, seen: Signals, overshoot: float) -> None:
+        """Bounded change; the first step that can be measured sets the scale instead."""
+        if seen.relative_step is not None and not self.started:
+            change = math.log(control.FIRST_STEP / control.KAPPA) - self._log_step(seen)
+            self.started = True
+            self.log_scale = self.turning_point = self._bounded(self.log_scale + change)
+            return
+        below = 0.0 if seen.relative_step is None else max(-self._log_step(seen), 0.0)
+        growth = min(control.GROWTH * (1 + below), control.MOST_GROWTH)
+        if self.calm_steps < control.COOL_DOWN:
+            growth = 0.0
+        change = -control.GAIN * self._alarm(seen, overshoot)
+        self.log_scale = self._bounded(self.log_scale + min(max(change, -control.MOST_CUT), growth))
+
+    def _bounded(self, log_scale: float) -> float:
+        return min(max(log_scale, math.log(self.min_scale)), 0.0)
 
     def _turn(self, trouble: bool) -> str:
         """The new regime; the turning point follows the peak, under stress the trough."""

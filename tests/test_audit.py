@@ -13,7 +13,7 @@ from flax import nnx
 from support import assert_same_bits, gradients_of, guard_in, guarded, run_of, small_params, train
 
 import lbw_optax
-from lbw_optax import AuditLog, lbw_guard
+from lbw_optax import AuditLog, control, lbw_guard
 from lbw_optax.ring import SIZE, Event
 
 LABELS = {"bias": "bare", "gain": "bare", "weights": "governed"}
@@ -267,8 +267,8 @@ def test_audit_log_writes_each_intervention_once(tmp_path):
         "value": 16.0,
         "threshold": 0.0,
         "action": "skip",
-        "scale_before": pytest.approx(0.01),
-        "scale_after": pytest.approx(0.01),
+        "scale_before": pytest.approx(control.FIRST_SCALE),
+        "scale_after": pytest.approx(control.FIRST_SCALE),
         "recorded_at": 9,
     }
 

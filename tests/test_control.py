@@ -1,6 +1,7 @@
 """The law: against the NumPy reference over whole trajectories, and bounds for any input."""
 
 import functools
+import inspect
 import itertools
 import math
 
@@ -13,12 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import LawReference, Signals
 
-from lbw_optax import control, statistics, telemetry
+from lbw_optax import control, lbw_guard, statistics, telemetry
 from lbw_optax.control import ACTIONS, REGIMES, SIGNALS, Bounds, Control, Decision, Evidence
 
-FLOOR, LENGTH = 0.01, 400
-BOUNDS = Bounds(min_scale=FLOOR, max_skips=30, max_interventions=50)
-EPS = 1e-5
+LENGTH, EPS = 400, 1e-5
+DEFAULTS = inspect.signature(lbw_guard).parameters
+BOUNDS = Bounds(*[DEFAULTS[name].default for name in Bounds._fields])
+FLOOR = BOUNDS.min_scale
+
+
+def first_log_scale(bounds=BOUNDS) -> float:
+    return math.log(max(bounds.min_scale, control.FIRST_SCALE))
 
 
 def law(carry, seen, bounds):
@@ -142,7 +148,7 @@ def names_of(all_names, numbers) -> list[str]:
 @pytest.mark.parametrize("steps", TRAJECTORIES.values(), ids=TRAJECTORIES)
 def test_trajectory_equals_the_reference(steps):
     state, evidence, decision = run_law(batch(steps))
-    reference = LawReference(FLOOR, BOUNDS.max_skips, BOUNDS.max_interventions)
+    reference = LawReference(*BOUNDS)
     expected = [reference.step(step) for step in steps]
     actual = {
         "skip": decision.skip.tolist(),
@@ -163,7 +169,7 @@ def test_trajectory_equals_the_reference(steps):
         values = [getattr(outcome, name) for outcome in expected]
         np.testing.assert_allclose(getattr(evidence, name), values, rtol=5e-3, atol=1e-3)
     np.testing.assert_allclose(np.log(decision.scale), state.log_scale, rtol=1e-4, atol=1e-5)
-    before = np.append(math.log(FLOOR), state.log_scale[:-1])
+    before = np.append(first_log_scale(), state.log_scale[:-1])
     np.testing.assert_allclose(np.log(decision.scale_before), before, rtol=1e-4, atol=1e-5)
 
 
@@ -208,13 +214,16 @@ def any_telemetry(draw):
 
 
 def assert_bounded(state: Control, decision: Decision, floor: float) -> None:
+    """The soft start sets the scale, once; from then on, and before, it moves in bounds."""
     chex.assert_tree_all_finite(jax.tree.map(jnp.asarray, (state, decision)))
     assert (decision.scale >= floor * (1 - EPS)).all()
     assert (decision.scale <= 1).all()
-    moved = np.diff(state.log_scale, prepend=math.log(floor))
-    assert (moved >= -control.MOST_CUT - EPS).all()
-    assert (moved <= control.MOST_GROWTH + EPS).all()
-    assert (decision.scale >= 0.1 * decision.scale_before).all()
+    moved = np.diff(state.log_scale, prepend=first_log_scale(BOUNDS._replace(min_scale=floor)))
+    governed = np.diff(state.started.astype(int), prepend=0) == 0
+    assert (~governed).sum() <= 1
+    assert (moved[governed] >= -control.MOST_CUT - EPS).all()
+    assert (moved[governed] <= control.MOST_GROWTH + EPS).all()
+    assert (decision.scale >= 0.1 * decision.scale_before)[governed].all()
     assert ((state.budget >= 0) & (state.budget <= BOUNDS.max_interventions)).all()
     assert ((state.regime >= 0) & (state.regime < len(REGIMES))).all()
 
@@ -242,15 +251,21 @@ def _decide_all(evidence: Evidence, bounds: Bounds):
     return jax.lax.scan(step, control.init(bounds), evidence)[1]
 
 
+def quiet_evidence() -> Evidence:
+    """Nothing seen: as the law makes it of telemetry before the first step."""
+    seen, nothing = telemetry.init(), statistics.init()
+    return control.judge(seen, nothing, nothing, jnp.int32(0))
+
+
+_quiet = jax.jit(quiet_evidence)
+
+
 def decide_all(bounds=BOUNDS, **given_evidence) -> tuple[Control, Decision]:
     """`decide` on hand-made evidence; what is not given is quiet."""
     length = max(len(np.atleast_1d(x)) for x in given_evidence.values())
-    fields = {name: np.zeros(length, np.float32) for name in Evidence._fields}
-    fields |= {"poison": np.zeros(length, np.int32), "signal": np.full(length, 6, np.int32)}
-    fields["spike"] = np.zeros(length, bool)
-    for name, x in given_evidence.items():
-        fields[name] = np.asarray(x, fields[name].dtype)
-    return jax.device_get(_decide_all(Evidence(**fields), bounds))
+    quiet = jax.tree.map(lambda x: np.full(length, x, x.dtype), jax.device_get(_quiet()))
+    given = {name: np.asarray(x, getattr(quiet, name).dtype) for name, x in given_evidence.items()}
+    return jax.device_get(_decide_all(quiet._replace(**given), bounds))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -263,7 +278,7 @@ def test_any_alarm_leaves_the_decision_in_bounds(alarms, kinds):
     spike = [kind == 1 for kind in kinds]
     state, decision = decide_all(alarm=alarms, poison=poison, spike=spike)
     assert_bounded(state, decision, FLOOR)
-    unmoved = decision.skip | ~np.isfinite(np.asarray(alarms, np.float32))
+    unmoved = decision.skip | np.isnan(np.asarray(alarms, np.float32))
     np.testing.assert_array_equal(decision.scale[unmoved], decision.scale_before[unmoved])
 
 
@@ -276,11 +291,30 @@ def regimes(state: Control) -> list[str]:
     return names_of(REGIMES, state.regime)
 
 
-def test_soft_start():
-    """From the floor upwards, by at most the growth of one step, to exactly 1."""
+@pytest.mark.parametrize("r", [1e-30, 1e-6, 1e-3, 0.02, 30.0])
+def test_soft_start_sets_the_first_measured_step(r):
+    """The third step is the first that is measured: it is scaled to the length of a first step."""
+    steps = [Signals(), Signals(loss=3.0), *[Signals(relative_step=r)] * 3]
+    state, _, decision = run_law(batch(steps))
+    np.testing.assert_allclose(np.log(decision.scale[:2]), first_log_scale(), rtol=1e-5)
+    wanted = math.exp(first_log_scale()) * control.FIRST_STEP / r
+    np.testing.assert_allclose(decision.scale[2], np.clip(wanted, FLOOR, 1), rtol=1e-4)
+    assert state.started.tolist() == [False, False, True, True, True]
+    assert decision.action[2] == 0  # setting a scale is no intervention
+
+
+def test_a_skipped_step_does_not_start():
+    bad = Signals(relative_step=0.5, nonfinite_gradients=1)
+    state, _, decision = run_law(batch([bad, Signals(relative_step=2e-3)]))
+    assert state.started.tolist() == [False, True]
+    assert decision.scale[0] == decision.scale_before[0]
+
+
+def test_growth_without_a_measured_step():
+    """From the first scale upwards, by at most the growth of one step, to exactly 1."""
     state, decision = decide_all(alarm=[CALM] * 100)
-    np.testing.assert_allclose(decision.scale_before[0], FLOOR, rtol=1e-5)
-    steps = math.ceil(-math.log(FLOOR) / control.MOST_GROWTH)
+    np.testing.assert_allclose(decision.scale_before[0], math.exp(first_log_scale()), rtol=1e-5)
+    steps = math.ceil(-first_log_scale() / control.GROWTH)
     assert decision.scale[steps - 2] < 1
     assert (decision.scale[steps:] == 1).all()
     assert regimes(state)[0] == "recovering"
@@ -366,11 +400,10 @@ def test_exhausted_by_the_budget():
 
 def test_pinned_scale_holds():
     state = control.init(BOUNDS)._replace(pinned=jnp.array(True), log_scale=jnp.float32(-1.0))
+    step = jax.jit(control.decide)
     for alarm in (DEEP, CALM, math.nan):
-        quiet = Evidence(*[jnp.float32(0)] * 6)._replace(
-            poison=jnp.int32(0), spike=jnp.array(False), alarm=jnp.float32(alarm)
-        )
-        state, decision = control.decide(state, quiet, BOUNDS)
+        quiet = _quiet()._replace(alarm=jnp.float32(alarm), has_step=jnp.array(True))
+        state, decision = step(state, quiet, BOUNDS)
         assert state.log_scale == -1.0
         assert decision.scale == decision.scale_before
 

@@ -41,7 +41,25 @@ TABLE = [
     for placement in PLACEMENTS
 ]
 over_table = pytest.mark.parametrize(("inner", "placement"), TABLE)
+# What costs a compilation of its own runs for all of the table with `make test-slow` only.
+QUICK = {
+    *((inner, "wrapped") for inner in INNER),
+    ("adamw", "chained"),
+    ("sgd_momentum", "chained"),
+}
+over_table_compiled = pytest.mark.parametrize(
+    ("inner", "placement"),
+    [
+        pytest.param(
+            *case.values, marks=[] if case.values in QUICK else pytest.mark.slow, id=case.id
+        )
+        for case in TABLE
+    ],
+)
 over_placements = pytest.mark.parametrize("placement", PLACEMENTS)
+over_placements_compiled = pytest.mark.parametrize(
+    "placement", ["wrapped", pytest.param("chained", marks=pytest.mark.slow)]
+)
 
 
 def run_for(inner: str, placement: str) -> Run:
@@ -64,7 +82,7 @@ def kinds(tree):
     return [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
 
 
-@over_table
+@over_table_compiled
 def test_converges_without_compiling_again(inner, placement):
     run, params = run_for(inner, placement), small_params()
     params, state = train(run, params, run.init(params), 1)
@@ -76,7 +94,7 @@ def test_converges_without_compiling_again(inner, placement):
     assert not bool(guard_in(state).control.exhausted)
 
 
-@over_placements
+@over_placements_compiled
 def test_one_trace_for_all_steps(placement):
     tx, params = PLACEMENTS[placement](optax.sgd(0.1, momentum=0.9)), small_params()
     update = jax.jit(chex.assert_max_traces(tx.update, n=1))
@@ -186,7 +204,7 @@ def test_extra_args_reach_the_inner_optimizer(placement, name):
     chex.assert_trees_all_close(updates, expected, rtol=1e-5)
 
 
-@over_placements
+@over_placements_compiled
 def test_value_reaches_reduce_on_plateau(placement):
     inner = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=2))
     run, params = run_of(PLACEMENTS[placement](inner)), small_params()
@@ -367,7 +385,7 @@ def test_map_params(inner, placement):
     assert_same_bits(guard_in(mapped)._replace(inner_state=None), own)
 
 
-@over_placements
+@over_placements_compiled
 def test_donation(placement):
     """Parameters and state are given away at every step, from the first on."""
     run, params = run_for("adamw", placement), small_params()
@@ -394,7 +412,7 @@ def _stack(trees):
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
-@over_placements
+@over_placements_compiled
 def test_vmap_over_runs_equals_the_separate_runs(placement):
     """Four runs, one of which meets a NaN and one a jump of the gradient."""
     run, params = run_for("adamw", placement), small_params()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from reference import flat
 from support import (
     assert_all_finite,
     assert_same_bits,
@@ -17,11 +18,12 @@ from support import (
     chained,
     guard_in,
     guarded,
+    run_of,
     small_params,
 )
 
 import lbw_optax
-from lbw_optax import lbw_guard
+from lbw_optax import control, lbw_guard
 
 RUNS = {"wrapped": guarded, "chained": chained}
 
@@ -34,7 +36,12 @@ BAD_ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), BAD_ARGUMENTS, ids=repr)
+def label(x):
+    """Readable, and the same in every process: no addresses."""
+    return x.__name__ if callable(x) else repr(x) if " at 0x" not in repr(x) else type(x).__name__
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_ARGUMENTS, ids=label)
 def test_bad_argument_is_named_with_its_value(name, value):
     with pytest.raises(ValueError, match=name) as error:
         lbw_guard(**({"inner": optax.adamw(1e-3)} | {name: value}))
@@ -56,7 +63,7 @@ NOT_YET_REFUSED = [
     raises=(pytest.fail.Exception, TypeError),
     reason="a class has `init` and `update` too; NaN is not below 1; a type raises TypeError",
 )
-@pytest.mark.parametrize(("name", "value"), NOT_YET_REFUSED, ids=repr)
+@pytest.mark.parametrize(("name", "value"), NOT_YET_REFUSED, ids=label)
 def test_bad_argument_not_yet_refused(name, value):
     test_bad_argument_is_named_with_its_value(name, value)
 
@@ -64,7 +71,8 @@ def test_bad_argument_not_yet_refused(name, value):
 @pytest.mark.parametrize("min_scale", [1, 1.0, 1e-6, np.float32(0.5), jnp.float32(0.5)], ids=repr)
 def test_good_min_scale(min_scale):
     state = lbw_guard(optax.sgd(0.1), min_scale=min_scale).init(jnp.ones(2))
-    np.testing.assert_allclose(lbw_optax.metrics(state)["scale"], min_scale, rtol=1e-5)
+    first = max(min_scale, control.FIRST_SCALE)
+    np.testing.assert_allclose(lbw_optax.metrics(state)["scale"], first, rtol=1e-5)
 
 
 def test_adamw_has_the_signature_of_optax():
@@ -90,7 +98,7 @@ def random_gradients(steps, bad=()):
 
 @pytest.mark.parametrize("inner", ["adamw", "sgd_momentum"])
 def test_wrapped_guard_applies_the_scaled_updates_of_the_inner_optimizer(inner):
-    """From the floor on; the inner optimizer itself never notices."""
+    """From the first step on, which is short; the inner optimizer itself never notices."""
     run, inner_run, params = guarded(inner), bare(inner), small_params()
     state, inner_state = run.init(params), inner_run.init(params)
     scales = []
@@ -103,7 +111,9 @@ def test_wrapped_guard_applies_the_scaled_updates_of_the_inner_optimizer(inner):
         expected = jax.tree.map(lambda u, s=scales[-1]: np.float32(s) * u, expected)
         chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-9)
         chex.assert_trees_all_close(state.inner_state, inner_state, rtol=1e-6)
-    assert 0.01 <= scales[0] <= 0.012
+        if len(scales) == 1:
+            moved, length = (np.linalg.norm(flat(jax.tree.leaves(t))) for t in (updates, params))
+            np.testing.assert_allclose(moved / length, control.FIRST_STEP, rtol=1e-4)
     assert len(set(scales)) > 5
 
 
@@ -131,12 +141,12 @@ def same_or_both_nan(actual, expected):
 # may do so in one program and not in another, whatever the arithmetic that they have in common.
 AS_WRITTEN = {"xla_backend_optimization_level": "0"}
 OBSERVED = [
-    pytest.param(inner, placement, AS_WRITTEN, id=f"{inner}-{placement}-as_written")
-    for inner in ("adamw", "sgd_momentum", "lion")
+    pytest.param(inner, placement, AS_WRITTEN, id=f"{inner}-{placement}-as_written", marks=marks)
+    for inner, marks in (("adamw", []), ("sgd_momentum", []), ("lion", pytest.mark.slow))
     for placement in RUNS
 ] + [
     pytest.param(inner, "wrapped", {}, id=f"{inner}-wrapped-optimized")
-    for inner in ("adam", "adamw", "sgd_momentum")
+    for inner in ("adamw", "sgd_momentum")
 ]
 
 
@@ -188,8 +198,7 @@ def test_mode_of_the_factory_is_the_mode_of_the_state():
 
 def test_without_inner_it_transforms_gradients():
     tx, gradients = lbw_guard(min_scale=0.5), {"w": jnp.array([2.0, -4.0])}
-    state = tx.init(gradients)
-    updates, state = tx.update(gradients, state, gradients)
+    updates, state = jax.jit(tx.update)(gradients, tx.init(gradients), gradients)
     scale = lbw_optax.metrics(state)["scale"]
     chex.assert_trees_all_close(updates, jax.tree.map(lambda g: scale * g, gradients))
 
@@ -204,12 +213,11 @@ def test_the_state_is_small():
 
 
 def test_min_scale_one_only_skips():
-    """min_scale=1 leaves the scale at 1 for ever: only skips remain."""
-    tx, bare_tx, params = lbw_guard(optax.sgd(0.1), min_scale=1.0), optax.sgd(0.1), jnp.ones(3)
-    state = tx.init(params)
-    gradients = jnp.array([1.0, -2.0, 3.0])
-    updates, state = tx.update(gradients, state, params)
-    expected, _ = bare_tx.update(gradients, bare_tx.init(params), params)
-    chex.assert_trees_all_equal(updates, expected)
-    updates, state = tx.update(gradients * jnp.nan, state, params)
-    chex.assert_trees_all_equal(optax.apply_updates(params, updates), params)
+    """The scale stays at 1 for ever."""
+    run, params = run_of(lbw_guard(optax.sgd(0.1), min_scale=1.0)), jnp.ones(3)
+    state, gradients = run.init(params), np.float32([1, -2, 3])
+    for factor in (1, 1, np.float32(np.nan), 1):
+        updates, state = run.update(factor * gradients, state, params, value=np.float32(1))
+        moved = np.float32(-0.1) * gradients * np.isfinite(factor)
+        np.testing.assert_allclose(updates, moved, rtol=1e-6)
+    assert int(guard_in(state).control.skips) == 1

@@ -20,13 +20,8 @@ def random_step(rng, step, happens):
     signal, regime = int(rng.integers(1, len(SIGNALS))), int(rng.integers(len(REGIMES)))
     value, threshold, before, after = (float(np.float32(x)) for x in rng.random(4))
     state = control.init(BOUNDS)._replace(regime=jnp.int32(regime))
-    evidence = Evidence(
-        jnp.int32(0),
-        jnp.array(False),
-        jnp.float32(0),
-        jnp.int32(signal),
-        jnp.float32(value),
-        jnp.float32(threshold),
+    evidence = Evidence(*[jnp.float32(0)] * len(Evidence._fields))._replace(
+        signal=jnp.int32(signal), value=jnp.float32(value), threshold=jnp.float32(threshold)
     )
     decision = Decision(
         jnp.array(False), jnp.float32(after), jnp.float32(before), jnp.int32(action)

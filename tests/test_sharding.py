@@ -16,6 +16,9 @@ FSDP = {"bias": P(), "kernel": P("data"), "stacked": P(None, "data", "model")}
 SHAPES = {"bias": (16,), "kernel": (64, 96), "stacked": (2, 32, 48)}
 EXPLICIT = ["adamw", "sgd_momentum", "lion", "adam"]
 over_placements = pytest.mark.parametrize("placement", PLACEMENTS)
+over_placements_compiled = pytest.mark.parametrize(
+    "placement", ["wrapped", pytest.param("chained", marks=pytest.mark.slow)]
+)
 
 
 def mesh_of(kind: AxisType):
@@ -77,7 +80,7 @@ def test_explicit_sharding_is_kept_in_every_leaf(placement, inner):
         jax.eval_shape(step, params, state)
 
 
-@over_placements
+@over_placements_compiled
 def test_explicit_sharding_equals_one_device(placement):
     tx = PLACEMENTS[placement](INNER["adamw"]())
     start = tree(np.random.default_rng(14))
@@ -91,7 +94,7 @@ def test_explicit_sharding_equals_one_device(placement):
     assert_equal_runs((sharded, state), (alone, alone_state), placement)
 
 
-@over_placements
+@over_placements_compiled
 def test_fsdp_with_automatic_sharding_equals_one_device(placement):
     tx, bare = (
         PLACEMENTS[placement](INNER["adamw"]()),
