@@ -110,7 +110,7 @@ def _draw_scales(axes: Any, curves: Sequence[Curve]) -> None:
                 (event.step, event.scale_after) for event in curve.events if event.action == action
             ]
             if at:
-                axes.plot(*zip(*at, strict=True), mark, color=colour, markeredgecolor="white", ms=7)
+                axes.plot(*zip(*at, strict=True), mark, color=colour, markeredgecolor="white", ms=6)
                 used.add(action)
     _logarithmic(axes, labelled=(1, 3))
     axes.set_ylim(top=1.3)

@@ -166,6 +166,7 @@ class Bench:
 
     def __init__(self, settings: Settings, corpus: data.Corpus, seed: int):
         self.settings, self.corpus, self.seed = settings, corpus, seed
+        self._provenance = provenance()  # of the code that was loaded, whatever comes meanwhile
         self._windows = {
             name: data.windows(
                 tokens, batch_size=32, length=settings.length, limit=settings.evaluated
@@ -239,7 +240,7 @@ class Bench:
         """What a result file says about code, machine, settings and text."""
         settings = self.settings._asdict() | {"config": vars(self.settings.config)}
         tokens = {name: len(getattr(self.corpus, name)) for name in data.SPLITS}
-        return provenance() | {"seed": self.seed, "settings": settings, "tokens": tokens}
+        return self._provenance | {"seed": self.seed, "settings": settings, "tokens": tokens}
 
 
 def table(runs: Sequence[Run], bench: Bench) -> str:
