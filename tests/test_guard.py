@@ -137,31 +137,32 @@ def same_or_both_nan(actual, expected):
         np.testing.assert_array_equal(np.where(nan, 0, bits(x)), np.where(nan, 0, bits(y)))
 
 
-# Without optimization, LLVM does not contract a product and a sum into one rounding. With it, it
-# may do so in one program and not in another, whatever the arithmetic that they have in common.
-AS_WRITTEN = {"xla_backend_optimization_level": "0"}
+# A compiler may round a product and a sum once or twice, and not alike in two programs, whatever
+# the arithmetic that they have in common. Operation by operation, there is nothing to choose.
 OBSERVED = [
-    pytest.param(inner, placement, AS_WRITTEN, id=f"{inner}-{placement}-as_written", marks=marks)
+    pytest.param(inner, placement, False, id=f"{inner}-{placement}-by_operation", marks=marks)
     for inner, marks in (("adamw", []), ("sgd_momentum", []), ("lion", pytest.mark.slow))
     for placement in RUNS
 ] + [
-    pytest.param(inner, "wrapped", {}, id=f"{inner}-wrapped-optimized")
+    pytest.param(inner, "wrapped", True, id=f"{inner}-wrapped-compiled")
     for inner in ("adamw", "sgd_momentum")
 ]
 
 
-@pytest.mark.parametrize(("inner", "placement", "options"), OBSERVED)
-def test_observing_leaves_every_bit_as_the_bare_optimizer_has_it(inner, placement, options):
+@pytest.mark.parametrize(("inner", "placement", "compiled"), OBSERVED)
+def test_observing_leaves_every_bit_as_the_bare_optimizer_has_it(inner, placement, compiled):
     """Also where it would have skipped: a NaN loss, a jump, and in the end NaN gradients."""
     run, bare_run, params = RUNS[placement](inner), bare(inner), small_params()
-    update = jax.jit(run.tx.update, compiler_options=options) if options else run.update
-    bare_update = jax.jit(bare_run.tx.update, compiler_options=options)
+    update, bare_update = run.update, bare_run.update
+    if not compiled:
+        update, bare_update = run.tx.update, bare_run.tx.update
     state, bare_state = lbw_optax.override(run.init(params), mode="observe"), bare_run.init(params)
     bare_params = params
-    for step, gradients in enumerate(random_gradients(60, bad=(50, 51))):
-        value = np.float32(np.nan if step in (0, 20) else 1)
-        if step == 30:
+    for step, gradients in enumerate(random_gradients(12, bad=(9, 10))):
+        value = jnp.float32(np.nan if step in (0, 5) else 1)
+        if step == 8:
             gradients = jax.tree.map(lambda g: np.float32(1e7) * g, gradients)
+        gradients = jax.tree.map(jnp.asarray, gradients)
         updates, state = update(gradients, state, params, value=value)
         expected, bare_state = bare_update(gradients, bare_state, bare_params, value=value)
         same_or_both_nan(updates, expected)

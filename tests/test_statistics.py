@@ -89,12 +89,12 @@ def test_first_values_are_free_of_bias(memory):
     chex.assert_trees_all_close(constant.variance, np.zeros(LENGTH, np.float32))
 
 
+@pytest.mark.parametrize("length", [1, 3, 80])
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
-def test_standard_error_is_that_of_independent_values(memory):
+def test_standard_error_is_that_of_independent_values(memory, length):
     """Over 2000 independent histories, the mean scatters as its standard error says."""
     rng = np.random.default_rng(1)
     unit = memory._replace(floor=1e-6, prior=1e-6)
-    length = 80
     shares = memory.decay ** np.arange(length)[::-1]
     means = rng.normal(size=(2000, length)) @ (shares / shares.sum())
     running = Running(jnp.float32(0), jnp.float32(1), jnp.float32(1 - memory.decay**length))
