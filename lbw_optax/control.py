@@ -39,7 +39,7 @@ MOST_CUT, GROWTH, MOST_GROWTH = 0.4, 0.1, 0.5
 # anything could be measured.
 FIRST_STEP, FIRST_SCALE = 0.001, 0.01
 # A turn of the scale by this factor is an intervention (down) or a recovery (up).
-TURN = 0.9
+TURN = 0.8
 # Steps without evidence of trouble before the scale may grow again after an unstable step.
 COOL_DOWN = 10
 # The budget is spent by interventions and earned back, this much a step.
@@ -232,7 +232,7 @@ def _next_scale(control: Control, evidence: Evidence, calm: jax.Array, bounds: B
 def _next_regime(
     control: Control, log_scale: jax.Array, trouble: jax.Array, calm: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Turns of the scale decide: 10 % under its last peak is stress, 10 % above the trough ends it.
+    """Turns of the scale decide: a fifth under its last peak is stress, as much above ends it.
 
     A skip or a loss spike makes the run unstable until it has been calm for the cool-down.
     """

@@ -14,7 +14,7 @@ from lbw_optax.telemetry import Probe, Telemetry
 def lbw_guard(
     inner: optax.GradientTransformation | None = None,
     *,
-    min_scale: float = 0.01,
+    min_scale: float = 0.001,
     max_skips: int = 30,
     max_interventions: int = 50,
     mode: str = "govern",
