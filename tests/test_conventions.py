@@ -66,13 +66,13 @@ def run_for(inner: str, placement: str) -> Run:
     return guarded(inner) if placement == "wrapped" else chained(inner)
 
 
-def abstract_update(tx, dtype=jnp.float32, **extra_args):
-    """Types of (updates, state before, state after), traced only."""
+def abstract_update(tx, dtype=jnp.float32):
+    """Types of (updates, state before, state after), traced only; with an unknown extra arg."""
     params = small_params(dtype)
 
     def trace(params):
         state = tx.init(params)
-        updates, new_state = tx.update(params, state, params, value=VALUE, **extra_args)
+        updates, new_state = tx.update(params, state, params, value=VALUE, nobody_knows=1)
         return updates, state, new_state
 
     return jax.eval_shape(trace, params)
@@ -105,7 +105,7 @@ def test_one_trace_for_all_steps(placement):
 
 @over_table
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_types_are_kept(inner, placement, dtype):
+def test_types_are_kept_and_unknown_extra_args_accepted(inner, placement, dtype):
     """Updates have the type that the bare optimizer gives them; the state's types never change."""
     updates, before, after = abstract_update(PLACEMENTS[placement](INNER[inner]()), dtype)
     bare_updates, bare_before, bare_after = abstract_update(
@@ -185,22 +185,17 @@ def _times(name: str) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: jnp.float32(0), update)
 
 
-@over_table
-def test_unknown_extra_args_are_accepted(inner, placement):
-    abstract_update(PLACEMENTS[placement](INNER[inner]()), nobody_knows_this=1, neither_this=None)
-
-
 @over_placements
-@pytest.mark.parametrize("name", ["value", "temperature"])
-def test_extra_args_reach_the_inner_optimizer(placement, name):
-    tx, params = PLACEMENTS[placement](_times(name)), small_params()
-    state = tx.init(params)
-    extra_args = {"value": np.float32(0.5), "temperature": np.float32(0.5)}
-    updates, state = tx.update(gradients_of(params), state, params, **extra_args)
+def test_extra_args_reach_the_inner_optimizer(placement):
+    """The loss, and one that the guard has never heard of."""
+    inner = optax.chain(_times("value"), _times("temperature"))
+    run, params = run_of(PLACEMENTS[placement](inner)), small_params()
+    extra_args = {"value": np.float32(0.5), "temperature": np.float32(0.25)}
+    updates, state = run.update(gradients_of(params), run.init(params), params, **extra_args)
     inner_state = state[1] if placement == "chained" else state.inner_state
-    assert float(inner_state) == 0.5
+    assert [float(x) for x in inner_state] == [0.5, 0.25]
     scale = float(lbw_optax.metrics(state)["scale"])
-    expected = jax.tree.map(lambda g: np.float32(0.5 * scale) * g, gradients_of(params))
+    expected = jax.tree.map(lambda g: np.float32(0.125 * scale) * g, gradients_of(params))
     chex.assert_trees_all_close(updates, expected, rtol=1e-5)
 
 

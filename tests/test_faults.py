@@ -31,6 +31,15 @@ from lbw_optax import lbw_guard
 NAN, INF = np.float32(np.nan), np.float32(np.inf)
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 GOVERNED = ["adamw", "sgd_momentum"]
+over_governed_in_both_types = pytest.mark.parametrize(
+    ("inner", "dtype"),
+    [
+        ("adamw", "f32"),
+        ("adamw", "bf16"),
+        ("sgd_momentum", "f32"),
+        pytest.param("sgd_momentum", "bf16", marks=pytest.mark.slow),
+    ],
+)
 
 
 def _every(gradients, x):
@@ -101,8 +110,7 @@ ONCE = [(fault, moment) for fault in FAULTS for moment in MOMENTS]
 ONCE.remove(("huge_gradient_1e6", "first"))  # it is the measure of those that follow
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("inner", GOVERNED)
+@over_governed_in_both_types
 @pytest.mark.parametrize(("fault", "moment"), ONCE)
 def test_one_bad_step_changes_nothing(fault, moment, inner, dtype):
     make, signal = FAULTS[fault]
@@ -117,8 +125,7 @@ def test_one_bad_step_changes_nothing(fault, moment, inner, dtype):
     assert newest.signal == (signal or "nonfinite_gradients")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("inner", GOVERNED)
+@over_governed_in_both_types
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_training_converges_after_every_fault_in_turn(moment, inner, dtype):
     run = guarded(inner)
@@ -176,7 +183,6 @@ def test_five_hundred_bad_steps_exhaust_the_guard_and_pass_nothing(inner):
 
 HEALTHY_BUT_EXTREME = {
     "f16_norm_overflows_f16": (jnp.float16, 300.0),
-    "bf16_large": (jnp.bfloat16, 1e15),
     "f32_large": (jnp.float32, 1e18),
     "f32_small": (jnp.float32, 1e-15),
 }
@@ -243,7 +249,6 @@ TREES = {
     "size_0_leaves": {"a": np.zeros([0, 3], np.float32), "b": np.float32([2.0, -1.0])},
     "none_leaves": {"a": None, "b": np.float32([2.0, -1.0])},
     "masked_node_leaves": {"a": MASKED, "b": np.float32([2.0, -1.0])},
-    "only_size_0": {"a": np.zeros([0], np.float32)},
 }
 
 
@@ -266,6 +271,7 @@ def test_trees(tree):
         assert loss_of(params) < 0.02 * loss_of(tree)
 
 
+@functools.cache
 def _beside_integers():
     """SGD for the floats; integer leaves pass through as they come."""
     return run_of(lbw_guard(optax.masked(optax.sgd(0.1), {"index": False, "w": True})))
