@@ -3,6 +3,10 @@
 A method is a function from a `benchmarks.regimes.Recipe` (the regime's schedule, betas, weight
 decay and clip) to an optimizer, at its published constants. In a regime with a clip every method
 keeps it, except where clipping is the method itself.
+
+The published constants are made for longer runs: the resets of SPAM (every 500 steps) and
+Stable-SPAM (1000) are never reached here, AdaGC clips globally for its first 100 steps, and
+skip-step and the update-norm clip wait for 64.
 """
 
 from collections.abc import Callable

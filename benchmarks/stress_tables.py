@@ -73,7 +73,8 @@ def _provenance(grid: Grid) -> str:
         f"{', '.join(map(str, seeds))}); ± is half the range; **bold** is the best of a column. "
         f"{len(grid.cells)} cells at commit {', '.join(commits)} (* with local changes); "
         f"{versions}; {newest['machine']}.\n\nMade by `python -m benchmarks.stress` and "
-        "`python -m benchmarks.stress_tables`."
+        "`python -m benchmarks.stress_tables`. Every peer runs at its published constants, which "
+        "are made for longer runs (see `benchmarks/methods.py`)."
     )
 
 
