@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lbw_optax import ring
 from lbw_optax.control import REGIMES
@@ -50,7 +51,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         "skips": control.skips,
         "skips_in_a_row": control.skips_in_a_row,
         "events": guard.ring.recorded,
-        "budget": control.budget,
+        "outstanding": control.outstanding,
         "exhausted": control.exhausted,
         **{f"gradient_log2/{k}": histogram[..., i] for i, k in enumerate(HISTOGRAM_EDGES)},
     }
@@ -82,7 +83,8 @@ def check(state: Any) -> None:
 def override(state: Any, *, scale: float | str | None = None, mode: str | None = None) -> Any:
     """A human's order: the state with the scale pinned, released, or the mode changed.
 
-    A pure function; it reaches every guard in the state and clears "exhausted".
+    A pure function; it reaches every guard in the state, clears "exhausted" and gives each its
+    full allowance again.
 
     Args:
       state: any optimizer state that holds a guard.
@@ -100,9 +102,7 @@ def override(state: Any, *, scale: float | str | None = None, mode: str | None =
     """
     if mode is not None and mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
-    if isinstance(scale, str) and scale != "auto":
-        raise ValueError(f'scale must be a number in (0, 1] or "auto", got {scale!r}.')
-    if isinstance(scale, int | float) and not 0 < scale <= 1:
+    if not (scale is None or _is_order(scale)):
         raise ValueError(f'scale must be a number in (0, 1] or "auto", got {scale!r}.')
     return map_guards(lambda guard: _override(guard, scale, mode), state)
 
@@ -175,8 +175,21 @@ class AuditLog:
         self.close()
 
 
+def _is_order(scale: Any) -> bool:
+    """Whether the scale is "auto", a traced scalar, or a number in (0, 1] that float32 can hold."""
+    if isinstance(scale, str):
+        return scale == "auto"
+    if isinstance(scale, jax.core.Tracer):
+        return scale.shape == ()
+    return np.ndim(scale) == 0 and bool(np.finfo(np.float32).tiny <= scale <= 1)
+
+
 def _override(guard: GuardState, scale: float | str | None, mode: str | None) -> GuardState:
-    control = guard.control._replace(exhausted=jnp.zeros_like(guard.control.exhausted))
+    fresh = {
+        name: jnp.zeros_like(getattr(guard.control, name))
+        for name in ("exhausted", "skips_in_a_row", "outstanding")
+    }
+    control = guard.control._replace(**fresh)
     if isinstance(scale, str):
         control = control._replace(pinned=jnp.zeros_like(control.pinned))
     elif scale is not None:
@@ -211,4 +224,4 @@ def _next_number(path: Path) -> int:
     if whole != text:
         path.write_text(whole, encoding="utf-8")
     numbers = [line.get("number", -1) for line in map(json.loads, whole.splitlines())]
-    return max(numbers, default=-1) + 1
+    return next((number for number in reversed(numbers) if number >= 0), -1) + 1

@@ -63,7 +63,7 @@ class Control(NamedTuple):
     calm_steps: jax.Array  # int32, since the last skip or loss spike
     skips_in_a_row: jax.Array  # int32
     skips: jax.Array  # int32, in all
-    budget: jax.Array  # float32, interventions left
+    outstanding: jax.Array  # float32, interventions not yet earned back
     exhausted: jax.Array  # bool, stays True until a person clears it
     pinned: jax.Array  # bool, a person holds the scale
     started: jax.Array  # bool, the soft start has set the first scale
@@ -102,7 +102,7 @@ def init(bounds: Bounds) -> Control:
         calm_steps=jnp.int32(COOL_DOWN),
         skips_in_a_row=zero,
         skips=zero,
-        budget=jnp.asarray(bounds.max_interventions, jnp.float32),
+        outstanding=jnp.zeros([], jnp.float32),
         exhausted=jnp.array(False),
         pinned=jnp.array(False),
         started=jnp.array(False),
@@ -194,9 +194,9 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
     regime, turning_point = _next_regime(control, log_scale, trouble, calm)
     action = _action(control.regime, regime, skip)
     intervened = (action == SKIP) | (action == CUT) | (action == HOLD)
-    budget = jnp.where(intervened, control.budget - 1, control.budget + EARNED)
+    outstanding = control.outstanding + jnp.where(intervened, 1.0, -EARNED)
     in_a_row = jnp.where(skip, optax.safe_increment(control.skips_in_a_row), 0)
-    spent = (in_a_row >= bounds.max_skips) | (budget < 0)
+    spent = (in_a_row >= bounds.max_skips) | (outstanding > bounds.max_interventions)
     new = Control(
         log_scale=log_scale,
         turning_point=turning_point,
@@ -204,7 +204,7 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
         calm_steps=calm,
         skips_in_a_row=in_a_row,
         skips=jnp.where(skip, optax.safe_increment(control.skips), control.skips),
-        budget=jnp.clip(budget, 0, bounds.max_interventions).astype(jnp.float32),
+        outstanding=jnp.clip(outstanding, 0.0, bounds.max_interventions).astype(jnp.float32),
         exhausted=control.exhausted | spent,
         pinned=control.pinned,
         started=control.started | begins,

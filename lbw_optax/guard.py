@@ -1,9 +1,11 @@
 """The guard: observe, judge, act, above any Optax optimizer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lbw_optax import control, ring, statistics, telemetry
@@ -83,7 +85,7 @@ def lbw_guard(
             guard_steps=jnp.zeros([], jnp.int32),
             mode=jnp.asarray(MODES.index(mode), jnp.int32),
             telemetry=telemetry.init(),
-            probe=Probe(trace=nothing if wrapped else telemetry.probe(params), gradient=nothing),
+            probe=Probe(anchor=nothing if wrapped else telemetry.probe(params), gradient=nothing),
             statistics=statistics.init(),
             control=control.init(bounds),
             ring=ring.init(),
@@ -108,7 +110,7 @@ def lbw_guard(
         skip = governing & decision.skip
         applied = _apply(proposed, jnp.where(governing, decision.scale, 1.0), skip)
         if wrapped:
-            probe = probe._replace(trace=telemetry.probe(applied))
+            probe = probe._replace(anchor=telemetry.probe(applied))
         return applied, GuardState(
             inner_state=_select(skip, state.inner_state, inner_state),
             guard_steps=optax.safe_increment(state.guard_steps),
@@ -130,24 +132,26 @@ def _observe(
     before, remembered = state.telemetry, state.probe
     if wrapped:
         seen, sampled = telemetry.observe_gradients(
-            before, remembered, gradients, remembered.trace, value
+            before, remembered, gradients, remembered.anchor, value
         )
         scale = jnp.exp(state.control.log_scale)
         return telemetry.observe_step(seen, proposed, params, scale), Probe(
-            trace=remembered.trace, gradient=sampled
+            anchor=remembered.anchor, gradient=sampled
         )
-    here = remembered.trace if params is None else telemetry.probe(params)
-    moved = here - remembered.trace
+    here = remembered.anchor if params is None else telemetry.probe(params)
+    moved = here - remembered.anchor
     seen, sampled = telemetry.observe_gradients(before, remembered, gradients, moved, value)
-    return telemetry.observe_moved(seen, moved, here), Probe(trace=here, gradient=sampled)
+    return telemetry.observe_moved(seen, moved, here), Probe(anchor=here, gradient=sampled)
 
 
 def _apply(updates: Any, scale: jax.Array, skip: jax.Array) -> Any:
     """s u in the dtype of u, and nothing at all on a skipped step."""
 
     def act(u: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(u.dtype, jnp.inexact):
+        if u.dtype == jax.dtypes.float0:  # what JAX gives for the gradient of an integer
             return u
+        if not jnp.issubdtype(u.dtype, jnp.inexact):
+            return jnp.where(skip, jnp.zeros_like(u), u)
         scaled = (u * scale.astype(jnp.promote_types(u.dtype, jnp.float32))).astype(u.dtype)
         # Adding -0.0 leaves every float as it is; adding 0.0 would turn -0.0 into 0.0.
         return jnp.where(skip, jnp.full_like(u, -0.0), scaled)
@@ -160,17 +164,20 @@ def _select(skip: jax.Array, old: Any, new: Any) -> Any:
 
 
 def _validate(inner: Any, bounds: control.Bounds, mode: str) -> None:
-    if inner is not None and not (hasattr(inner, "init") and hasattr(inner, "update")):
+    if not (inner is None or isinstance(inner, optax.GradientTransformation)):
         raise ValueError(f"inner must be an Optax optimizer or None, got {inner!r}.")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
-    if not _traced(bounds.min_scale) and not 0 < bounds.min_scale <= 1:
-        raise ValueError(f"min_scale must be in (0, 1], got {bounds.min_scale!r}.")
+    if not _holds(bounds.min_scale, lambda x: 0 < x <= 1):
+        raise ValueError(f"min_scale must be a number in (0, 1], got {bounds.min_scale!r}.")
     for name in ("max_skips", "max_interventions"):
         count = getattr(bounds, name)
-        if not _traced(count) and count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count!r}.")
+        if not _holds(count, lambda x: x >= 1):
+            raise ValueError(f"{name} must be a number of at least 1, got {count!r}.")
 
 
-def _traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)
+def _holds(x: Any, condition: Callable[[Any], Any]) -> bool:
+    """Whether x is a number of which the condition is true; a traced one is not looked at."""
+    if isinstance(x, jax.core.Tracer):
+        return True
+    return np.ndim(x) == 0 and np.issubdtype(np.asarray(x).dtype, np.number) and bool(condition(x))

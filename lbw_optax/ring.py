@@ -18,11 +18,11 @@ class Ring(NamedTuple):
     """The newest `SIZE` events, one array a field; event i lies at i % SIZE."""
 
     recorded: jax.Array  # int32, events in all
-    step: jax.Array  # int32[SIZE]
+    at_step: jax.Array  # int32[SIZE]
     regime: jax.Array  # int32[SIZE]
     signal: jax.Array  # int32[SIZE]
     action: jax.Array  # int32[SIZE]
-    value: jax.Array  # float32[SIZE]
+    signal_value: jax.Array  # float32[SIZE]
     threshold: jax.Array  # float32[SIZE]
     scale_before: jax.Array  # float32[SIZE]
     scale_after: jax.Array  # float32[SIZE]
@@ -66,11 +66,11 @@ def record(
     """Write this step's event, if there is one."""
     happened, place = decision.action > 0, ring.recorded % SIZE
     new = {
-        "step": step,
+        "at_step": step,
         "regime": control.regime,
         "signal": evidence.signal,
         "action": decision.action,
-        "value": jnp.nan_to_num(evidence.value),
+        "signal_value": jnp.nan_to_num(evidence.value),
         "threshold": jnp.nan_to_num(evidence.threshold),
         "scale_before": decision.scale_before,
         "scale_after": decision.scale,
@@ -95,10 +95,10 @@ def _event(ring: Ring, number: int) -> Event:
     at = number % SIZE
     return Event(
         number=number,
-        step=int(ring.step[at]),
+        step=int(ring.at_step[at]),
         regime=REGIMES[ring.regime[at]],
         signal=SIGNALS[ring.signal[at]],
-        value=float(ring.value[at]),
+        value=float(ring.signal_value[at]),
         threshold=float(ring.threshold[at]),
         action=ACTIONS[ring.action[at]],
         scale_before=float(ring.scale_before[at]),

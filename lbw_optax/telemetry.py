@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -50,7 +51,7 @@ class Probe(NamedTuple):
     products of probes estimate those of whole pytrees without bias.
     """
 
-    trace: jax.Array  # wrapped: the last step u_{t-1}; chained: the parameters p_{t-1}
+    anchor: jax.Array  # wrapped: the last step u_{t-1}; chained: the parameters p_{t-1}
     gradient: jax.Array  # g_{t-1}
 
 
@@ -148,12 +149,12 @@ def observe_moved(seen: Telemetry, last_step: jax.Array, params_probe: jax.Array
 def forget(remembered: Probe, wrapped: bool) -> Probe:
     """The probe after a poisoned step: no gradient, and no step where steps are remembered."""
     nothing = jnp.zeros_like(remembered.gradient)
-    return Probe(trace=nothing if wrapped else remembered.trace, gradient=nothing)
+    return Probe(anchor=nothing if wrapped else remembered.anchor, gradient=nothing)
 
 
 def probe(tree: Any) -> jax.Array:
     """Sample a pytree at its fixed coordinates: float32[n], replicated over devices."""
-    return _concatenate([_sample(leaf) * _weight(leaf) for leaf in _floating(tree)])
+    return _concatenate([_sample(leaf) * _weight(leaf) for leaf in _leaves(tree, jnp.floating)])
 
 
 def norm_and_nonfinite(tree: Any) -> tuple[jax.Array, jax.Array]:
@@ -162,19 +163,21 @@ def norm_and_nonfinite(tree: Any) -> tuple[jax.Array, jax.Array]:
     The elements are counted only where the norm says that there are any: the common path reads
     the tree once.
     """
-    leaves = _floating(tree)
-    norm = optax.tree.norm([leaf.astype(jnp.float32) for leaf in leaves])
-    norm = jnp.asarray(norm, jnp.float32)
+    leaves = _leaves(tree, jnp.inexact)
+    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+    norm = jnp.asarray(optax.tree.norm(wide), jnp.float32)
 
     def count() -> jax.Array:
-        return sum((jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in leaves), jnp.int32(0))
+        counts = [jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in leaves]
+        return sum(counts, jnp.int32(0))
 
     return norm, jax.lax.cond(jnp.isfinite(norm), lambda: jnp.int32(0), count)
 
 
-def _floating(tree: Any) -> list[jax.Array]:
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    return [leaf for leaf in leaves if leaf.size and jnp.issubdtype(leaf.dtype, jnp.floating)]
+def _leaves(tree: Any, kind: Any) -> list[jax.Array]:
+    """The non-empty leaves of this kind of number."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), kind)]
+    return [jnp.asarray(leaf) for leaf in leaves if jnp.size(leaf)]
 
 
 def _length(x: jax.Array) -> jax.Array:
@@ -201,7 +204,7 @@ def _loss(value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _histogram(gradients: Any) -> jax.Array:
-    values = _concatenate([_sample(leaf) for leaf in _floating(gradients)])
+    values = _concatenate([_sample(leaf) for leaf in _leaves(gradients, jnp.floating)])
     finite = jnp.isfinite(values)
     _, exponent = jnp.frexp(jnp.where(finite, values, 0.0))
     bucket = jnp.where(values == 0, 0, (exponent - 1 - HISTOGRAM_EDGES[0]) // 2)
@@ -236,19 +239,21 @@ def _gather(leaf: jax.Array, size: int) -> jax.Array:
 
 
 def _coordinates(shape: tuple[int, ...], size: int) -> tuple[jax.Array, ...]:
-    """Evenly spaced flat positions, unravelled without forming a flat index (it may pass 2^32).
+    """Evenly spaced flat positions k * stride mod n, unravelled; distinct, in every column.
 
-    The stride is coprime to the last axis, so that a matrix is met in all its columns.
+    The stride is coprime to n. A flat index may pass 2^32, so rows and columns are formed apart;
+    where even a column times k would, NumPy's 64 bits do it and the result is a constant.
     """
-    columns = shape[-1]
-    stride = math.prod(shape) // size
-    while math.gcd(stride, columns) != 1:
-        stride -= 1
-    k = jnp.arange(size, dtype=jnp.uint32)
-    flat = k * (stride % columns)
-    row = k * (stride // columns) + flat // columns
-    index = [flat % columns]
+    total, columns = math.prod(shape), shape[-1]
+    stride = -(-total // size)
+    while math.gcd(stride, total) != 1:
+        stride += 1
+    wide = columns * size >= 2**32
+    k = np.arange(size, dtype=np.uint64) if wide else jnp.arange(size, dtype=jnp.uint32)
+    along = k * k.dtype.type(stride % columns)
+    row = k * k.dtype.type(stride // columns) + along // k.dtype.type(columns)
+    index = [along % k.dtype.type(columns)]
     for length in reversed(shape[:-1]):
-        index.append(row % length)
-        row = row // length
-    return tuple(part.astype(jnp.int32) for part in reversed(index))
+        index.append(row % k.dtype.type(length))
+        row = row // k.dtype.type(length)
+    return tuple(jnp.asarray(part, jnp.int32) for part in reversed(index))

@@ -1,0 +1,142 @@
+"""Write the measured parts of README.md from the result files: ``python -m benchmarks.pages``.
+
+A part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; what is there is replaced. With
+``--check`` nothing is written, and the exit code is 1 if the page is not what the files say.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results_file
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Bring the page up to date; returns the exit code."""
+    parser = argparse.ArgumentParser(description="The measured parts of README.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing, compare only")
+    options = parser.parse_args(arguments)
+    page = ROOT / "README.md"
+    old = page.read_text(encoding="utf-8")
+    new = fill(old, {name: part() for name, part in PARTS.items()})
+    if options.check:
+        return int(old != new)
+    page.write_text(new, encoding="utf-8")
+    return 0
+
+
+def fill(page: str, parts: dict[str, str]) -> str:
+    """The page with each named part replaced; a name that the page lacks raises `ValueError`."""
+    for name, text in parts.items():
+        found = re.search(rf"(<!-- {name} -->\n)(.*?)<!-- /{name} -->", page, re.DOTALL)
+        if found is None:
+            raise ValueError(f"the page has no part <!-- {name} --> ... <!-- /{name} -->")
+        start, end = found.span(2)
+        page = page[:start] + text + "\n" + page[end:]
+    return page
+
+
+def demo() -> str:
+    """The demo's table."""
+    result = json.loads((RESULTS / "demo.json").read_text())
+    titles = {"scratch": "from scratch, warm-up + cosine", "lora": "LoRA"}
+    cells = {(r["task"], r["multiple_of_tuned"], r["method"]): r for r in result["runs"]}
+    rows = []
+    for task, title in titles.items():
+        for multiple in (1, 10, 100):
+            adamw, guard = (cells[task, multiple, method] for method in ("adamw", "guard"))
+            rate = f"{adamw['learning_rate']:g}" + (" (tuned)" if multiple == 1 else "")
+            rows.append([title, rate, _perplexity(adamw), _perplexity(guard)])
+    table = _table(["", "learning rate", "AdamW", "guarded AdamW"], rows)
+    return (
+        f"{table}\n\nTest perplexity, and its ratio to AdamW at its tuned rate. "
+        f"`make demo` at {_where(result)}; {result['seconds']:.0f} s."
+    )
+
+
+def overhead() -> str:
+    """One sentence on time and memory."""
+    result = json.loads((RESULTS / "overhead.json").read_text())
+    low, high = (100 * q for q in result["time_overhead_quartiles"])
+    return (
+        f"On a decoder of {result['parameters'] / 1e6:.0f} M parameters with {result['tokens']} "
+        f"tokens a step the guard costs {100 * result['time_overhead']:.1f} % of a training step "
+        f"(middle half of {result['pairs']} pairs {low:.1f} to {high:.1f} %) and "
+        f"{100 * result['bytes_overhead']:.2f} % of AdamW's memory "
+        f"(`python -m benchmarks.overhead`, {_where(result)})."
+    )
+
+
+def placements() -> str:
+    """What each placement does, in LoRA far above the tuned rate and on one NaN gradient."""
+    result = json.loads((RESULTS / "placements.json").read_text())
+    rows = [
+        [
+            f"`{row['code']}`",
+            f"{row['tuned']:.2f}",
+            f"{row['hundredfold']:.2f}",
+            "nothing moves" if row["moved_by_nan"] == 0 else _moved(row["moved_by_nan"]),
+        ]
+        for row in result["rows"]
+    ]
+    head = ["", "tuned rate", "100 × tuned", "one NaN gradient after 20 steps"]
+    note = f"LoRA, valid perplexity (`python -m benchmarks.placements`, {_where(result)})."
+    return f"{_table(head, rows)}\n\n{note}"
+
+
+def sensitivity() -> str:
+    """Each knob over decades: perplexity at the tuned rate and far above it."""
+    records = results_file.read(RESULTS / "sensitivity.jsonl")
+    columns = [("lora", 1), ("lora", 100), ("recipe", 1), ("recipe", 30)]
+    rows = []
+    for knob, value in dict.fromkeys((r["knob"], r["value"]) for r in records):
+        found = {(r["regime"], r["multiple"]): r for r in records if _is(r, knob, value)}
+        cells = [
+            f"{found[c]['perplexity']:.2f}" + (" (exhausted)" if found[c]["exhausted"] else "")
+            for c in columns
+        ]
+        rows.append([f"`{knob}={value:g}`", *cells])
+    head = ["", "LoRA ×1", "LoRA ×100", "from scratch ×1", "from scratch ×30"]
+    note = f"Valid perplexity (`python -m benchmarks.sensitivity`, {_where(records[0])})."
+    return f"{_table(head, rows)}\n\n{note}"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "overhead": overhead,
+    "placements": placements,
+    "sensitivity": sensitivity,
+}
+
+
+def _is(record: dict[str, Any], knob: str, value: float) -> bool:
+    return (record["knob"], record["value"]) == (knob, value)
+
+
+def _perplexity(run: dict[str, Any]) -> str:
+    return f"{run['perplexity']:.2f} ({run['ratio_to_tuned_adamw']:.2f} ×)"
+
+
+def _moved(share: float | None) -> str:
+    return "all weights NaN" if share is None else f"weights move by {100 * share:.2f} %"
+
+
+def _where(result: dict[str, Any]) -> str:
+    versions = result["versions"]
+    return f"commit {result['commit'][:9]}, {result['machine']}, jax {versions['jax']}"
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
