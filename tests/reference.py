@@ -125,7 +125,7 @@ class Outcome(NamedTuple):
     signal: str
     value: float
     threshold: float
-    budget: float
+    outstanding: float
     exhausted: bool
     calm_steps: int
     skips_in_a_row: int
@@ -153,7 +153,7 @@ class LawReference:
         self.regime = "recovering"
         self.calm_steps = control.COOL_DOWN
         self.skips_in_a_row = self.skips = 0
-        self.budget = float(self.max_interventions)
+        self.outstanding = 0.0
         self.exhausted = False
         self.last_norm = self.last_loss = self.last_step = 0.0
 
@@ -192,7 +192,7 @@ class LawReference:
             signal,
             values[signal],
             limits.get(signal, 0.0),
-            self.budget,
+            self.outstanding,
             self.exhausted,
             self.calm_steps,
             self.skips_in_a_row,
@@ -303,12 +303,12 @@ class LawReference:
 
     def _account(self, skip: bool, action: str) -> None:
         spends = skip or action in ("cut", "hold")
-        self.budget += -1 if spends else control.EARNED
+        self.outstanding += 1 if spends else -control.EARNED
         self.skips_in_a_row = self.skips_in_a_row + 1 if skip else 0
         self.skips += skip
-        if self.skips_in_a_row >= self.max_skips or self.budget < 0:
+        if self.skips_in_a_row >= self.max_skips or self.outstanding > self.max_interventions:
             self.exhausted = True
-        self.budget = min(max(self.budget, 0.0), float(self.max_interventions))
+        self.outstanding = min(max(self.outstanding, 0.0), float(self.max_interventions))
 
 
 def _log(x: float) -> float:

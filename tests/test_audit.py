@@ -28,7 +28,9 @@ NESTS = {
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), governed()),
     "chained_before": lambda: optax.chain(lbw_guard(), optax.adamw(1e-3)),
     "multi_steps": lambda: optax.MultiSteps(governed(), 2).gradient_transformation(),
-    "around_multi_steps": lambda: lbw_guard(optax.MultiSteps(optax.sgd(0.1), 2)),
+    "around_multi_steps": lambda: lbw_guard(
+        optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+    ),
     "masked": lambda: optax.masked(governed(), {"bias": True, "gain": False, "weights": True}),
     "partition": lambda: optax.partition(
         {"governed": governed(), "bare": optax.sgd(0.1)}, dict(LABELS)
@@ -158,7 +160,8 @@ def test_override_of_the_mode_and_back():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("scale", x) for x in (0, 0.0, -1, 1.5, float("nan"), float("inf"), "x", "")]
+    [("scale", x) for x in (0, 0.0, -1, 1.5, float("nan"), float("inf"), "x", "", 1e-50)]
+    + [("scale", x) for x in (np.float32(2), np.float32(np.nan), jnp.float32(2), jnp.ones(2), [1])]
     + [("mode", x) for x in ("x", "", "auto", 1)],
     ids=repr,
 )
@@ -167,20 +170,6 @@ def test_bad_override_is_named_with_its_value(name, value):
     with pytest.raises(ValueError, match=name) as error:
         lbw_optax.override(state, **{name: value})
     assert repr(value) in str(error.value)
-
-
-@pytest.mark.xfail(
-    strict=True,
-    raises=(pytest.fail.Exception, TypeError, AssertionError),
-    reason="only Python numbers are checked, and exp(log(1e-50)) is 0 in float32",
-)
-@pytest.mark.parametrize(
-    "scale",
-    [np.float32(2), np.float32(np.nan), jnp.float32(2), jnp.float32(0), [0.5], 1e-50],
-    ids=repr,
-)
-def test_bad_override_not_yet_refused(scale):
-    test_bad_override_is_named_with_its_value("scale", scale)
 
 
 def test_override_without_an_order_clears_exhausted():
@@ -194,11 +183,6 @@ def test_override_without_an_order_clears_exhausted():
     lbw_optax.check(lbw_optax.override(state))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="skips_in_a_row and the budget stay as they were: the next skip exhausts it again",
-)
 def test_override_gives_a_fresh_allowance():
     run, params = guarded("sgd_momentum", max_skips=2), small_params()
     state = run.init(params)
@@ -323,11 +307,6 @@ def test_after_a_restore_the_log_goes_on_from_there(tmp_path):
     assert [line["number"] for line in lines(path)] == [*range(10), 5]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a log that is opened again goes on after the largest number, not after the last line",
-)
 def test_after_a_restore_a_reopened_log_goes_on_from_there(tmp_path):
     path = tmp_path / "audit.jsonl"
     states = [state for _, state in storm(10)]

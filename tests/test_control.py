@@ -162,7 +162,7 @@ def test_trajectory_equals_the_reference(steps):
     }
     for name, values in actual.items():
         assert values == [getattr(outcome, name) for outcome in expected], name
-    for name in ("log_scale", "budget"):
+    for name in ("log_scale", "outstanding"):
         values = [getattr(outcome, name) for outcome in expected]
         np.testing.assert_allclose(getattr(state, name), values, rtol=1e-3, atol=2e-3, err_msg=name)
     for name in ("value", "threshold"):
@@ -224,7 +224,7 @@ def assert_bounded(state: Control, decision: Decision, floor: float) -> None:
     assert (moved[governed] >= -control.MOST_CUT - EPS).all()
     assert (moved[governed] <= control.MOST_GROWTH + EPS).all()
     assert (decision.scale >= 0.1 * decision.scale_before)[governed].all()
-    assert ((state.budget >= 0) & (state.budget <= BOUNDS.max_interventions)).all()
+    assert ((state.outstanding >= 0) & (state.outstanding <= BOUNDS.max_interventions)).all()
     assert ((state.regime >= 0) & (state.regime < len(REGIMES))).all()
 
 
@@ -367,15 +367,14 @@ def test_an_unstable_run_may_still_be_cut():
 
 
 def test_budget_is_spent_and_earned():
-    """One intervention costs one; calm steps earn back, up to the whole and no further."""
+    """One intervention costs one; calm steps earn it back, and no more than that."""
     poison = np.zeros(100, np.int32)
     poison[[10, 11, 12]] = 4
     state, _ = decide_all(poison=poison)
-    full = BOUNDS.max_interventions
-    np.testing.assert_allclose(state.budget[[9, 10, 11, 12]], [full, full - 1, full - 2, full - 3])
-    np.testing.assert_allclose(state.budget[13], full - 3 + control.EARNED, rtol=1e-6)
-    assert state.budget[12 + math.ceil(3 / control.EARNED) + 1] == full
-    assert state.budget.max() == full
+    np.testing.assert_allclose(state.outstanding[[9, 10, 11, 12]], [0, 1, 2, 3])
+    np.testing.assert_allclose(state.outstanding[13], 3 - control.EARNED, rtol=1e-6)
+    assert state.outstanding[12 + math.ceil(3 / control.EARNED) + 1] == 0
+    assert state.outstanding.min() == 0
     assert not state.exhausted.any()
 
 
@@ -393,7 +392,7 @@ def test_exhausted_by_the_budget():
     """Skips that are never in a row, but too many."""
     bounds = BOUNDS._replace(max_interventions=3)
     state, _ = decide_all(bounds, poison=[4, 0] * 10)
-    # Spends 1, earns 0.1: 2.1, 1.2, 0.3 left, and the fourth is one too many.
+    # Spends 1, earns 0.1: 0.9, 1.8, 2.7 outstanding, and the fourth is one too many.
     assert state.exhausted.argmax() == 6
     assert state.exhausted[6:].all()
 
