@@ -20,10 +20,10 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -n $(JOBS) --durations=10
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --durations=10
 
 test-slow: install
-	$(BIN)/pytest -n $(JOBS) -m slow
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m slow
 
 demo: install
 	$(BIN)/python -m train.demo

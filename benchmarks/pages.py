@@ -1,4 +1,4 @@
-"""Write the measured parts of README.md from the result files: ``python -m benchmarks.pages``.
+"""Write the measured parts of the pages from the result files: ``python -m benchmarks.pages``.
 
 A part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; what is there is replaced. With
 ``--check`` nothing is written, and the exit code is 1 if the page is not what the files say.
@@ -6,6 +6,7 @@ A part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; what is there is
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -19,17 +20,23 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Bring the page up to date; returns the exit code."""
-    parser = argparse.ArgumentParser(description="The measured parts of README.md.")
+    """Bring the pages up to date; returns the exit code."""
+    parser = argparse.ArgumentParser(description="The measured parts of the pages.")
     parser.add_argument("--check", action="store_true", help="write nothing, compare only")
     options = parser.parse_args(arguments)
-    page = ROOT / "README.md"
-    old = page.read_text(encoding="utf-8")
-    new = fill(old, {name: part() for name, part in PARTS.items()})
-    if options.check:
-        return int(old != new)
-    page.write_text(new, encoding="utf-8")
-    return 0
+    stale = [page for page in PAGES if not _bring_up_to_date(ROOT / page, write=not options.check)]
+    if options.check and stale:
+        print(f"{', '.join(stale)}: not what the result files say; run python -m benchmarks.pages")
+    return int(options.check and bool(stale))
+
+
+def _bring_up_to_date(path: Path, *, write: bool) -> bool:
+    """Whether the page was what its result files say."""
+    old = path.read_text(encoding="utf-8")
+    new = fill(old, {name: part() for name, part in PAGES[str(path.relative_to(ROOT))].items()})
+    if write:
+        path.write_text(new, encoding="utf-8")
+    return old == new
 
 
 def fill(page: str, parts: dict[str, str]) -> str:
@@ -108,11 +115,44 @@ def sensitivity() -> str:
     return f"{_table(head, rows)}\n\n{note}"
 
 
-PARTS: dict[str, Callable[[], str]] = {
-    "demo": demo,
-    "overhead": overhead,
-    "placements": placements,
-    "sensitivity": sensitivity,
+def attempts() -> str:
+    """Every law that was tried, on the regimes it was tried on: mean over seeds, geometric."""
+    cells: dict[str, dict[tuple[str, float], list[float]]] = {}
+    for r in results_file.read(RESULTS / "law_attempts.jsonl"):
+        found = cells.setdefault(r["law"], {})
+        found.setdefault((r["regime"], r["learning_rate"]), []).append(r["perplexity"])
+    parts = []
+    for regime, title in {
+        "lora": "LoRA",
+        "full": "Full fine-tuning",
+        "scratch": "From scratch, constant rate, no warm-up",
+        "recipe": "From scratch, warm-up + cosine, b2 0.95",
+    }.items():
+        rates = sorted({key[1] for law in cells.values() for key in law if key[0] == regime})
+        rows = [
+            [law, *(_mean(of_law.get((regime, rate))) for rate in rates)]
+            for law, of_law in cells.items()
+            if any(key[0] == regime for key in of_law)
+        ]
+        parts.append(f"**{title}**\n\n" + _table(["", *(f"{rate:g}" for rate in rates)], rows))
+    return "\n\n".join(parts)
+
+
+def _mean(values: list[float] | None) -> str:
+    if not values:
+        return "–"
+    seeds = f" ({len(values)})" if len(values) > 1 else ""
+    return f"{math.exp(sum(map(math.log, values)) / len(values)):.2f}{seeds}"
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "demo": demo,
+        "overhead": overhead,
+        "placements": placements,
+        "sensitivity": sensitivity,
+    },
+    "benchmarks/LAW.md": {"attempts": attempts},
 }
 
 

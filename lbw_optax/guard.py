@@ -164,7 +164,7 @@ def _select(skip: jax.Array, old: Any, new: Any) -> Any:
 
 
 def _validate(inner: Any, bounds: control.Bounds, mode: str) -> None:
-    if not (inner is None or isinstance(inner, optax.GradientTransformation)):
+    if not (inner is None or _is_optimizer(inner)):
         raise ValueError(f"inner must be an Optax optimizer or None, got {inner!r}.")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
@@ -174,6 +174,12 @@ def _validate(inner: Any, bounds: control.Bounds, mode: str) -> None:
         count = getattr(bounds, name)
         if not _holds(count, lambda x: x >= 1):
             raise ValueError(f"{name} must be a number of at least 1, got {count!r}.")
+
+
+def _is_optimizer(inner: Any) -> bool:
+    """`MultiSteps` is one, though no `GradientTransformation`; a class that makes them is not."""
+    has_both = callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))
+    return has_both and not isinstance(inner, type)
 
 
 def _holds(x: Any, condition: Callable[[Any], Any]) -> bool:

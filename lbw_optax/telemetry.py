@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -239,21 +238,19 @@ def _gather(leaf: jax.Array, size: int) -> jax.Array:
 
 
 def _coordinates(shape: tuple[int, ...], size: int) -> tuple[jax.Array, ...]:
-    """Evenly spaced flat positions k * stride mod n, unravelled; distinct, in every column.
+    """Distinct positions, spread evenly over rows and columns, without a flat index.
 
-    The stride is coprime to n. A flat index may pass 2^32, so rows and columns are formed apart;
-    where even a column times k would, NumPy's 64 bits do it and the result is a constant.
+    Rows go evenly from the first to the last; columns step by about the golden ratio, coprime to
+    their number. No product passes 2^32, however large the leaf.
     """
-    total, columns = math.prod(shape), shape[-1]
-    stride = -(-total // size)
-    while math.gcd(stride, total) != 1:
-        stride += 1
-    wide = columns * size >= 2**32
-    k = np.arange(size, dtype=np.uint64) if wide else jnp.arange(size, dtype=jnp.uint32)
-    along = k * k.dtype.type(stride % columns)
-    row = k * k.dtype.type(stride // columns) + along // k.dtype.type(columns)
-    index = [along % k.dtype.type(columns)]
+    columns, rows = shape[-1], math.prod(shape[:-1])
+    stride = max(1, min(round(0.618 * columns), 2**17))
+    while math.gcd(stride, columns) != 1:
+        stride -= 1
+    k = jnp.arange(size, dtype=jnp.uint32)
+    row = k * (rows // size) + k * (rows % size) // size
+    index = [k * stride % columns]
     for length in reversed(shape[:-1]):
-        index.append(row % k.dtype.type(length))
-        row = row // k.dtype.type(length)
-    return tuple(jnp.asarray(part, jnp.int32) for part in reversed(index))
+        index.append(row % length)
+        row = row // length
+    return tuple(part.astype(jnp.int32) for part in reversed(index))

@@ -52,11 +52,6 @@ def test_bad_argument_is_named_with_its_value(name, value):
     assert repr(value) in str(error.value)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="`MultiSteps` has `init` and `update`, and goes into a chain, but is no instance",
-)
 def test_inner_may_be_multi_steps_itself():
     tx, params = lbw_guard(optax.MultiSteps(optax.sgd(0.1), 2)), small_params()
     assert tx.init(params).inner_state.mini_step == 0
