@@ -27,28 +27,32 @@ def lbw_guard(
 
     .. math::
       s_t\, u_t, \qquad
-      \log s_t = \mathrm{clip}\big(\log s_{t-1} + \mathrm{clip}(-0.05\, a_t, -0.4, 0.1),\
-      \log s_{\min},\ 0\big),
+      \log s_t = \mathrm{clip}\big(\log s_{t-1} + \mathrm{clip}(-0.05\, a_t, -0.4, \gamma_t),\
+      \log s_{\min},\ 0\big).
 
-    where the alarm a_t weighs overshoot (the cosine of g_t with the step just taken, in standard
-    errors) and the relative step s_{t-1} |u_t| / |p_t|; see :mod:`lbw_optax.control`. A step with
-    a non-finite gradient, loss or update, or with a gradient norm that jumps, changes neither the
-    parameters nor the state of ``inner``.
+    The alarm a_t weighs overshoot (the cosine of g_t with the step just taken, in standard
+    errors), the relative step r_t = s_{t-1} |u_t| / |p_t| and the progress of the loss; the growth
+    bound lies between 0.1 and 0.5 and is slow near r = 0.01; see :mod:`lbw_optax.control`. Soft
+    start: the first step is scaled to r = 0.001. A step with a non-finite gradient, loss or
+    update, or with a gradient norm that jumps, changes neither the parameters nor the state of
+    ``inner``.
 
     Placement decides authority. Wrapped around an optimizer, the guard governs it. Chained before
     one, ``optax.chain(lbw_guard(), optax.adamw(lr))``, it scales and zeroes gradients: AdamW
     undoes a constant gradient scale, and its momentum and weight decay move the weights on a
     zero gradient, so that this placement keeps NaN out but does not cure a learning rate that is
-    too high.
+    too high. Measured in LoRA at 100 times the tuned rate (``benchmarks/results/placements.json``):
+    perplexity 434 for bare AdamW, 965 chained, 53 wrapped, and 53 at the tuned rate; after one NaN
+    gradient the weights are all NaN, move by 0.1 %, and do not move.
 
     Args:
       inner: the optimizer to govern; None for a transformation of gradients, to be chained.
-      min_scale: the smallest scale, in (0, 1]; the scale also starts there (soft start).
+      min_scale: the smallest scale, in (0, 1].
       max_skips: after this many skipped steps in a row the state is exhausted and
         :func:`lbw_optax.check` raises; skipping itself goes on.
       max_interventions: the budget: skips, cuts and holds that may be outstanding; one is earned
         back in ten steps. When it is spent the state is exhausted too.
-      mode: "govern", or "observe" to watch and decide but leave the updates as they are.
+      mode: "govern", or "observe" to watch and decide but apply what ``inner`` proposes.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` takes the optional keyword
