@@ -35,9 +35,9 @@ CONFIG = Config(
 def main() -> None:
     """Measure, print one sentence, and write the result file."""
     parser = argparse.ArgumentParser(description="Time and memory of the guard, above AdamW.")
-    parser.add_argument("--pairs", type=int, default=20, help="timed pairs of steps")
-    parser.add_argument("--batch", type=int, default=4, help="sequences a step")
-    parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
+    parser.add_argument("--pairs", type=int, default=6, help="timed pairs of steps")
+    parser.add_argument("--batch", type=int, default=16, help="sequences a step")
+    parser.add_argument("--length", type=int, default=512, help="tokens a sequence")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overhead.json"))
     options = parser.parse_args()
     result = measure(options.pairs, options.batch, options.length)
