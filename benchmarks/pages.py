@@ -69,16 +69,25 @@ def demo() -> str:
 
 
 def overhead() -> str:
-    """One sentence on time and memory."""
-    result = json.loads((RESULTS / "overhead.json").read_text())
-    low, high = (100 * q for q in result["time_overhead_quartiles"])
-    return (
-        f"On a decoder of {result['parameters'] / 1e6:.0f} M parameters with {result['tokens']} "
-        f"tokens a step the guard costs {100 * result['time_overhead']:.1f} % of a training step "
-        f"(middle half of {result['pairs']} pairs {low:.1f} to {high:.1f} %) and "
-        f"{100 * result['bytes_overhead']:.2f} % of AdamW's memory "
-        f"(`python -m benchmarks.overhead`, {_where(result)})."
+    """A row for each measured number of tokens a step."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("overhead*.json"))]
+    rows = []
+    for result in sorted(results, key=lambda result: result["tokens"]):
+        low, high = (100 * q for q in result["time_overhead_quartiles"])
+        rows.append(
+            [
+                f"{result['tokens']}",
+                f"{result['bare_seconds']:.2f} s",
+                f"{100 * result['time_overhead']:+.1f} % ({low:+.1f} to {high:+.1f} %)",
+                f"{100 * result['bytes_overhead']:+.2f} %",
+            ]
+        )
+    head = ["tokens a step", "a step of AdamW", "with the guard (middle half)", "optimizer bytes"]
+    note = (
+        f"A decoder of {results[0]['parameters'] / 1e6:.0f} M parameters, paired steps "
+        f"(`python -m benchmarks.overhead`, {_where(results[0])})."
     )
+    return f"{_table(head, rows)}\n\n{note}"
 
 
 def placements() -> str:
