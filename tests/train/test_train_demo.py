@@ -88,9 +88,18 @@ def test_the_figure_is_there(finished):
     assert 0.005 < np.mean(image[..., :3] < 0.9) < 0.5
 
 
+# A job that a script puts in the background ignores SIGINT, and so do its children, tests included.
+INTERRUPTIBLE = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("train.demo", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_interrupted_it_keeps_what_is_finished(finished, place, environment):
     out = finished[1]
-    command = [*COMMAND, "--quick", "--data-dir", str(place), "--out", str(out)]
+    arguments = ["--quick", "--data-dir", str(place), "--out", str(out)]
+    command = [sys.executable, "-W", "error", "-c", INTERRUPTIBLE, *arguments]
     with subprocess.Popen(
         command,
         cwd=ROOT,
