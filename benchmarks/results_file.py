@@ -12,7 +12,7 @@ def append(path: Path, record: dict[str, Any]) -> dict[str, Any]:
     Several processes may append to one file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+    line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
     with path.open("ab+") as file:
         file.write((b"\n" if _is_torn(file) else b"") + line.encode() + b"\n")
     return json.loads(line)
@@ -41,9 +41,10 @@ def _is_torn(file: BinaryIO) -> bool:
     return file.read(1) != b"\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: both become None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,7 +9,6 @@ split.
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from flax import nnx
 
 import lbw_optax
 from benchmarks.provenance import provenance
+from benchmarks.results_file import finite
 from lbw_optax import report
 from train import data, loop, lora
 from train.model import PRESETS, Config, Decoder, next_token_loss, split
@@ -338,16 +338,7 @@ def _document(bench: Bench, runs: Sequence[Run]) -> dict[str, Any]:
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(document), allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: both become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    path.write_text(json.dumps(finite(document), allow_nan=False) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
