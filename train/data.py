@@ -1,9 +1,8 @@
-"""Text to batches: a corpus with held-out files, byte-level BPE, and a sampler without state."""
+"""Text to batches: tokens that are made once, byte-level BPE, and a sampler without state."""
 
 import hashlib
 import os
 import shutil
-import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,46 +12,78 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from train import hub
+from train.corpora import SPLITS, DataError, Texts, standard_library, text_directory
 from train.model import IGNORED
 
-SPLITS = ("train", "valid", "test")
 END = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
 """256 bytes and the end-of-text token."""
 
 
-class DataError(ValueError):
-    """Text that cannot be used; the message says which and what to do."""
-
-
 class Corpus(NamedTuple):
-    """Token ids of the three splits, each a flat int32 array, and the tokenizer behind them."""
+    """Token ids of the three splits, each a flat int32 array, and the tokenizer behind them.
+
+    A document ends with the token `end`.
+    """
 
     train: np.ndarray
     valid: np.ndarray
     test: np.ndarray
     tokenizer: Tokenizer
+    end: int = 0
 
 
-def load(directory: str | Path | None = None, *, vocab_size: int) -> Corpus:
-    """Read a corpus, train a byte-level BPE on its train split, and tokenise it, once.
+def load(
+    source: str | Path | None = None,
+    *,
+    vocab_size: int | None = None,
+    tokenizer: str | Path | None = None,
+) -> Corpus:
+    """Read a corpus and tokenise it, once: later calls map the tokens from a file.
 
-    Without `directory` the corpus is the source of Python's own standard library. A directory
-    holds either ``train.txt``, ``valid.txt`` and ``test.txt``, or any three or more ``*.txt``
-    files, of which whole files are held out. Tokens are kept in ``$LBW_CACHE`` (default
-    ``~/.cache/lbw_optax``) under a hash of the text. Raises `DataError`.
+    Tokens are kept in ``$LBW_CACHE`` (default ``~/.cache/lbw_optax``) under a hash of the text
+    and the tokenizer.
+
+    Args:
+      source: None or "standard-library" is the source of Python's own standard library;
+        "wikitext-2", "wikitext-103" and any "owner/name" or "owner/name:configuration" come from
+        the Hugging Face hub (`train.hub`). A directory holds either ``train.txt``, ``valid.txt``
+        and ``test.txt``, or three or more ``*.txt`` files, of which whole files are held out, or
+        the files of a data set of the hub. A ``*.txt`` file is one document.
+      vocab_size: of the byte-level BPE that is trained on the train split.
+      tokenizer: instead, directory or hub name of a model whose tokenizer is used.
+
+    Raises:
+      DataError: if there is no such text, or too little of it.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
+    if vocab_size is not None and vocab_size < SMALLEST_VOCABULARY:
         raise DataError(f"vocab_size={vocab_size}: byte-level BPE needs {SMALLEST_VOCABULARY}")
-    texts = standard_library() if directory is None else text_directory(Path(directory))
+    if (vocab_size is None) == (tokenizer is None):
+        raise DataError("give either vocab_size, to train a tokenizer, or tokenizer")
+    texts, key = _texts(source)
     for split in SPLITS:
-        if not any(texts[split]):
-            raise DataError(f"the {split} split of {directory or 'the corpus'} holds no text")
-    entry = _cache_directory() / _fingerprint(texts, vocab_size)
+        if not any(text.strip() for text in texts[split]):
+            raise DataError(f"the {split} split of {source or 'the corpus'} holds no text")
+    ready = None if tokenizer is None else hub.tokenizer(tokenizer)
+    entry = _cache_directory() / _fingerprint(texts, key, vocab_size, ready)
     if not entry.is_dir():
-        _tokenise(texts, vocab_size, entry)
+        _tokenise(texts, vocab_size, ready, entry)
     train, valid, test = (np.load(entry / f"{split}.npy", mmap_mode="r") for split in SPLITS)
+    if ready is not None:
+        return Corpus(train, valid, test, *ready)
     return Corpus(train, valid, test, Tokenizer.from_file(str(entry / "tokenizer.json")))
+
+
+def _texts(source: str | Path | None) -> tuple[Texts, str | None]:
+    """The three splits, and a key that stands for their text where reading it all is too much."""
+    if source is None or source == "standard-library":
+        return standard_library(), None
+    if isinstance(source, str) and not Path(source).exists():
+        return hub.texts(source)
+    if hub.is_data_set(Path(source)):
+        return hub.local_texts(Path(source))
+    return text_directory(Path(source)), None
 
 
 def sample(tokens: np.ndarray, seed: int, step: int, *, batch_size: int, length: int) -> np.ndarray:
@@ -98,78 +129,16 @@ def windows(
     return cut.reshape(batches, batch_size, length + 1).astype(np.int32)
 
 
-STANDARD_LIBRARY_BYTES = 6_000_000
-"""The embedded corpus is cut here, so that the first run tokenises it in a few seconds."""
-
-_SOMETIMES_ABSENT = {"ensurepip", "idlelib", "lib2to3", "test", "tests", "turtledemo"}
-_NOT_PYTHON = {"__pycache__", "dist-packages", "site-packages", "sitecustomize.py"}
-_TABLES = {"encodings", "pydoc_data"}
-_LEFT_OUT = _SOMETIMES_ABSENT | _NOT_PYTHON | _TABLES
-
-
-def standard_library() -> dict[str, list[str]]:
-    """The embedded corpus: Python's own source files in a fixed order, whole files held out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    names = [path.relative_to(root) for path in root.rglob("*.py")]
-    names = [name for name in names if not _LEFT_OUT & set(name.parts)]
-    # `_sysconfigdata...` describes the machine, and lies in `config-...` too.
-    names = [name for name in names if "config-" not in str(name) and "_sysconfig" not in name.name]
-    # Ordered by hash, so that the cap and the held-out files are spread over all packages.
-    names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
-    texts = list(_until(STANDARD_LIBRARY_BYTES, (_read(root / name) for name in names)))
-    if len(texts) < 100:
-        raise DataError(
-            f"only {len(texts)} source files of Python's standard library lie in {root}: "
-            "this Python ships without them; give a directory of text files"
-        )
-    return _hold_out(texts, every=10)
-
-
-def text_directory(directory: Path) -> dict[str, list[str]]:
-    """Read ``train.txt``, ``valid.txt``, ``test.txt``, or hold out some of all ``*.txt`` files."""
-    if not directory.is_dir():
-        raise DataError(f"there is no directory {directory}: give one that holds *.txt files")
-    named = {split: directory / f"{split}.txt" for split in SPLITS}
-    if missing := [path.name for path in named.values() if not path.is_file()]:
-        files = sorted(path for path in directory.rglob("*.txt") if path.is_file())
-        if len(missing) < len(SPLITS):
-            raise DataError(f"{directory} lacks {' and '.join(missing)}: give all three splits")
-        if len(files) < 3:
-            raise DataError(
-                f"{directory} holds {len(files)} *.txt files: give train.txt, valid.txt and "
-                "test.txt, or at least three files, so that some can be held out"
-            )
-        return _hold_out([_read(path) for path in files], every=min(10, len(files)))
-    return {split: [_read(path)] for split, path in named.items()}
-
-
-def _hold_out(texts: list[str], every: int) -> dict[str, list[str]]:
-    """Of every so many files, give the last to test and the one before it to valid."""
-    distinct = [text for text in dict.fromkeys(texts) if text.strip()]
-    held = {"valid": distinct[every - 2 :: every], "test": distinct[every - 1 :: every]}
-    train = [text for i, text in enumerate(distinct) if i % every < every - 2]
-    return {"train": train, **held}
-
-
-def _until(limit: int, texts: Iterable[str]) -> Iterator[str]:
-    total = 0
-    for text in texts:
-        total += len(text)
-        if total > limit:
-            return
-        yield text
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _fingerprint(texts: dict[str, list[str]], vocab_size: int) -> str:
+def _fingerprint(
+    texts: Texts, key: str | None, vocab_size: int | None, ready: hub.Ready | None
+) -> str:
     """A hash of all that decides the tokens, so that a cache entry is never stale."""
     digest = hashlib.sha256(f"1 {vocab_size} {tokenizers.__version__}".encode())
+    if ready is not None:
+        digest.update(f"\0{ready.end} {ready.tokenizer.to_str()}".encode())
+    if key is not None:
+        digest.update(f"\0{key}".encode())
+        return digest.hexdigest()[:32]
     for split in SPLITS:
         for text in texts[split]:
             digest.update(f"\0{split} {len(text)}\0".encode() + text.encode())
@@ -188,7 +157,7 @@ def _cache_directory() -> Path:
     return directory
 
 
-def _tokenise(texts: dict[str, list[str]], vocab_size: int, entry: Path) -> None:
+def _tokenise(texts: Texts, vocab_size: int | None, ready: hub.Ready | None, entry: Path) -> None:
     """Write tokenizer and tokens to `entry`, which appears whole or not at all.
 
     Two processes may do this at once: both write the same bytes, and the second to finish keeps
@@ -197,25 +166,41 @@ def _tokenise(texts: dict[str, list[str]], vocab_size: int, entry: Path) -> None
     try:
         draft = Path(tempfile.mkdtemp(prefix="draft-", dir=entry.parent))
     except OSError as error:
-        raise DataError(
-            f"cannot write to the cache directory {entry.parent} ({error.strerror}): "
-            "set LBW_CACHE to a place that can be written"
-        ) from error
+        raise DataError(_unwritable(entry.parent, error)) from error
     try:
-        tokenizer = train_tokenizer(texts["train"], vocab_size)
-        tokenizer.save(str(draft / "tokenizer.json"))
+        ready = ready or hub.Ready(train_tokenizer(texts["train"], vocab_size or 0), 0)
+        ready.tokenizer.save(str(draft / "tokenizer.json"))
         for split in SPLITS:
-            np.save(draft / f"{split}.npy", encode(tokenizer, texts[split]))
+            _write(_pieces(ready.tokenizer, texts[split], ready.end), draft / f"{split}.npy")
         try:
             draft.rename(entry)
         except OSError:
             if not entry.is_dir():
                 raise
+    except OSError as error:
+        raise DataError(_unwritable(entry.parent, error)) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+def _unwritable(directory: Path, error: OSError) -> str:
+    return (
+        f"cannot write to the cache directory {directory} ({error.strerror}): "
+        "set LBW_CACHE to a place that can be written and has room"
+    )
+
+
+def _write(pieces: Iterable[np.ndarray], path: Path) -> None:
+    """Save the concatenation of all pieces; no more than one lies in memory."""
+    raw = path.with_suffix(".raw")
+    with raw.open("wb") as file:
+        for piece in pieces:
+            piece.tofile(file)
+    np.save(path, np.memmap(raw, np.int32, mode="r"))
+    raw.unlink()
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE (GPT-2's pre-tokenisation); id 0 is the end-of-text token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -230,15 +215,16 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """Token ids of all texts, an end-of-text token after each: one flat int32 array."""
-    end = np.array([tokenizer.token_to_id(END)], np.int32)
-    pieces = []
+def encode(tokenizer: Tokenizer, texts: Iterable[str], end: int = 0) -> np.ndarray:
+    """Token ids of all texts, the token `end` after each: one flat int32 array."""
+    return np.concatenate(list(_pieces(tokenizer, texts, end)))
+
+
+def _pieces(tokenizer: Tokenizer, texts: Iterable[str], end: int) -> Iterator[np.ndarray]:
     for text in texts:
-        encodings = tokenizer.encode_batch(list(_chunks(text)))
-        pieces += [np.array(encoding.ids, np.int32) for encoding in encodings]
-        pieces.append(end)
-    return np.concatenate(pieces)
+        encodings = tokenizer.encode_batch(list(_chunks(text)), add_special_tokens=False)
+        yield from (np.array(encoding.ids, np.int32) for encoding in encodings)
+        yield np.array([end], np.int32)
 
 
 def _chunks(text: str, size: int = 1 << 16) -> Iterator[str]:

@@ -1,0 +1,114 @@
+"""Rows in which documents lie end to end without seeing each other, and batches made ahead."""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+import numpy as np
+
+from train.corpora import DataError
+
+
+class Batch(NamedTuple):
+    """Tokens with document boundaries; all int32 of shape (batch_size, length + 1).
+
+    Attributes:
+      tokens: token ids.
+      segments: number of the document in its row, from 1; attention stays within it, and the
+        first token of a document is no target.
+      positions: place of the token in its document, or in the part of it that the row holds.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+
+
+def packed(
+    tokens: np.ndarray, seed: int, step: int, *, batch_size: int, length: int, end: int
+) -> Batch:
+    """Draw a batch of packed rows: a pure function of its input.
+
+    The stream of tokens is cut into rows of length + 1 that overlap by one token, so that each
+    token is a target once; a document ends with the token `end` and may be cut at the end of a
+    row. Each epoch visits every row once, in an order of its own given by (seed, epoch).
+
+    >>> batch = packed(np.array([5, 6, 0, 7, 8, 9, 0]), 0, 0, batch_size=1, length=6, end=0)
+    >>> print(batch.segments, batch.positions)
+    [[1 1 1 2 2 2 2]] [[0 1 2 0 1 2 3]]
+    """
+    rows = (len(tokens) - 1) // length
+    if rows < 1:
+        raise DataError(
+            f"{len(tokens)} tokens are too few for one sequence of {length}: "
+            "give more text or a shorter sequence"
+        )
+    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), rows)
+    orders = [_order(seed, int(epoch), rows) for epoch in epochs]
+    chosen = np.array([order[i] for order, i in zip(orders, places, strict=True)])
+    cut = np.asarray(tokens[chosen[:, None] * length + np.arange(length + 1)], np.int32)
+    return boundaries(cut, end)
+
+
+def boundaries(tokens: np.ndarray, end: int) -> Batch:
+    """Mark where each document begins in rows of tokens: after each token `end`."""
+    begins = np.zeros(tokens.shape, bool)
+    begins[:, 1:] = tokens[:, :-1] == end
+    begins[:, 0] = True
+    here = np.arange(tokens.shape[1], dtype=np.int32)
+    started = np.maximum.accumulate(np.where(begins, here, 0), axis=1)
+    return Batch(tokens, np.cumsum(begins, axis=1, dtype=np.int32), here - started)
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, rows: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
+class Prefetch:
+    """``batch(index)`` on the device, made by a thread while the steps before it run.
+
+    The next `ahead` indices are expected; any other is made when it is asked for, so that a run
+    which jumps gets the batches of one which does not.
+
+    >>> with Prefetch(lambda index: np.full(2, index)) as batch:
+    ...     print(batch(0), batch(1), batch(7))
+    [0 0] [1 1] [7 7]
+    """
+
+    def __init__(
+        self,
+        batch: Callable[[int], Any],
+        put: Callable[[Any], Any] = jax.device_put,
+        ahead: int = 2,
+    ):
+        self._make = lambda index: put(batch(index))
+        self._ahead = ahead
+        self._thread = ThreadPoolExecutor(1, "prefetch")
+        self._coming: dict[int, Future[Any]] = {}
+
+    def __call__(self, index: int) -> Any:
+        wanted = range(index, index + self._ahead + 1)
+        known = self._coming
+        self._coming = {
+            i: known[i] if i in known else self._thread.submit(self._make, i) for i in wanted
+        }
+        return self._coming.pop(index).result()
+
+    def close(self) -> None:
+        """Stop the thread; batches that nobody asked for are dropped."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
