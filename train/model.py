@@ -1,54 +1,36 @@
-"""A Flax NNX decoder with the Qwen2/Llama block, under Hugging Face's names."""
+"""A Flax NNX decoder with the Qwen2, Qwen3 or Llama block, under Hugging Face's names."""
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-IGNORED = -1
-"""A target with this value is padding: it has no loss and no weight."""
+from train.losses import IGNORED, Batch, chunked_cross_entropy, cross_entropy, targets
+from train.presets import PRESETS, Config, preset
+from train.sharding import constrain
+
+__all__ = [
+    "IGNORED",
+    "PRESETS",
+    "Batch",
+    "Config",
+    "Decoder",
+    "cross_entropy",
+    "next_token_loss",
+    "preset",
+    "split",
+]
 
 
-@dataclass(frozen=True)
-class Config:
-    """Shape of a decoder; the fields are those of a Hugging Face Qwen2/Llama `config.json`."""
+class Dtypes(NamedTuple):
+    """Of the computation (None: that of the parameters) and of the parameters."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
-    attention_bias: bool = True
-    tie_word_embeddings: bool = True
-
-    def __post_init__(self) -> None:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embedding turns pairs")
-
-
-PRESETS = {
-    "tiny": Config(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-    ),
-}
+    compute: Any
+    params: Any
 
 
 class Decoder(nnx.Module):
@@ -58,91 +40,207 @@ class Decoder(nnx.Module):
     Inside, x is rows, (batch * length, hidden): XLA's CPU backend takes the products of a
     training step up to twice as fast in rank 2 as in rank 3, above all those of LoRA.
 
+    Args:
+      config: the shape.
+      rngs: for the parameters.
+      dtype: of activations and products; None takes that of the parameters. Statistics of
+        norms, softmax, rotary angles, logits and loss are float32 whatever it is.
+      param_dtype: of the parameters.
+      scan: keep the layers as one stack, (layers, ...) a parameter, and loop over it: compiles
+        in the time of one layer.
+      remat: keep only the input of each layer for the gradient, and compute the rest again.
+
+    `segments` and `positions` of a call are those of `Batch`, for the same tokens. Raises
+    `ValueError` for more tokens than positions, and for `scan` where layers differ.
+
     >>> model = Decoder(PRESETS["tiny"], rngs=nnx.Rngs(0))
     >>> model(jnp.zeros((2, 5), jnp.int32)).shape
     (2, 5, 512)
 
-    Source: Qwen2 Technical Report, arXiv 2407.10671; Llama, arXiv 2302.13971.
+    Source: Qwen2 Technical Report, arXiv 2407.10671; Llama, arXiv 2302.13971; Qwen3, 2505.09388.
     """
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        scan: bool = False,
+        remat: bool = False,
+    ):
+        self.config, self.scan, self.remat = config, scan, remat
+        dtypes = Dtypes(dtype, param_dtype)
+        self.dtype = dtype or param_dtype
         self.embed_tokens = nnx.Embed(
-            config.vocab_size, config.hidden_size, embedding_init=_INIT, rngs=rngs
+            config.vocab_size,
+            config.hidden_size,
+            param_dtype=param_dtype,
+            embedding_init=_INIT,
+            rngs=rngs,
         )
-        self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
-        self.norm = _norm(config, rngs)
+        self.layers: Any = (_stack if scan else _list)(config, dtypes, rngs)
+        self.norm = _norm(config.hidden_size, config, dtypes, rngs)
         if not config.tie_word_embeddings:
-            self.lm_head = _linear(config.hidden_size, config.vocab_size, rngs)
+            self.lm_head = _linear(config.hidden_size, config.vocab_size, dtypes, rngs)
+            self.lm_head.preferred_element_type = jnp.float32
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.embed_tokens(tokens.reshape(-1))
-        rotation = rotary_angles(tokens.shape[1], self.config)
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        logits = self.logits(self.hidden(tokens, segments, positions))
+        return logits.reshape(*tokens.shape, -1)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the head is given, as rows: (batch * length, hidden)."""
+        length = tokens.shape[1]
+        if positions is None:
+            positions = _positions(length, segments, self.config)
+        rotation = rotary_angles(positions, self.config)
+        mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None]
+        x = constrain(self.embed_tokens(tokens.reshape(-1)).astype(self.dtype))
+        return self.norm(self._through_layers(x, rotation, mask))
+
+    def logits(self, rows: jax.Array) -> jax.Array:
+        """Rows to float32 logits over the vocabulary."""
+        if self.config.tie_word_embeddings:
+            table = self.embed_tokens.embedding[...].astype(rows.dtype)
+            return jnp.dot(rows, table.T, preferred_element_type=jnp.float32)
+        return self.lm_head(rows)
+
+    def _through_layers(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], mask: jax.Array | None
+    ) -> jax.Array:
+        def apply(graphdef: nnx.GraphDef[Block], x: jax.Array, layer: nnx.State) -> jax.Array:
+            return nnx.merge(graphdef, layer)(x, rotation, mask)
+
+        if self.remat:
+            apply = jax.checkpoint(apply, static_argnums=0)
+        if self.scan:
+            graphdef, stack = nnx.split(self.layers)
+            return jax.lax.scan(lambda x, layer: (apply(graphdef, x, layer), None), x, stack)[0]
         for layer in self.layers:
-            x = layer(x, rotation)
-        x = self.norm(x)
-        head = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
-        return head(x).astype(jnp.float32).reshape(*tokens.shape, -1)
+            if self.remat:
+                graphdef, state = nnx.split(layer)
+                x = apply(graphdef, x, state)
+            else:
+                x = layer(x, rotation, mask)
+        return x
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer."""
+    """One pre-norm decoder layer; it sees `window` tokens, None is all."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.input_layernorm = _norm(config, rngs)
-        self.self_attn = Attention(config, rngs=rngs)
-        self.post_attention_layernorm = _norm(config, rngs)
-        self.mlp = MLP(config, rngs=rngs)
+    def __init__(self, config: Config, window: int | None, dtypes: Dtypes, *, rngs: nnx.Rngs):
+        self.input_layernorm = _norm(config.hidden_size, config, dtypes, rngs)
+        self.self_attn = Attention(config, window, dtypes, rngs=rngs)
+        self.post_attention_layernorm = _norm(config.hidden_size, config, dtypes, rngs)
+        self.mlp = MLP(config, dtypes, rngs=rngs)
 
-    def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x = x + self.self_attn(self.input_layernorm(x), rotation)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def __call__(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], mask: jax.Array | None = None
+    ) -> jax.Array:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
+        return constrain(x + self.mlp(self.post_attention_layernorm(x)))
 
 
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions and grouped keys and values (GQA)."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, window: int | None, dtypes: Dtypes, *, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
+        self.window = None if window is None else (window - 1, 0)  # tokens before and after
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         bias = config.attention_bias
-        self.q_proj = _linear(config.hidden_size, queries, rngs, bias)
-        self.k_proj = _linear(config.hidden_size, keys, rngs, bias)
-        self.v_proj = _linear(config.hidden_size, keys, rngs, bias)
-        self.o_proj = _linear(queries, config.hidden_size, rngs)
+        self.q_proj = _linear(config.hidden_size, queries, dtypes, rngs, bias)
+        self.k_proj = _linear(config.hidden_size, keys, dtypes, rngs, bias)
+        self.v_proj = _linear(config.hidden_size, keys, dtypes, rngs, bias)
+        self.o_proj = _linear(queries, config.hidden_size, dtypes, rngs)
+        if config.qk_norm:
+            self.q_norm = _norm(config.head_dim, config, dtypes, rngs)
+            self.k_norm = _norm(config.head_dim, config, dtypes, rngs)
 
-    def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], mask: jax.Array | None = None
+    ) -> jax.Array:
         length = rotation[0].shape[1]
 
         def heads(rows: jax.Array) -> jax.Array:
             return rows.reshape(-1, length, rows.shape[-1] // self.head_dim, self.head_dim)
 
-        query = rotate(heads(self.q_proj(x)), rotation)
-        key = rotate(heads(self.k_proj(x)), rotation)
-        value = heads(self.v_proj(x))
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        query, key = heads(self.q_proj(x)), heads(self.k_proj(x))
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
+        mixed = jax.nn.dot_product_attention(
+            rotate(query, rotation),
+            rotate(key, rotation),
+            heads(self.v_proj(x)),
+            mask=mask,
+            is_causal=True,
+            local_window_size=self.window,
+            implementation=_implementation(query),
+        )
         return self.o_proj(mixed.reshape(x.shape[0], -1))
 
 
 class MLP(nnx.Module):
     """SwiGLU: ``down(silu(gate(x)) * up(x))``. Source: arXiv 2002.05202."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.gate_proj = _linear(config.hidden_size, config.intermediate_size, rngs)
-        self.up_proj = _linear(config.hidden_size, config.intermediate_size, rngs)
-        self.down_proj = _linear(config.intermediate_size, config.hidden_size, rngs)
+    def __init__(self, config: Config, dtypes: Dtypes, *, rngs: nnx.Rngs):
+        self.gate_proj = _linear(config.hidden_size, config.intermediate_size, dtypes, rngs)
+        self.up_proj = _linear(config.hidden_size, config.intermediate_size, dtypes, rngs)
+        self.down_proj = _linear(config.intermediate_size, config.hidden_size, dtypes, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def rotary_angles(length: int, config: Config) -> tuple[jax.Array, jax.Array]:
-    """Cosine, sine of ``position * theta^(-2i/head_dim)``, each (1, length, 1, head_dim/2)."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = jnp.outer(jnp.arange(length, dtype=jnp.float32), config.rope_theta**-exponent)
-    angles = angles[None, :, None, :]
+def rotary_angles(positions: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
+    """Cosine, sine of ``position * frequency``, each (batch or 1, length, 1, head_dim/2)."""
+    angles = positions[:, :, None].astype(jnp.float32) * _frequencies(config)[None, None]
+    angles = angles[:, :, None, :]
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def _frequencies(config: Config) -> np.ndarray:
+    """``theta^(-2i/head_dim)``, scaled as Llama 3.1 does where the config says so.
+
+    Rounded where Hugging Face's code rounds: at position 32,000 one unit in the last place of a
+    frequency turns a pair by 0.002. Source of the scaling: `transformers`' `llama3` rope type.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    powers = (config.rope_theta ** exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1) / powers
+    if config.rope_scaling is None:
+        return frequencies
+    factor, low, high, trained = config.rope_scaling
+    turns = trained * frequencies / np.float32(2 * np.pi)  # of a pair, within the trained length
+    share = np.clip((turns - low) / (high - low), 0.0, 1.0).astype(np.float32)
+    return (1 - share) * frequencies / np.float32(factor) + share * frequencies
+
+
+def _positions(length: int, segments: jax.Array | None, config: Config) -> jax.Array:
+    """From 0 on in every run of one segment number; (1, length) without segments."""
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"{length} tokens in a sequence, but the model has "
+            f"max_position_embeddings={config.max_position_embeddings}: take shorter sequences"
+        )
+    places = jnp.arange(length)[None]
+    if segments is None:
+        return places
+    begins = segments != jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
 
 
 def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -153,27 +251,49 @@ def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
     return turned.astype(x.dtype)
 
 
-def next_token_loss(graphdef: nnx.GraphDef[Decoder]) -> Callable[[Any, Any, jax.Array], jax.Array]:
-    """The loss function ``loss_fn(params, frozen, tokens)`` of the decoder behind `graphdef`.
+def _implementation(query: jax.Array) -> Literal["cudnn"] | None:
+    """cuDNN's flash attention where it can be had: 16 bits on an NVIDIA GPU."""
+    fits = query.dtype.itemsize == 2 and query.shape[-1] % 8 == 0
+    return "cudnn" if fits and jax.default_backend() == "gpu" else None
+
+
+def next_token_loss(
+    graphdef: nnx.GraphDef[Decoder], *, chunk: int | None = None, z_loss: float = 0.0
+) -> Callable[[Any, Any, Any], jax.Array]:
+    """The loss function ``loss_fn(params, frozen, batch)`` of the decoder behind `graphdef`.
 
     `params` is what is trained and `frozen` the rest of the model's state (both as
-    `split` gives them); `tokens` is (batch, length + 1) int32. The loss is the mean
-    cross-entropy in nats over the targets ``tokens[:, 1:]`` that are not `IGNORED`.
+    `split` gives them); `batch` is (batch, length + 1) int32 tokens, or a `Batch`. The loss is
+    the mean cross-entropy in nats over `targets(batch)`. With `chunk` the logits of so many
+    positions of every sequence are held at a time (`chunked_cross_entropy`), without it all;
+    `z_loss` is the weight of ``logsumexp(logits)^2``.
     """
 
-    def loss_fn(params: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
+    def loss_fn(params: Any, frozen: Any, batch: Any) -> jax.Array:
+        batch = batch if isinstance(batch, Batch) else Batch(batch)
         model = nnx.merge(graphdef, params, frozen)
-        return cross_entropy(model(jnp.maximum(tokens[:, :-1], 0)), tokens[:, 1:])
+        if batch.step is not None:
+            _drop(model, batch.step)
+        wanted = targets(batch)
+        inputs = [x if x is None else x[:, :-1] for x in (batch.segments, batch.positions)]
+        rows = model.hidden(jnp.maximum(batch.tokens[:, :-1], 0), *inputs)
+        if chunk is None:
+            return cross_entropy(model.logits(rows).reshape(*wanted.shape, -1), wanted, z_loss)
+        hidden = rows.reshape(*wanted.shape, -1)
+        return chunked_cross_entropy(model.logits, hidden, wanted, chunk=chunk, z_loss=z_loss)
 
     return loss_fn
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean of ``logsumexp(logits) - logits[target]`` over targets that are not `IGNORED`."""
-    counted = targets != IGNORED
-    picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - picked
-    return jnp.where(counted, losses, 0.0).sum() / jnp.maximum(counted.sum(), 1)
+def _drop(model: Decoder, step: jax.Array) -> None:
+    """Switch dropout on, each adapter's own key folded with the step."""
+    fold = functools.partial(jax.random.fold_in, data=step)
+
+    def folded(keys: jax.Array) -> jax.Array:  # one, or one a layer
+        return jax.vmap(fold)(jnp.atleast_1d(keys)).reshape(keys.shape)
+
+    nnx.update(model, jax.tree.map(folded, nnx.state(model, nnx.RngKey)))
+    model.set_attributes(deterministic=False, raise_if_not_found=False)
 
 
 def split(model: nnx.Module, trained: Any = nnx.Param) -> tuple[nnx.GraphDef, Any, Any]:
@@ -185,9 +305,42 @@ def split(model: nnx.Module, trained: Any = nnx.Param) -> tuple[nnx.GraphDef, An
 _INIT = nnx.initializers.normal(0.02)
 
 
-def _linear(inputs: int, outputs: int, rngs: nnx.Rngs, bias: bool = False) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=_INIT, rngs=rngs)
+def _list(config: Config, dtypes: Dtypes, rngs: nnx.Rngs) -> nnx.List:
+    layers = range(config.num_hidden_layers)
+    return nnx.List([Block(config, config.window(i), dtypes, rngs=rngs) for i in layers])
 
 
-def _norm(config: Config, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
+def _stack(config: Config, dtypes: Dtypes, rngs: nnx.Rngs) -> Block:
+    """All layers as one block whose parameters have a leading axis."""
+    windows = {config.window(i) for i in range(config.num_hidden_layers)}
+    if len(windows) > 1:
+        raise ValueError(
+            f"max_window_layers={config.max_window_layers} makes layers differ, and scan=True "
+            "needs them alike: use scan=False"
+        )
+    keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+    return nnx.vmap(lambda key: Block(config, config.window(0), dtypes, rngs=nnx.Rngs(key)))(keys)
+
+
+def _linear(
+    inputs: int, outputs: int, dtypes: Dtypes, rngs: nnx.Rngs, bias: bool = False
+) -> nnx.Linear:
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=bias,
+        dtype=dtypes.compute,
+        param_dtype=dtypes.params,
+        kernel_init=_INIT,
+        rngs=rngs,
+    )
+
+
+def _norm(size: int, config: Config, dtypes: Dtypes, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(
+        size,
+        epsilon=config.rms_norm_eps,
+        dtype=dtypes.compute,
+        param_dtype=dtypes.params,
+        rngs=rngs,
+    )
