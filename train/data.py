@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from train import hub
 from train.corpora import SPLITS, DataError, Texts, standard_library, text_directory
-from train.model import IGNORED
+from train.losses import IGNORED
 
 END = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import lbw_optax
-from train.model import IGNORED
+from train.losses import IGNORED, targets
 
 LossFn = Callable[[Any, Any, Any], jax.Array]
 """``loss_fn(params, frozen, batch)`` gives the mean loss of a batch, a scalar."""
@@ -58,7 +58,7 @@ def fit(
     records: list[dict[str, np.ndarray]] = []
     before = None
     for step in range(steps):
-        params, opt_state, metrics = _step(
+        params, opt_state, metrics = train_step(
             loss_fn, tx.update, params, opt_state, frozen, batch(step)
         )
         if before is not None:
@@ -70,19 +70,69 @@ def fit(
     return Fit(params, opt_state, history)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def _step(
+@functools.partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=(2, 3))
+def train_step(
     loss_fn: LossFn,
     update: Callable[..., Any],
     params: Any,
     opt_state: Any,
     frozen: Any,
     batch: Any,
+    microbatches: int = 1,
 ) -> tuple[Any, Any, dict[str, jax.Array]]:
-    loss, grads = jax.value_and_grad(loss_fn)(params, frozen, batch)
+    """One compiled step: new parameters, new optimizer state, and the step's metrics.
+
+    `params` and `opt_state` are donated. With `microbatches` the batch, tokens or a
+    `train.losses.Batch`, is taken in so many equal parts, one after the other.
+    """
+    loss, grads = _gradient(loss_fn, params, frozen, batch, microbatches)
     updates, opt_state = update(grads, opt_state, params, value=loss)
     params = optax.apply_updates(params, updates)
     return params, opt_state, _guard_metrics(opt_state) | {"loss": loss}
+
+
+def _gradient(
+    loss_fn: LossFn, params: Any, frozen: Any, batch: Any, microbatches: int
+) -> tuple[jax.Array, Any]:
+    """Loss and gradient of the whole batch, in the memory of one part of it.
+
+    Each part counts with its share of the targets, so that the sum is the gradient of the mean
+    over all targets. Accumulating here and not in `optax.MultiSteps` keeps one optimizer step, and
+    one decision of the guard, a step: the overshoot is that of a step that was really taken,
+    and no half-filled accumulator has to be saved or rolled back.
+    """
+    gradient = jax.value_and_grad(loss_fn)
+    if microbatches == 1:
+        return gradient(params, frozen, batch)
+    parts = _parts(batch, microbatches)
+    counts = jax.vmap(lambda part: (targets(part) != IGNORED).sum())(parts)
+    shares = counts / jnp.maximum(counts.sum(), 1)
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        share, tokens = part
+        found = gradient(params, frozen, tokens)
+        return jax.tree.map(lambda t, x: t + share * x.astype(jnp.float32), total, found), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.zeros(()), params))
+    (loss, grads), _ = jax.lax.scan(add, zeros, (shares, parts))
+    return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+
+def _parts(batch: Any, count: int) -> Any:
+    """The batch in equal parts along a new first axis; dropout's step gets a number for each."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        if x.ndim == 0:
+            return x * count + jnp.arange(count, dtype=x.dtype)
+        if len(x) % count:
+            raise ValueError(
+                f"a batch of {len(x)} sequences cannot be cut into {count} microbatches: "
+                "choose a batch size that is a multiple"
+            )
+        # Part i takes every so many rows, so that a batch split over devices stays split.
+        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(cut, batch)
 
 
 def _guard_metrics(opt_state: Any) -> dict[str, jax.Array]:
@@ -109,6 +159,8 @@ def perplexity(
     """``exp(total loss / number of targets)`` over batches of windows (`train.data.windows`).
 
     Each batch counts with its number of targets, so a padded last batch weighs what it holds.
+    Windows share no target: the stride is their length, and a token is predicted from the
+    part of its window before it.
     """
     total, targets = [], []
     for tokens in windows:

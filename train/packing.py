@@ -4,27 +4,13 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import numpy as np
 
 from train.corpora import DataError
-
-
-class Batch(NamedTuple):
-    """Tokens with document boundaries; all int32 of shape (batch_size, length + 1).
-
-    Attributes:
-      tokens: token ids.
-      segments: number of the document in its row, from 1; attention stays within it, and the
-        first token of a document is no target.
-      positions: place of the token in its document, or in the part of it that the row holds.
-    """
-
-    tokens: np.ndarray
-    segments: np.ndarray
-    positions: np.ndarray
+from train.losses import Batch
 
 
 def packed(
@@ -33,12 +19,13 @@ def packed(
     """Draw a batch of packed rows: a pure function of its input.
 
     The stream of tokens is cut into rows of length + 1 that overlap by one token, so that each
-    token is a target once; a document ends with the token `end` and may be cut at the end of a
-    row. Each epoch visits every row once, in an order of its own given by (seed, epoch).
+    token is a target at most once an epoch; a document ends with the token `end`, and may be cut
+    at the end of a row. Each epoch visits every row once, in an order given by (seed, epoch).
+    Raises `DataError` for a stream shorter than one row.
 
     >>> batch = packed(np.array([5, 6, 0, 7, 8, 9, 0]), 0, 0, batch_size=1, length=6, end=0)
-    >>> print(batch.segments, batch.positions)
-    [[1 1 1 2 2 2 2]] [[0 1 2 0 1 2 3]]
+    >>> print(batch.tokens, batch.segments)
+    [[5 6 0 7 8 9 0]] [[0 0 0 1 1 1 1]]
     """
     rows = (len(tokens) - 1) // length
     if rows < 1:
@@ -50,17 +37,14 @@ def packed(
     orders = [_order(seed, int(epoch), rows) for epoch in epochs]
     chosen = np.array([order[i] for order, i in zip(orders, places, strict=True)])
     cut = np.asarray(tokens[chosen[:, None] * length + np.arange(length + 1)], np.int32)
-    return boundaries(cut, end)
+    return Batch(cut, segments(cut, end))
 
 
-def boundaries(tokens: np.ndarray, end: int) -> Batch:
-    """Mark where each document begins in rows of tokens: after each token `end`."""
-    begins = np.zeros(tokens.shape, bool)
+def segments(tokens: np.ndarray, end: int) -> np.ndarray:
+    """The number of each token's document in its row, from 0; it grows after a token `end`."""
+    begins = np.zeros(tokens.shape, np.int32)
     begins[:, 1:] = tokens[:, :-1] == end
-    begins[:, 0] = True
-    here = np.arange(tokens.shape[1], dtype=np.int32)
-    started = np.maximum.accumulate(np.where(begins, here, 0), axis=1)
-    return Batch(tokens, np.cumsum(begins, axis=1, dtype=np.int32), here - started)
+    return np.cumsum(begins, axis=1, dtype=np.int32)
 
 
 @functools.lru_cache(maxsize=2)

@@ -108,7 +108,7 @@ def test_frozen_is_an_argument_and_no_constant_of_the_program():
     def loss_fn(params, frozen, batch):
         return params * jnp.sum(frozen)
 
-    program = loop._step.lower(loss_fn, tx.update, *arguments).as_text()
+    program = loop.train_step.lower(loss_fn, tx.update, *arguments).as_text()
     signature = next(line for line in program.splitlines() if "@main" in line)
     assert "tensor<777xf32>" in signature.split("->")[0]
     assert "tensor<777xf32>" not in signature.split("->")[1]
