@@ -5,6 +5,7 @@ learning-rate-free optimizers come from Optax. Defaults are the published consta
 """
 
 from benchmarks.peers.adagc import adagc
+from benchmarks.peers.skip_spikes import levanter_skip, maxtext_skip
 from benchmarks.peers.skip_step import skip_step
 from benchmarks.peers.spam import scale_by_spam
 from benchmarks.peers.stable_adamw import stable_adamw
@@ -15,6 +16,8 @@ from benchmarks.peers.zclip import zclip
 __all__ = [
     "adagc",
     "clip_by_update_history",
+    "levanter_skip",
+    "maxtext_skip",
     "scale_by_spam",
     "scale_by_stable_spam",
     "skip_step",

@@ -29,7 +29,7 @@ def skip_step(
     github.com/stanford-crfm/levanter, optim/skipstep.py. They differ: OLMo-core also skips a loss
     that is far too low, and divides by the sample deviation; Levanter, followed here, is one-sided
     and uses the population deviation, at least 1e-6, over a ring of window + 1 (here: window).
-    MaxText's variant was not at hand.
+    The rules of MaxText and of today's Levanter, which let a NaN in, are in `skip_spikes`.
     """
     inner_with_args = optax.with_extra_args_support(inner)
 

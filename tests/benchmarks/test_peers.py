@@ -223,6 +223,63 @@ def test_skip_step(run_, constants):
     agree(run(peers.skip_step(optax.sgd(LR, momentum=0.9), **constants), run_), reference)
 
 
+SKIPPING = {"maxtext": (peers.maxtext_skip, 1, 0, 1), "levanter": (peers.levanter_skip, 0, 1e-6, 0)}
+
+
+def skipped_by(rule, values, window, sigmas):
+    """Which steps the rule leaves out for one signal; not-a-number exceeds every limit."""
+    _, lost, least, sooner = SKIPPING[rule]
+    out = []
+    for i, x in enumerate(values):
+        past = values[max(0, i - window) : i]
+        early = i + sooner < max(2, window // 2)
+        with np.errstate(invalid="ignore"):
+            limit = np.inf if early else past.mean() + sigmas * max(past.std(ddof=lost), least)
+            out.append(not early and not x <= limit)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("rule", SKIPPING)
+@pytest.mark.parametrize("bad", [None, "nan_loss", "early_nan_loss", "constant"])
+@pytest.mark.parametrize(
+    ("run_", "constants"), [(SHORT, {"window": 16, "sigmas": 4.0}), (LONG, {})]
+)
+def test_skip_rules_of_frameworks(run_, constants, bad, rule):
+    window, sigmas = constants.get("window", 128), constants.get("sigmas", 6.0)
+    losses = run_.losses.astype(np.float32)
+    if bad == "constant":
+        losses[:] = 4
+    elif bad is not None:
+        losses[run_.steps // 2 if bad == "nan_loss" else 1] = np.nan
+    run_ = run_._replace(losses=losses)
+    skipped = skipped_by(rule, losses.astype(float), window, sigmas)
+    skipped |= skipped_by(rule, run_.norms, window, sigmas)
+    # One NaN: everything until it has left the window.
+    lasting = bad in ("nan_loss", "early_nan_loss")
+    assert (skipped.sum() > window // 3) if lasting else (1 <= skipped.sum() < 6)
+    reference = {}
+    for name in ("w", "b"):
+        out, trace = [], 0.0
+        for g, skip in zip(getattr(run_, name), skipped, strict=True):
+            trace = trace if skip else 0.9 * trace + g
+            out.append(0 * g if skip else -LR * trace)
+        reference[name] = np.stack(out)
+    make = SKIPPING[rule][0]
+    agree(run(make(optax.sgd(LR, momentum=0.9), **constants), run_), reference)
+
+
+@pytest.mark.parametrize("rule", SKIPPING)
+def test_what_skip_rules_do_with_a_nan_gradient(rule):
+    """MaxText selects, Levanter multiplies by zero; before the window is half full neither acts."""
+    w = SHORT.w.copy()
+    w[20, 0, 0] = np.nan
+    updates = run(SKIPPING[rule][0](optax.sgd(LR), 16), SHORT._replace(w=w))
+    assert np.isnan(updates["w"][20]).any() == (rule == "levanter")
+    assert not np.isnan(updates["w"][:20]).any()
+    w[3, 0, 0] = np.nan
+    assert np.isnan(run(SKIPPING[rule][0](optax.sgd(LR), 16), SHORT._replace(w=w))["w"][3]).any()
+
+
 @pytest.mark.parametrize(("run_", "constants"), [(SHORT, {"window": 16}), (LONG, {})])
 def test_clip_by_update_history(run_, constants):
     highest = limits(run_.norms, constants.get("window", 128), 3.0)
@@ -248,6 +305,8 @@ def test_history_leaves_out_what_is_not_a_number():
         peers.scale_by_stable_spam,
         lambda: peers.stable_adamw(LR),
         lambda: peers.skip_step(optax.adam(LR)),
+        lambda: peers.maxtext_skip(optax.adam(LR)),
+        lambda: peers.levanter_skip(optax.adam(LR)),
         peers.clip_by_update_history,
     ],
 )
