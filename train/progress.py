@@ -30,6 +30,12 @@ class Progress:
         self._bar.set_postfix_str("", refresh=False)
         self._bar.set_description_str(run)
 
+    def move(self, steps: int) -> None:
+        """Go on from another place: steps that an earlier process made, or that are undone."""
+        self._total -= steps  # of this process's own
+        self._bar.initial += steps
+        self._bar.update(steps)
+
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Count one step, with the metrics that `train.loop.fit` gives for it."""
         self._done += 1
@@ -62,14 +68,19 @@ class Progress:
 
 
 def describe(metrics: dict[str, Any]) -> str:
-    """Loss, and the guard's scale and regime where there is one.
+    """Loss, the guard's scale and regime, and the speed: what there is of them.
 
     >>> describe({"loss": 3.2061, "scale": 0.05, "regime": 0})
     'loss 3.206  scale 0.050  nominal'
+    >>> describe({"loss": 2.5, "tokens_per_second": 12345.6, "mfu": 0.412})
+    'loss 2.500  12,346 tokens/s  MFU 41.2 %'
     """
     parts = [f"loss {metrics['loss']:.3f}"]
     if "scale" in metrics:
         parts += [f"scale {metrics['scale']:.3f}", REGIMES[int(metrics["regime"])]]
+    if "mfu" in metrics:
+        parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"MFU {100 * metrics['mfu']:.1f} %")
     return "  ".join(parts)
 
 

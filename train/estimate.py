@@ -1,0 +1,210 @@
+"""What a run will need, from shapes alone: memory by part, arithmetic, and time."""
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from train.options import Options
+from train.presets import Config
+
+EXPECTED_SHARE = 0.35
+"""Of the device's peak: what a run is expected to reach, for the time that is printed."""
+
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "TPU v6 lite": 918e12,
+    "TPU v5p": 459e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v4": 275e12,
+}
+"""Dense 16-bit FLOP/s by a part of the device's name, as the makers state them."""
+
+
+class Estimate(NamedTuple):
+    """Of one run.
+
+    Attributes:
+      parameters: all of them, and `trained` those with a gradient.
+      parts: bytes by name, over all devices.
+      flops: of one step, forward and backward; recomputation (remat) does not count.
+      tokens: of one step.
+      checkpoint: bytes of one checkpoint: what is trained, and the optimizer's state.
+    """
+
+    parameters: int
+    trained: int
+    parts: dict[str, int]
+    flops: float
+    tokens: int
+    checkpoint: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+def estimate(
+    config: Config, options: Options, params: Any, frozen: Any, opt_state: Any
+) -> Estimate:
+    """From the shapes of the trees; nothing is allocated.
+
+    ``params``, ``frozen`` and ``opt_state`` are trees of arrays or of `jax.ShapeDtypeStruct`.
+
+    >>> from pathlib import Path
+    >>> from train.presets import PRESETS
+    >>> weight = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
+    >>> options = Options("tiny", Path("x"), batch_size=2, length=64)
+    >>> found = estimate(PRESETS["tiny"], options, weight, None, (weight, weight))
+    >>> found.parts["parameters"], found.parts["optimizer state"]
+    (4000000, 8000000)
+    """
+    tokens = options.batch_size * options.length
+    parts = {
+        "parameters": _bytes(params) + _bytes(frozen),
+        "gradients": _bytes(params) * (2 if options.microbatches > 1 else 1),
+        "optimizer state": _bytes(opt_state),
+        "activations": _activations(config, options),
+        "logits": _logits(config, options),
+    }
+    return Estimate(
+        parameters=_count(params) + _count(frozen),
+        trained=_count(params),
+        parts=parts,
+        flops=tokens * flops_per_token(config, options.length, trains_all=_count(frozen) == 0),
+        tokens=tokens,
+        checkpoint=_bytes((params, opt_state)),
+    )
+
+
+def flops_per_token(config: Config, length: int, *, trains_all: bool) -> float:
+    """2 a weight of every product forward; backward as much for inputs, and again for weights.
+
+    A frozen weight has no gradient of its own; adapters are small enough to be left out.
+    Attention counts 4 a pair of positions and channel forward, twice that backward, all pairs.
+    """
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    layer = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
+    weights = config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
+    attention = config.num_hidden_layers * 4 * length * queries
+    return (6 if trains_all else 4) * weights + 3 * attention
+
+
+def check(found: Estimate, available: int | None, devices: int) -> None:
+    """Say at once that a run cannot fit.
+
+    Raises:
+      ValueError: with the need by part and what to change.
+    """
+    if available is not None and found.bytes / devices > available:
+        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.parts.items())
+        raise ValueError(
+            f"this run needs about {found.bytes / devices / 1e9:.1f} GB a device ({parts} GB over "
+            f"{devices}), and there are {available / 1e9:.1f} GB: take more --microbatches, "
+            "--remat, a --loss-chunk, --param-dtype bfloat16, a smaller model, or more devices"
+        )
+
+
+def describe(found: Estimate, steps: int, peak: float, devices: int) -> str:
+    """The estimate as two lines for a person."""
+    seconds = steps * found.flops / (peak * devices * EXPECTED_SHARE)
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in found.parts.items())
+    return (
+        f"{found.parameters / 1e6:,.1f} M parameters, {found.trained / 1e6:,.1f} M of them "
+        f"trained; about {_size(found.bytes / devices)} a device ({parts})\n"
+        f"{steps} steps of {found.tokens} tokens, {steps * found.flops:.2g} FLOP: about "
+        f"{_duration(seconds)} at {EXPECTED_SHARE:.0%} of {peak / 1e12:.3g} TFLOP/s"
+    )
+
+
+def available_bytes(device: jax.Device) -> int | None:
+    """Memory of a device, of a CPU that of the machine; None where nobody says."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    if device.platform == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+@functools.cache
+def peak_flops(device: jax.Device) -> float:
+    """FLOP/s of `PEAKS`; of a device that is not in it, what one large product reaches."""
+    for name, peak in PEAKS.items():
+        if name.lower() in device.device_kind.lower():
+            return peak
+    return _measured_peak(device)
+
+
+def _measured_peak(device: jax.Device, size: int = 1024, times: int = 5) -> float:
+    x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+    product = jax.jit(jnp.matmul)
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        product(x, x).block_until_ready()
+        return time.perf_counter() - began
+
+    seconds()
+    return 2 * size**3 / min(seconds() for _ in range(times))
+
+
+def _activations(config: Config, options: Options) -> int:
+    """What the backward pass keeps of one microbatch, without remat or with it."""
+    rows = options.batch_size * options.length // options.microbatches
+    width = jnp.dtype(options.dtype).itemsize
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    layer = width * (4 * config.hidden_size + 2 * queries + 2 * keys + 3 * config.intermediate_size)
+    if jax.default_backend() != "gpu" or width != 2:  # no fused attention: its weights are kept
+        layer += 8 * config.num_attention_heads * options.length
+    if options.remat:
+        return rows * (config.num_hidden_layers * width * config.hidden_size + layer)
+    return rows * config.num_hidden_layers * layer
+
+
+def _logits(config: Config, options: Options) -> int:
+    """Float32 logits and their gradient, of all positions or of a chunk of each sequence."""
+    sequences = options.batch_size // options.microbatches
+    positions = min(options.loss_chunk or options.length, options.length)
+    return 2 * 4 * sequences * positions * config.vocab_size
+
+
+def _sum(measure: Callable[[Any], int], tree: Any) -> int:
+    return sum(measure(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _count(tree: Any) -> int:
+    return _sum(lambda leaf: leaf.size, tree)
+
+
+def _bytes(tree: Any) -> int:
+    return _sum(lambda leaf: leaf.size * leaf.dtype.itemsize, tree)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -1,0 +1,120 @@
+"""A run's metrics: one JSON line a step, and the same to TensorBoard, W&B or trackio."""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from benchmarks.results_file import finite, read
+
+
+class Logs:
+    """Appends to ``log.jsonl`` in a run directory, and to every tracker that is named.
+
+    After a resume or a rollback some steps come again; `history` takes the newest line of each.
+
+    Args:
+      directory: the run directory.
+      track: of "tensorboard", "wandb", "trackio".
+      config: the run's options, for the trackers that show them.
+
+    Raises:
+      ImportError: for a tracker that is not installed.
+
+    Example:
+      >>> import tempfile
+      >>> place = Path(tempfile.mkdtemp())
+      >>> with Logs(place, track=()) as logs:
+      ...     logs.write(1, {"loss": 2.5})
+      >>> history(place)["loss"]
+      array([2.5])
+    """
+
+    def __init__(self, directory: Path, track: Collection[str], config: Mapping[str, Any] = {}):
+        self._trackers = [_TRACKERS[name](directory, config) for name in track]
+        self._file = (directory / "log.jsonl").open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write the scalars of one step; `step` counts the updates made, from 1."""
+        values = {name: np.asarray(value).item() for name, value in metrics.items()}
+        self._file.write(json.dumps(finite({"step": step, **values}), allow_nan=False) + "\n")
+        for tracker in self._trackers:
+            tracker(step, values)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        for tracker in self._trackers:
+            tracker(None, {})
+
+
+def history(directory: Path) -> dict[str, np.ndarray]:
+    """The metrics that were logged at every step, each as an array over steps; NaN for None."""
+    lines = {line["step"]: line for line in read(directory / "log.jsonl")}
+    ordered = [lines[step] for step in sorted(lines)]
+    names = [name for name in (ordered[0] if ordered else {}) if all(name in x for x in ordered)]
+    return {
+        name: np.array([np.nan if line[name] is None else line[name] for line in ordered])
+        for name in names
+    }
+
+
+Tracker = Callable[[int | None, dict[str, float]], None]
+"""Takes the metrics of a step; called with None at the end."""
+
+
+def _tensorboard(directory: Path, config: Mapping[str, Any]) -> Tracker:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "--track tensorboard needs tensorboardX: pip install 'lbw_optax[train]', or give "
+            "--track without a name"
+        ) from error
+    writer = SummaryWriter(str(directory / "tensorboard"))
+
+    def track(step: int | None, metrics: dict[str, float]) -> None:
+        if step is None:
+            writer.close()
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+
+    return track
+
+
+def _service(name: str) -> Callable[[Path, Mapping[str, Any]], Tracker]:
+    """W&B, or trackio, which has the same three calls."""
+
+    def open_run(directory: Path, config: Mapping[str, Any]) -> Tracker:
+        try:
+            service = __import__(name)
+        except ImportError as error:
+            raise ImportError(f"--track {name} needs {name}: pip install {name}") from error
+        service.init(project="lbw_optax", name=directory.name, config=dict(config))
+
+        def track(step: int | None, metrics: dict[str, float]) -> None:
+            if step is None:
+                service.finish()
+            else:
+                service.log(metrics, step=step)
+
+        return track
+
+    return open_run
+
+
+_TRACKERS = {
+    "tensorboard": _tensorboard,
+    "wandb": _service("wandb"),
+    "trackio": _service("trackio"),
+}

@@ -1,0 +1,45 @@
+"""Optimizers and learning-rate schedules by the names that the scripts' options have."""
+
+import optax
+
+import lbw_optax
+from train.options import Options
+
+
+def optimizer(options: Options) -> optax.GradientTransformation:
+    """AdamW after the schedule, with clipping before it and the guard above both as asked for.
+
+    >>> from pathlib import Path
+    >>> options = Options("tiny", Path("runs/x"), optimizer="lbw+clip", steps=10)
+    >>> state = optimizer(options).init({"w": 1.0})
+    >>> lbw_optax.REGIMES[int(lbw_optax.metrics(state)["regime"])]
+    'recovering'
+    """
+    tx: optax.GradientTransformation = optax.adamw(
+        schedule(options), b1=options.b1, b2=options.b2, weight_decay=options.weight_decay
+    )
+    if options.optimizer.endswith("+clip"):
+        tx = optax.chain(optax.clip_by_global_norm(options.clip), tx)
+    return lbw_optax.lbw_guard(tx) if options.optimizer.startswith("lbw") else tx
+
+
+def schedule(options: Options) -> optax.Schedule:
+    """Linear warm-up from above zero to the peak, then constant, or to zero at the last step.
+
+    Raises:
+      ValueError: for a warm-up longer than the run.
+    """
+    if not 0 <= options.warmup < 1:
+        raise ValueError(f"--warmup {options.warmup:g} is no share of the run in [0, 1)")
+    peak, warmup = options.learning_rate, round(options.warmup * options.steps)
+    rest = max(options.steps - warmup, 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+    }[options.schedule]
+    if not warmup:
+        return after
+    return optax.join_schedules(
+        [optax.linear_schedule(peak / warmup, peak, warmup), after], [warmup]
+    )

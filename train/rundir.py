@@ -1,0 +1,68 @@
+"""A run directory: made for one set of options, and used again only for the same ones."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from train.options import Options, as_json
+
+FREE = ("out", "track", "eval_every", "eval_targets")
+"""Options that may differ when a run goes on: they change nothing about its steps."""
+
+
+def claim(options: Options, needed_bytes: int = 0) -> Path:
+    """Make the directory and write ``config.json``, or check that the run there is this one.
+
+    Args:
+      options: of the run; `options.out` is the directory.
+      needed_bytes: what the run will write there at least.
+
+    Raises:
+      ValueError: if a run with other options lives there (all differences are listed), or if
+        there is too little room.
+      OSError: if it cannot be made or written.
+    """
+    directory = options.out
+    directory.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory).free
+    if free < needed_bytes:
+        raise ValueError(
+            f"{directory} has room for {free / 1e9:.1f} GB, and the checkpoints of this run need "
+            f"{needed_bytes / 1e9:.1f} GB: choose another --out, or make room"
+        )
+    wanted, path = as_json(options), directory / "config.json"
+    if not path.exists():
+        write_json(path, wanted)
+        return directory
+    if differences := _differences(_read(path), wanted):
+        raise ValueError(
+            f"{directory} holds a run with other options ({'; '.join(differences)}): give those "
+            "to go on with it, or another --out"
+        )
+    return directory
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file that is there whole or not at all."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not the config.json of a run ({error}): choose another --out"
+        ) from error
+
+
+def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} is {there.get(name)!r} there and {wanted.get(name)!r} here"
+        for name in sorted(there.keys() | wanted.keys())
+        if name not in FREE and there.get(name) != wanted.get(name)
+    ]
