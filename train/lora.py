@@ -37,7 +37,7 @@ class LoRALinear(nnx.Module):
         self.dropout, self.deterministic = nnx.Dropout(dropout), True
         if dropout:
             key = rngs.dropout()
-            self.key = nnx.RngKey(jax.random.split(key, layers) if layers else key, tag="dropout")
+            self.key = nnx.RngKey(jax.random.split(key, tuple(layers)) if layers else key, tag="dropout")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         low, high = self.lora_A[...].astype(x.dtype), self.lora_B[...].astype(x.dtype)
