@@ -59,14 +59,15 @@ class Logs:
 
 
 def history(directory: Path) -> dict[str, np.ndarray]:
-    """The metrics that were logged at every step, each as an array over steps; NaN for None."""
+    """Each metric over the steps that were logged, in their order; NaN where it was not."""
     lines = {line["step"]: line for line in read(directory / "log.jsonl")}
     ordered = [lines[step] for step in sorted(lines)]
-    names = [name for name in (ordered[0] if ordered else {}) if all(name in x for x in ordered)]
-    return {
-        name: np.array([np.nan if line[name] is None else line[name] for line in ordered])
-        for name in names
-    }
+    names = dict.fromkeys(name for line in ordered for name in line)
+
+    def value(line: dict[str, Any], name: str) -> float:
+        return float("nan") if line.get(name) is None else line[name]
+
+    return {name: np.array([value(line, name) for line in ordered]) for name in names}
 
 
 Tracker = Callable[[int | None, dict[str, float]], None]

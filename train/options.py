@@ -64,6 +64,9 @@ class Options:
     """Keep only each layer's input for the gradient, and compute the rest again."""
     scan: bool = False
     """Compile one layer and loop over it."""
+    mesh: tuple[int, int, int] | None = None
+    """Devices along (data, fsdp, tensor): copies, parts of parameters and batch, parts of heads and
+    vocabulary. None: all along fsdp."""
     loss_chunk: int | None = None
     """Positions of a sequence whose logits are held at a time; None: all."""
     z_loss: float = 0.0

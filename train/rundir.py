@@ -12,36 +12,41 @@ FREE = ("out", "track", "eval_every", "eval_targets")
 """Options that may differ when a run goes on: they change nothing about its steps."""
 
 
-def claim(options: Options, needed_bytes: int = 0) -> Path:
-    """Make the directory and write ``config.json``, or check that the run there is this one.
+def check(options: Options) -> None:
+    """See whether the run directory, if there is one, holds this run.
+
+    Raises:
+      ValueError: if a run with other options lives there (all differences are listed).
+    """
+    path = options.out / "config.json"
+    if path.exists() and (differences := _differences(_read(path), as_json(options))):
+        raise ValueError(
+            f"{options.out} holds a run with other options ({'; '.join(differences)}): give those "
+            "to go on with it, or another --out"
+        )
+
+
+def claim(options: Options, needed_bytes: int) -> None:
+    """Make the run directory and write ``config.json``, or check the one that is there.
 
     Args:
-      options: of the run; `options.out` is the directory.
+      options: of the run.
       needed_bytes: what the run will write there at least.
 
     Raises:
-      ValueError: if a run with other options lives there (all differences are listed), or if
-        there is too little room.
+      ValueError: as `check`, or if there is too little room.
       OSError: if it cannot be made or written.
     """
-    directory = options.out
-    directory.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(directory).free
+    check(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(options.out).free
     if free < needed_bytes:
         raise ValueError(
-            f"{directory} has room for {free / 1e9:.1f} GB, and the checkpoints of this run need "
-            f"{needed_bytes / 1e9:.1f} GB: choose another --out, or make room"
+            f"{options.out} has room for {free / 1e9:.3g} GB, and the checkpoints of this run need "
+            f"{needed_bytes / 1e9:.3g} GB: choose another --out, or make room"
         )
-    wanted, path = as_json(options), directory / "config.json"
-    if not path.exists():
-        write_json(path, wanted)
-        return directory
-    if differences := _differences(_read(path), wanted):
-        raise ValueError(
-            f"{directory} holds a run with other options ({'; '.join(differences)}): give those "
-            "to go on with it, or another --out"
-        )
-    return directory
+    if not (options.out / "config.json").exists():
+        write_json(options.out / "config.json", as_json(options))
 
 
 def write_json(path: Path, document: Any) -> None:

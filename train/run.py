@@ -1,0 +1,203 @@
+"""One training run in a run directory: resumed, watched, rolled back, stopped in good order."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from train import data, estimate, loop, packing, recipes, rundir, sharding, summary
+from train.interrupt import Interrupt
+from train.losses import Batch
+from train.model import Decoder, next_token_loss, split
+from train.options import Options
+from train.watch import Watch
+
+
+class Task(NamedTuple):
+    """What is trained, with what, on what."""
+
+    graphdef: nnx.GraphDef[Decoder]
+    loss_fn: loop.LossFn
+    tx: optax.GradientTransformationExtraArgs
+    params: Any
+    frozen: Any
+    cost: estimate.Estimate
+    batch: Callable[[int], Any]
+    held_out: dict[str, np.ndarray]
+
+
+class Result(NamedTuple):
+    """What a run leaves: the model after `step` updates.
+
+    `perplexity` is over the whole of each held-out split; empty where the run was stopped before
+    its end.
+    """
+
+    decoder: Decoder
+    step: int
+    perplexity: dict[str, float]
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.perplexity)
+
+
+def kinds(options: Options) -> dict[str, Any]:
+    """The arguments of `Decoder` that the options decide."""
+    return {
+        "dtype": jnp.dtype(options.dtype),
+        "param_dtype": jnp.dtype(options.param_dtype),
+        "scan": options.scan,
+        "remat": options.remat,
+    }
+
+
+def announce(options: Options, build: Callable[[], Decoder], trained: Any) -> estimate.Estimate:
+    """Print what the run will need, and stop here, before anything is loaded, if it cannot work.
+
+    The whole step is evaluated on shapes: nothing is allocated on a device.
+
+    Args:
+      options: of the run.
+      build: makes the model.
+      trained: the kind of variable that is trained, as `train.model.split` takes it.
+
+    Raises:
+      ValueError: if the run cannot fit, for shapes that do not go together, or if the run
+        directory holds a run with other options.
+    """
+    rundir.check(options)
+    decoder = nnx.eval_shape(build)
+    graphdef, params, frozen = split(decoder, trained)
+    tx = _optimizer(options)
+    opt_state = jax.eval_shape(tx.init, params)
+    cost = estimate.estimate(decoder.config, options, params, frozen, opt_state)
+    devices = jax.devices()
+    peak = estimate.peak_flops(devices[0])
+    print(estimate.describe(cost, options.steps, peak, len(devices)), file=sys.stderr)
+    estimate.check(cost, estimate.available_bytes(devices[0]), len(devices))
+    rows = np.zeros((options.batch_size, options.length + 1), np.int32)
+    _put(_mesh(options))(rows)
+    loss_fn = next_token_loss(graphdef, chunk=options.loss_chunk, z_loss=options.z_loss)
+    step = loop.train_step.eval_shape  # type: ignore[attr-defined]
+    step(loss_fn, tx.update, params, opt_state, frozen, Batch(rows), options.microbatches)
+    return cost
+
+
+def train(
+    decoder: Decoder,
+    trained: Any,
+    corpus: data.Corpus,
+    options: Options,
+    cost: estimate.Estimate,
+    *,
+    dropout: bool = False,
+) -> Result:
+    """Train what is of the kind `trained` in `decoder`, from where the run directory is.
+
+    The parameters of `decoder` are given away: use those of the result.
+    """
+    graphdef, params, frozen = split(decoder, trained)
+    task = Task(
+        graphdef=graphdef,
+        loss_fn=next_token_loss(graphdef, chunk=options.loss_chunk, z_loss=options.z_loss),
+        tx=_optimizer(options),
+        params=params,
+        frozen=frozen,
+        cost=cost,
+        batch=_batches(corpus, options, dropout),
+        held_out={
+            split: data.windows(
+                getattr(corpus, split), batch_size=options.batch_size, length=options.length
+            )
+            for split in ("valid", "test")
+        },
+    )
+    rundir.claim(options, needed_bytes=3 * cost.checkpoint)
+    where = _mesh(options)
+    with jax.set_mesh(where) if where else contextlib.nullcontext():
+        return _train(task, options, where)
+
+
+def _train(task: Task, options: Options, where: sharding.Mesh | None) -> Result:
+    began = time.perf_counter()
+    params, opt_state = task.params, jax.jit(task.tx.init)(task.params)
+    step = 0
+    with (
+        Interrupt() as interrupted,
+        Watch(options, task.cost, guarded=_is_guarded(options)) as watch,
+        packing.Prefetch(task.batch, put=_put(where)) as batch,
+    ):
+        while step < options.steps and not interrupted:
+            params, opt_state, metrics = loop.train_step(
+                task.loss_fn,
+                task.tx.update,
+                params,
+                opt_state,
+                task.frozen,
+                batch(step),
+                options.microbatches,
+            )
+            step += 1
+            watch.step(step, metrics, opt_state)
+            if options.eval_every and step % options.eval_every == 0 and step < options.steps:
+                watch.evaluated("valid_perplexity", _perplexity(task, params, "valid", options))
+        watch.audit(step, opt_state)
+        if interrupted:
+            watch.note(f"stopped after step {step}; the same command goes on from there")
+            return Result(nnx.merge(task.graphdef, params, task.frozen), step, {})
+        ends = {split: _perplexity(task, params, split) for split in task.held_out}
+        for split, perplexity in ends.items():
+            watch.evaluated(f"{split}_perplexity", perplexity)
+    summary.write(options, ends, seconds=time.perf_counter() - began)
+    return Result(nnx.merge(task.graphdef, params, task.frozen), step, ends)
+
+
+def _perplexity(task: Task, params: Any, split: str, options: Options | None = None) -> float:
+    """On all windows of a split, or on as many as the options want during the run."""
+    windows = task.held_out[split]
+    if options is not None:
+        per_batch = windows.shape[1] * (windows.shape[2] - 1)
+        windows = windows[: max(options.eval_targets // per_batch, 1)]
+    return loop.perplexity(task.loss_fn, params, windows, frozen=task.frozen)
+
+
+def _batches(corpus: data.Corpus, options: Options, dropout: bool) -> Callable[[int], Batch]:
+    """Batches by index; with dropout they carry the number that its mask is made from."""
+    shape = {"batch_size": options.batch_size, "length": options.length}
+
+    def batch(index: int) -> Batch:
+        if options.packing:
+            drawn = packing.packed(corpus.train, options.seed, index, **shape, end=corpus.end)
+        else:
+            drawn = Batch(data.sample(corpus.train, options.seed, index, **shape))
+        return drawn._replace(step=np.uint32(index)) if dropout else drawn
+
+    return batch
+
+
+def _mesh(options: Options) -> sharding.Mesh | None:
+    """The devices as the options want them; a single one needs no mesh."""
+    if options.mesh is None:
+        return sharding.make_mesh() if jax.device_count() > 1 else None
+    replicas, fsdp, tensor = options.mesh
+    return sharding.make_mesh(data=replicas, fsdp=fsdp, tensor=tensor)
+
+
+def _put(where: sharding.Mesh | None) -> Callable[[Any], Any]:
+    return jax.device_put if where is None else lambda batch: sharding.shard_batch(batch, where)
+
+
+def _optimizer(options: Options) -> optax.GradientTransformationExtraArgs:
+    return optax.with_extra_args_support(recipes.optimizer(options))
+
+
+def _is_guarded(options: Options) -> bool:
+    return options.optimizer.startswith("lbw")

@@ -1,0 +1,98 @@
+"""What is seen of a run while it runs: log, bar, speed and audit, a step late."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+
+import lbw_optax
+from train import estimate
+from train.logs import Logs
+from train.options import Options, as_json
+from train.progress import Progress
+from train.speed import Speed
+
+AUDIT_EVERY = 50
+"""Steps; the guard's ring holds 64."""
+
+
+class _Step(NamedTuple):
+    number: int
+    metrics: dict[str, jax.Array]
+    seen: dict[str, float]
+
+
+class Watch:
+    """Shows and logs each step when the next one has been dispatched, so that nothing waits.
+
+    Args:
+      options: of the run.
+      cost: of one step, for tokens a second and the share of the device's peak.
+      guarded: whether the optimizer's state holds a guard.
+    """
+
+    def __init__(self, options: Options, cost: estimate.Estimate, guarded: bool):
+        devices = jax.devices()
+        peak = estimate.peak_flops(devices[0]) * len(devices)
+        self._speed = Speed(tokens=cost.tokens, flops=cost.flops, peak=peak)
+        self._logs = Logs(options.out, options.track, as_json(options))
+        audit = Path(options.out) / "events.jsonl"
+        self._audit = lbw_optax.AuditLog(audit) if guarded else None
+        self._progress = Progress(options.steps)
+        self._progress.start(options.out.name, options.steps)
+        self._before: _Step | None = None
+
+    def step(self, number: int, metrics: dict[str, jax.Array], opt_state: Any) -> None:
+        """Take note of update `number`, from 1; `opt_state` is the state after it."""
+        self._show()
+        self._before = _Step(number, metrics, self._speed.step())
+        if number % AUDIT_EVERY == 0:
+            self.audit(number, opt_state)
+
+    def audit(self, number: int, opt_state: Any) -> None:
+        """Write the guard's interventions so far, and stop if it can do no more."""
+        if self._audit is not None:
+            self._audit.record(number, opt_state)
+            lbw_optax.check(opt_state)
+
+    def evaluated(self, name: str, perplexity: float) -> None:
+        """Add a measurement to the newest step; the time that it took is no step's."""
+        if self._before is not None:
+            self._before.seen[name] = perplexity
+            self.note(f"step {self._before.number}: {name.replace('_', ' ')} {perplexity:.3f}")
+        self._speed.pause()
+
+    def move(self, steps: int) -> None:
+        """The run goes on so many steps further on, or back."""
+        self._show()
+        self._speed.pause()
+        self._progress.move(steps)
+
+    def note(self, line: str) -> None:
+        """Print a line that stays."""
+        self._progress.note(line)
+
+    def _show(self) -> None:
+        if self._before is None:
+            return
+        number, metrics, seen = self._before
+        self._before = None
+        values = {**jax.device_get(metrics), **seen}
+        self._logs.write(number, values)
+        self._progress.step(number - 1, values)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._show()
+        self._logs.__exit__(kind, error, trace)
+        self._progress.__exit__(kind, error, trace)
+        if self._audit is not None:
+            self._audit.close()
