@@ -5,7 +5,7 @@ from lbw_optax.audit import AuditLog, GuardExhausted, check, events, metrics, ov
 from lbw_optax.control import REGIMES
 from lbw_optax.guard import lbw_guard
 from lbw_optax.ring import Event
-from lbw_optax.state import GuardState
+from lbw_optax.state import GuardState, adopt, strip
 
 __all__ = [
     "REGIMES",
@@ -14,9 +14,11 @@ __all__ = [
     "GuardExhausted",
     "GuardState",
     "adamw",
+    "adopt",
     "check",
     "events",
     "lbw_guard",
     "metrics",
     "override",
+    "strip",
 ]

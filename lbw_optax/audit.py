@@ -53,6 +53,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         "events": guard.ring.recorded,
         "outstanding": control.outstanding,
         "exhausted": control.exhausted,
+        "rollback_asked": guard.distress.rollback_asked,
         **{f"gradient_log2/{k}": histogram[..., i] for i, k in enumerate(HISTOGRAM_EDGES)},
     }
 
@@ -83,8 +84,8 @@ def check(state: Any) -> None:
 def override(state: Any, *, scale: float | str | None = None, mode: str | None = None) -> Any:
     """A human's order: the state with the scale pinned, released, or the mode changed.
 
-    A pure function; it reaches every guard in the state, clears "exhausted" and gives each its
-    full allowance again.
+    A pure function; it reaches every guard in the state, clears "exhausted" and what asks for a
+    rollback, and gives each its full allowance again.
 
     Args:
       state: any optimizer state that holds a guard.
@@ -196,7 +197,13 @@ def _override(guard: GuardState, scale: float | str | None, mode: str | None) ->
         log_scale = jnp.full_like(control.log_scale, jnp.log(scale))
         control = control._replace(log_scale=log_scale, pinned=jnp.ones_like(control.pinned))
     number = guard.mode if mode is None else jnp.full_like(guard.mode, MODES.index(mode))
-    return guard._replace(control=control, mode=number)
+    return guard._replace(
+        control=control,
+        mode=number,
+        distress=guard.distress._replace(
+            rollback_asked=jnp.zeros_like(guard.distress.rollback_asked)
+        ),
+    )
 
 
 def _obituary(guard: GuardState) -> str:

@@ -26,8 +26,10 @@ SIGNALS = (
     "overshoot",
     "relative_step",
 )
-ACTIONS = ("none", "skip", "hold", "cut", "recover")
-NOTHING, SKIP, HOLD, CUT, RECOVER = range(5)
+ACTIONS = ("none", "skip", "hold", "cut", "recover", "rollback")
+NOTHING, SKIP, HOLD, CUT, RECOVER, ROLLBACK = range(6)
+# Poison by what it says of the run: bad input, or sound gradients that make broken updates.
+NONFINITE, BROKEN_STATE = (1, 2), (3, 7)
 
 # Spikes: this many spreads above the mean, and for the gradient norm at least this factor.
 SPIKE_SPREADS, SPIKE_FACTOR = 6.0, 10.0
@@ -67,6 +69,8 @@ class Control(NamedTuple):
     exhausted: jax.Array  # bool, stays True until a person clears it
     pinned: jax.Array  # bool, a person holds the scale
     started: jax.Array  # bool, the soft start has set the first scale
+    log_ceiling: jax.Array  # float32, of the scale for a while after a rollback
+    ceiling_steps: jax.Array  # int32, steps to go under that ceiling
 
 
 class Evidence(NamedTuple):
@@ -106,24 +110,28 @@ def init(bounds: Bounds) -> Control:
         exhausted=jnp.array(False),
         pinned=jnp.array(False),
         started=jnp.array(False),
+        log_ceiling=jnp.zeros([], jnp.float32),
+        ceiling_steps=zero,
     )
 
 
 def poison(seen: Telemetry, before: Statistics) -> jax.Array:
     """Why this step must not be applied: index into SIGNALS, 0 if it may.
 
-    Non-finite gradients, loss or updates; a gradient norm that overflows; and one that jumps:
-    log |g| > m + max(6 s, log 10), with m and s of the steps before.
+    Non-finite gradients, loss or updates; a gradient norm that overflows; one that jumps:
+    log |g| > m + max(6 s, log 10), with m and s of the steps before; and, though the gradients are
+    sound, updates that overflow or jump, as those of a corrupted moment do.
     """
     jump = jnp.log(seen.gradient_norm) > _gradient_threshold(before)
     jump = (jump & (before.gradient.weight > 0)) | ~seen.has_gradient
     reasons = [
-        seen.nonfinite_gradients > 0,
-        seen.nonfinite_loss > 0,
-        seen.nonfinite_updates > 0,
-        jump,
+        (seen.nonfinite_gradients > 0, 1),
+        (seen.nonfinite_loss > 0, 2),
+        (jump, 4),
+        (seen.nonfinite_updates > 0, 3),
+        (seen.updates_broken, 7),
     ]
-    return jnp.select(reasons, [jnp.int32(i) for i in range(1, 5)], jnp.int32(0))
+    return jnp.select([r for r, _ in reasons], [jnp.int32(i) for _, i in reasons], jnp.int32(0))
 
 
 def judge(seen: Telemetry, before: Statistics, after: Statistics, why: jax.Array) -> Evidence:
@@ -187,6 +195,8 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
     trouble = skip | evidence.spike
     calm = jnp.where(trouble, 0, optax.safe_increment(control.calm_steps))
     log_scale = _next_scale(control, evidence, calm, bounds)
+    ceiling = jnp.where(control.ceiling_steps > 0, control.log_ceiling, 0.0)
+    log_scale = jnp.where(control.pinned, log_scale, jnp.minimum(log_scale, ceiling))
     # The soft start sets a scale; it does not turn one.
     begins = evidence.has_step & ~control.started & ~skip
     turning_point = jnp.where(begins, log_scale, control.turning_point)
@@ -208,6 +218,8 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
         exhausted=control.exhausted | spent,
         pinned=control.pinned,
         started=control.started | begins,
+        log_ceiling=control.log_ceiling,
+        ceiling_steps=jnp.maximum(control.ceiling_steps - 1, 0),
     )
     return new, Decision(skip, jnp.exp(log_scale), jnp.exp(control.log_scale), action)
 

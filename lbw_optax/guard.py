@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lbw_optax import control, ring, statistics, telemetry
+from lbw_optax import control, distress, ring, statistics, telemetry
 from lbw_optax.state import MODES, GuardState
 from lbw_optax.telemetry import Probe, Telemetry
 
@@ -34,8 +34,10 @@ def lbw_guard(
     errors), the relative step r_t = s_{t-1} |u_t| / |p_t| and the progress of the loss; the growth
     bound lies between 0.1 and 0.5 and is slow near r = 0.01; see :mod:`lbw_optax.control`. Soft
     start: the first step is scaled to r = 0.001. A step with a non-finite gradient, loss or
-    update, or with a gradient norm that jumps, changes neither the parameters nor the state of
-    ``inner``.
+    update, with a gradient norm that jumps, or with an update a thousand times as long as the last
+    and longer than the parameters, changes neither the parameters nor the state of ``inner``. Where
+    that is not enough, the state asks for a rollback (:mod:`lbw_optax.distress`), which
+    :class:`lbw_optax.RollbackManager` answers.
 
     Placement decides authority. Wrapped around an optimizer, the guard governs it. Chained before
     one, ``optax.chain(lbw_guard(), optax.adamw(lr))``, it scales and zeroes gradients: AdamW
@@ -92,6 +94,7 @@ def lbw_guard(
             probe=Probe(anchor=nothing if wrapped else telemetry.probe(params), gradient=nothing),
             statistics=statistics.init(),
             control=control.init(bounds),
+            distress=distress.init(),
             ring=ring.init(),
         )
         # A buffer that two leaves share cannot be donated.
@@ -123,6 +126,7 @@ def lbw_guard(
             probe=_select(decision.skip, telemetry.forget(probe, wrapped), probe),
             statistics=new_statistics,
             control=new_control,
+            distress=distress.assess(state.distress, seen, why, new_control.skips_in_a_row),
             ring=ring.record(state.ring, state.guard_steps, new_control, evidence, decision),
         )
 

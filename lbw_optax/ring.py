@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lbw_optax.control import ACTIONS, REGIMES, SIGNALS, Control, Decision, Evidence
+from lbw_optax.control import ACTIONS, REGIMES, ROLLBACK, SIGNALS, Control, Decision, Evidence
+from lbw_optax.distress import REASONS
 
 SIZE = 64
 
@@ -35,10 +36,10 @@ class Event(NamedTuple):
       number: running number of the event, from 0.
       step: call of `update` in which it happened, from 0.
       regime: regime after it, one of `lbw_optax.REGIMES`.
-      signal: the signal that decided.
-      value: of that signal.
-      threshold: for that signal.
-      action: "skip", "cut", "hold" (no growth of the scale) or "recover".
+      signal: the signal that decided; of a rollback, the reason.
+      value: of that signal; of a rollback, the step that it left.
+      threshold: for that signal; of a rollback, the step that it went back to.
+      action: "skip", "cut", "hold" (no growth of the scale), "recover" or "rollback".
       scale_before: before the step.
       scale_after: after it.
     """
@@ -84,6 +85,14 @@ def record(
     return Ring(recorded=recorded, **written)
 
 
+def record_rollback(ring: Ring, at_step: jax.Array, event: dict[str, jax.Array]) -> Ring:
+    """Write a rollback into the ring of the state that is left, which the restored state keeps."""
+    place = ring.recorded % SIZE
+    new = {"at_step": at_step, "action": jnp.int32(ROLLBACK), **event}
+    written = {name: getattr(ring, name).at[place].set(x) for name, x in new.items()}
+    return Ring(recorded=optax.safe_increment(ring.recorded), **written)
+
+
 def read(ring: Ring) -> list[Event]:
     """The events still in the ring, oldest first. Waits for the device."""
     ring = jax.device_get(ring)
@@ -93,11 +102,12 @@ def read(ring: Ring) -> list[Event]:
 
 def _event(ring: Ring, number: int) -> Event:
     at = number % SIZE
+    names = REASONS if ring.action[at] == ROLLBACK else SIGNALS
     return Event(
         number=number,
         step=int(ring.at_step[at]),
         regime=REGIMES[ring.regime[at]],
-        signal=SIGNALS[ring.signal[at]],
+        signal=names[ring.signal[at]],
         value=float(ring.signal_value[at]),
         threshold=float(ring.threshold[at]),
         action=ACTIONS[ring.action[at]],

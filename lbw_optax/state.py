@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lbw_optax.control import Control
+from lbw_optax.distress import Distress
 from lbw_optax.ring import Ring
 from lbw_optax.statistics import Running, Statistics
 from lbw_optax.telemetry import Probe, Telemetry
@@ -24,6 +25,7 @@ class GuardState(NamedTuple):
       probe: the sampled coordinates remembered from the step before.
       statistics: running statistics of this run.
       control: scale, regime and budget.
+      distress: what speaks for a rollback.
       ring: the last interventions.
     """
 
@@ -34,6 +36,7 @@ class GuardState(NamedTuple):
     probe: Probe
     statistics: Statistics
     control: Control
+    distress: Distress
     ring: Ring
 
 
@@ -85,6 +88,62 @@ def map_guards(change: Callable[[GuardState], GuardState], state: Any) -> Any:
     return jax.tree.map(visit, state, is_leaf=_is_guard)
 
 
+def adopt(state: Any, bare: Any) -> Any:
+    """A guarded optimizer state that goes on where an unguarded one is.
+
+    Args:
+      state: of the guarded optimizer, freshly made by its ``init``.
+      bare: of the same optimizer without the guard, for example from an old checkpoint.
+
+    Returns:
+      `state` with `bare` inside its guards; statistics and scale start anew.
+
+    Raises:
+      ValueError: if `state` holds no guard, or `bare` is not what it holds without one.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lbw_optax
+      >>> params, inner = jnp.ones(3), optax.sgd(0.1, momentum=0.9)
+      >>> old = optax.tree.set(inner.init(params), trace=jnp.full(3, 7.0))
+      >>> state = lbw_optax.adopt(lbw_optax.lbw_guard(inner).init(params), old)
+      >>> optax.tree.get(state, "trace").tolist()
+      [7.0, 7.0, 7.0]
+    """
+    find_all(state)
+    bare_leaves, found = jax.tree.flatten(bare)
+    nodes, structure = jax.tree.flatten(state, is_leaf=_is_guard)
+    wanted = jax.tree.structure(strip(state))
+    if found != wanted:
+        raise ValueError(
+            "The unguarded state is not what this optimizer holds without its guard: "
+            f"it has {found}, and {wanted} is needed."
+        )
+    parts = structure.flatten_up_to(jax.tree.unflatten(wanted, bare_leaves))
+    adopted = [
+        node._replace(inner_state=part) if _is_guard(node) else part
+        for node, part in zip(nodes, parts, strict=True)
+    ]
+    return jax.tree.unflatten(structure, adopted)
+
+
+def strip(state: Any) -> Any:
+    """The optimizer state without its guards, as the unguarded optimizer has it.
+
+    Raises:
+      ValueError: if the state holds no guard.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lbw_optax
+      >>> params, inner = jnp.ones(3), optax.adam(0.1)
+      >>> type(lbw_optax.strip(lbw_optax.lbw_guard(inner).init(params))[0]).__name__
+      'ScaleByAdamState'
+    """
+    find_all(state)
+    return jax.tree.map(
+        lambda node: node.inner_state if _is_guard(node) else node, state, is_leaf=_is_guard
+    )
+
+
 def _is_guard(node: Any) -> bool:
     return isinstance(node, GuardState)
 
@@ -99,6 +158,8 @@ def _plain(guard: GuardState) -> GuardState:
         return kind(*jax.tree.leaves(part))
 
     running = [unwrap(Running, part) for part in guard.statistics]
+    level = unwrap(Running, guard.distress.level)
+    rest = [jax.tree.leaves(part)[0] for part in guard.distress._replace(level=0)]
     return guard._replace(
         guard_steps=jax.tree.leaves(guard.guard_steps)[0],
         mode=jax.tree.leaves(guard.mode)[0],
@@ -106,5 +167,6 @@ def _plain(guard: GuardState) -> GuardState:
         probe=unwrap(Probe, guard.probe),
         statistics=Statistics(*running),
         control=unwrap(Control, guard.control),
+        distress=Distress(*rest)._replace(level=level),
         ring=unwrap(Ring, guard.ring),
     )

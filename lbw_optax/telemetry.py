@@ -14,6 +14,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # A leaf contributes this share of its coordinates to the probe, within these bounds.
 PROBE_SHARE, PROBE_LEAST, PROBE_MOST = 128, 1024, 16384
+# Corruption of memory, no step of an optimizer: updates this many times as long as the last and
+# longer than the parameters; parameters this many times as long as before.
+UPDATE_JUMP, PARAMETER_JUMP = 1000.0, 2.0
 
 # Bucket i of the histogram counts 2^(2i-24) <= |g| < 2^(2i-22); the first and last take the rest.
 HISTOGRAM_EDGES = tuple(range(-24, 8, 2))
@@ -36,6 +39,8 @@ class Telemetry(NamedTuple):
     nonfinite_gradients: jax.Array  # int32, elements
     nonfinite_updates: jax.Array  # int32, elements
     nonfinite_loss: jax.Array  # int32, 0 or 1
+    updates_broken: jax.Array  # bool, |u| overflows, or jumps beyond |p| and what came before
+    parameters_broken: jax.Array  # bool, |p| is not finite, or jumps beyond what a step can do
     has_gradient: jax.Array  # bool
     has_step: jax.Array  # bool, relative_step is new
     has_overshoot: jax.Array  # bool, overshoot and curvature are new
@@ -68,6 +73,8 @@ def init() -> Telemetry:
         nonfinite_gradients=whole,
         nonfinite_updates=whole,
         nonfinite_loss=whole,
+        updates_broken=no,
+        parameters_broken=no,
         has_gradient=no,
         has_step=no,
         has_overshoot=no,
@@ -115,13 +122,18 @@ def observe_step(seen: Telemetry, updates: Any, params: Any, scale: jax.Array) -
     """Measure the step that the inner optimizer proposes, at the scale held so far.
 
     relative_step = scale |u| / |p|; it is missing where the parameters are, or have no length.
+    By the triangle inequality |p_t| <= |p_{t-1}| + |u_{t-1}|; more than twice that is corruption.
     """
     norm, nonfinite = norm_and_nonfinite(updates)
     norm = scale * norm
     length = jnp.float32(0) if params is None else norm_and_nonfinite(params)[0]
     finite = jnp.isfinite(norm)
     has_step = finite & jnp.isfinite(length) & (norm > 0) & (length > 0)
+    known, reach = seen.parameter_norm > 0, seen.parameter_norm + 2 * seen.update_norm
+    jumps = (norm > length) & (norm > UPDATE_JUMP * seen.update_norm)
     return seen._replace(
+        updates_broken=~finite | (known & (length > 0) & jumps),
+        parameters_broken=~jnp.isfinite(length) | (known & (length > PARAMETER_JUMP * reach)),
         update_norm=jnp.where(finite, norm, seen.update_norm),
         parameter_norm=jnp.where(has_step, length, seen.parameter_norm),
         relative_step=_ratio(norm, length, has_step, seen.relative_step),
@@ -138,6 +150,7 @@ def observe_moved(seen: Telemetry, last_step: jax.Array, params_probe: jax.Array
     norm, length = _length(last_step), _length(params_probe)
     has_step = jnp.isfinite(norm) & jnp.isfinite(length) & (norm > 0) & (length > 0)
     return seen._replace(
+        parameters_broken=~jnp.isfinite(length),
         update_norm=jnp.where(has_step, norm, seen.update_norm),
         parameter_norm=jnp.where(has_step, length, seen.parameter_norm),
         relative_step=_ratio(norm, length, has_step, seen.relative_step),

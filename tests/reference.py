@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lbw_optax import control, statistics
+from lbw_optax import control, distress, statistics
 from lbw_optax.telemetry import HISTOGRAM_EDGES
 
 # --- telemetry of pytrees that are small enough to be sampled whole --------------------------
@@ -113,6 +113,8 @@ class Signals:
     nonfinite_gradients: int = 0
     nonfinite_loss: int = 0
     nonfinite_updates: int = 0
+    updates_broken: bool = False
+    parameters_broken: bool = False
 
 
 class Outcome(NamedTuple):
@@ -130,6 +132,9 @@ class Outcome(NamedTuple):
     calm_steps: int
     skips_in_a_row: int
     skips: int
+    rollback_asked: str
+    loss_excess: float
+    grace: int
 
 
 @dataclass
@@ -156,6 +161,17 @@ class LawReference:
         self.outstanding = 0.0
         self.exhausted = False
         self.last_norm = self.last_loss = self.last_step = 0.0
+        self.ceiling, self.ceiling_steps = 0.0, 0
+        self.rolled_back(grace=0)
+
+    def rolled_back(self, grace: int, ceiling: float = 0.0, ceiling_steps: int = 0) -> None:
+        """What the law forgets and holds after a return to an earlier state."""
+        self.level = RunningReference(statistics.LOSS)
+        self.lowest, self.quiet_spread = math.inf, 0.0
+        self.rollback_asked = "none"
+        self.inner_steps = self.nonfinite_steps = 0
+        self.loss_excess, self.grace = 0.0, grace
+        self.ceiling, self.ceiling_steps = ceiling, ceiling_steps
 
     def step(self, seen: Signals) -> Outcome:
         self._remember(seen)
@@ -171,8 +187,12 @@ class LawReference:
         self.calm_steps = 0 if trouble else self.calm_steps + 1
         if not poison:
             self._move(seen, overshoot)
+        if self.ceiling_steps > 0:
+            self.log_scale = min(self.log_scale, self.ceiling)
+            self.ceiling_steps -= 1
         action = self._turn(trouble)
         self._account(bool(poison), action)
+        self._assess(seen, poison)
         values = vars(seen) | {
             "gradient_norm": self.last_norm,
             "loss": self.last_loss,
@@ -197,7 +217,43 @@ class LawReference:
             self.calm_steps,
             self.skips_in_a_row,
             self.skips,
+            self.rollback_asked,
+            self.loss_excess,
+            self.grace,
         )
+
+    def _assess(self, seen: Signals, poison: str | None) -> None:
+        """Whether to ask for a rollback; the first reason stays."""
+        grace = self.grace > 0
+        if poison is None:
+            self.inner_steps = self.nonfinite_steps = 0
+            self.grace = max(self.grace - 1, 0)
+        elif poison in ("nonfinite_updates", "relative_step"):
+            self.inner_steps += 1
+        elif poison in ("nonfinite_gradients", "nonfinite_loss"):
+            self.nonfinite_steps += 1
+        self._watch_loss(seen, grace)
+        signs = {
+            "parameters": seen.parameters_broken,
+            "inner_state": self.inner_steps >= distress.INNER_STEPS,
+            "nonfinite": not grace and self.nonfinite_steps >= distress.NONFINITE_STEPS,
+            "skips": not grace and self.skips_in_a_row >= distress.SKIP_STEPS,
+            "loss": self.loss_excess >= distress.ENOUGH_EVIDENCE,
+        }
+        if self.rollback_asked == "none":
+            self.rollback_asked = next((name for name, sign in signs.items() if sign), "none")
+
+    def _watch_loss(self, seen: Signals, grace: bool) -> None:
+        """Page's test against the lowest mean since the start or the last rollback."""
+        y = None if seen.loss is None else symlog(seen.loss)
+        if y is not None and not grace and math.isfinite(self.lowest):
+            margin = max(distress.MARGIN_SPREADS * self.quiet_spread, distress.LEAST_MARGIN)
+            evidence = min(max((y - self.lowest) / margin - 1, -1), distress.MOST_EVIDENCE)
+            self.loss_excess = min(max(self.loss_excess + evidence, 0), distress.ENOUGH_EVIDENCE)
+        self.level.add(y)
+        if self.loss_excess == 0 and len(self.level.entered) >= statistics.START_STEPS:
+            self.lowest = min(self.lowest, self.level.mean)
+            self.quiet_spread = math.sqrt(self.level.variance + statistics.LOSS.floor**2)
 
     def _remember(self, seen: Signals) -> None:
         """What an event reports of a signal that is missing is its last value."""
@@ -218,14 +274,16 @@ class LawReference:
         return self.loss.mean + control.SPIKE_SPREADS * self.loss.spread
 
     def _poison(self, seen: Signals) -> str | None:
-        for name in ("nonfinite_gradients", "nonfinite_loss", "nonfinite_updates"):
+        for name in ("nonfinite_gradients", "nonfinite_loss"):
             if getattr(seen, name):
                 return name
         if seen.gradient_norm is None:
             return "gradient_norm"
         if self.gradient.entered and _log(seen.gradient_norm) > self.gradient_threshold():
             return "gradient_norm"
-        return None
+        if seen.nonfinite_updates:
+            return "nonfinite_updates"
+        return "relative_step" if seen.updates_broken else None
 
     def _loss_spikes(self, seen: Signals) -> bool:
         if seen.loss is None or not self.loss.entered:

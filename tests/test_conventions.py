@@ -28,6 +28,7 @@ from support import (
 import lbw_optax
 from lbw_optax import lbw_guard
 from lbw_optax.control import Control
+from lbw_optax.distress import Distress
 from lbw_optax.ring import Ring
 from lbw_optax.state import GuardState
 from lbw_optax.statistics import Running, Statistics
@@ -441,7 +442,7 @@ def test_state_is_arrays_of_fixed_types_from_init_on():
 
 
 def _own_names() -> set[str]:
-    parts = (GuardState, Telemetry, Probe, Running, Statistics, Control, Ring)
+    parts = (GuardState, Telemetry, Probe, Running, Statistics, Control, Distress, Ring)
     return {name for part in parts for name in part._fields} - {"inner_state"}
 
 

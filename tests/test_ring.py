@@ -7,7 +7,7 @@ import pytest
 from support import assert_same_bits
 
 from lbw_optax import control, ring
-from lbw_optax.control import ACTIONS, REGIMES, SIGNALS, Decision, Evidence
+from lbw_optax.control import ACTIONS, REGIMES, ROLLBACK, SIGNALS, Decision, Evidence
 from lbw_optax.ring import SIZE, Event
 
 BOUNDS = control.Bounds(0.01, 30, 50)
@@ -16,7 +16,7 @@ record = jax.jit(ring.record)
 
 def random_step(rng, step, happens):
     """What the law may hand over in one step, and the event it amounts to."""
-    action = int(rng.integers(1, len(ACTIONS))) if happens else 0
+    action = int(rng.integers(1, ROLLBACK)) if happens else 0
     signal, regime = int(rng.integers(1, len(SIGNALS))), int(rng.integers(len(REGIMES)))
     value, threshold, before, after = (float(np.float32(x)) for x in rng.random(4))
     state = control.init(BOUNDS)._replace(regime=jnp.int32(regime))

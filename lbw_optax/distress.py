@@ -1,0 +1,126 @@
+"""When skipping and scaling are not enough: the guard asks to go back to an earlier state.
+
+`assess` is a pure function on scalars. Certain signs ask within two steps; uncertain ones need
+evidence of several, and none within a grace after a rollback. What asks stays asked until
+somebody answers (:class:`lbw_optax.RollbackManager`, or :func:`lbw_optax.override`).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lbw_optax import statistics as stats
+from lbw_optax.control import BROKEN_STATE, NONFINITE
+from lbw_optax.statistics import Running
+from lbw_optax.telemetry import Telemetry
+
+REASONS = ("none", "parameters", "inner_state", "nonfinite", "skips", "loss", "request")
+NO_REASON, PARAMETERS, INNER_STATE, TOO_MANY_NONFINITE, TOO_MANY_SKIPS, LOSS, REQUEST = range(7)
+
+# Steps in a row before it is asked: sound gradients that make broken updates, non-finite
+# gradients or losses, skips of any kind (a lasting shift of level is accepted after 18).
+INNER_STEPS, NONFINITE_STEPS, SKIP_STEPS = 2, 5, 20
+# The loss (see `_excess`): least margin above its lowest mean in symlog, in spreads, evidence of
+# one step at most, and evidence that asks.
+LEAST_MARGIN, MARGIN_SPREADS, MOST_EVIDENCE, ENOUGH_EVIDENCE = 0.1, 6.0, 2.0, 8.0
+# Sound steps after a rollback in which only certain signs ask, and the level of the loss is learned
+# anew: a lasting shift of the data's level asks once.
+GRACE = 10
+
+
+class Distress(NamedTuple):
+    """What speaks for a rollback: scalars."""
+
+    rollback_asked: jax.Array  # int32, index into REASONS, or 0
+    inner_steps: jax.Array  # int32, in a row: sound gradients, broken updates
+    nonfinite_steps: jax.Array  # int32, in a row: non-finite gradients or loss
+    loss_excess: jax.Array  # float32, evidence that the loss has risen for good
+    level: Running  # of symlog(loss) since the start or the last rollback
+    lowest: jax.Array  # float32, the lowest mean of that
+    quiet_spread: jax.Array  # float32, spread of the loss before it rose
+    grace: jax.Array  # int32, sound steps to go
+
+
+def init() -> Distress:
+    """Nothing speaks for a rollback, nothing is known of the loss."""
+    whole, real = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)
+    return Distress(
+        rollback_asked=whole,
+        inner_steps=whole,
+        nonfinite_steps=whole,
+        loss_excess=real,
+        level=Running(real, real, real),
+        lowest=jnp.float32(stats.LARGEST),
+        quiet_spread=real,
+        grace=whole,
+    )
+
+
+def assess(
+    distress: Distress, seen: Telemetry, why: jax.Array, skips_in_a_row: jax.Array
+) -> Distress:
+    """Take the signals of one step in.
+
+    Args:
+      distress: before the step.
+      seen: what the step showed.
+      why: int32, index into SIGNALS, why the step is poisoned, or 0.
+      skips_in_a_row: int32, this step included.
+    """
+    sound, in_grace = why == 0, distress.grace > 0
+    inner = _in_a_row(distress.inner_steps, why, BROKEN_STATE)
+    nonfinite = _in_a_row(distress.nonfinite_steps, why, NONFINITE)
+    watched = _watch_loss(distress, seen, in_grace)
+    signs = [
+        (seen.parameters_broken, PARAMETERS),
+        (inner >= INNER_STEPS, INNER_STATE),
+        (~in_grace & (nonfinite >= NONFINITE_STEPS), TOO_MANY_NONFINITE),
+        (~in_grace & (skips_in_a_row >= SKIP_STEPS), TOO_MANY_SKIPS),
+        (watched.loss_excess >= ENOUGH_EVIDENCE, LOSS),
+    ]
+    sign = jnp.select([s for s, _ in signs], [jnp.int32(r) for _, r in signs], jnp.int32(0))
+    asked = distress.rollback_asked
+    return watched._replace(
+        rollback_asked=jnp.where(asked > 0, asked, sign),
+        inner_steps=inner,
+        nonfinite_steps=nonfinite,
+        grace=jnp.where(in_grace & sound, distress.grace - 1, distress.grace),
+    )
+
+
+def _in_a_row(count: jax.Array, why: jax.Array, kinds: tuple[int, int]) -> jax.Array:
+    """Steps skipped for one of two kinds of poison; another neither counts nor ends it."""
+    happened = (why == kinds[0]) | (why == kinds[1])
+    return jnp.where(why == 0, 0, jnp.where(happened, optax.safe_increment(count), count))
+
+
+def _watch_loss(distress: Distress, seen: Telemetry, in_grace: jax.Array) -> Distress:
+    r"""Page's test (CUSUM) for a loss that has risen above its lowest mean and stays there.
+
+    With y = symlog(loss), y* its lowest fast mean and s the spread before it rose,
+
+    .. math::
+      e_t = \mathrm{clip}\big(e_{t-1} + \mathrm{clip}\big(\tfrac{y_t - y^*}{\max(6 s,\ 0.1)} - 1,
+      -1,\ 2\big),\ 0,\ 8\big)
+
+    and 8 asks: at least four steps, far above; sixteen at one and a half margins; a single
+    outlier of any size adds 2, and every step at the old level takes 1 back.
+    """
+    y = stats.symlog(seen.loss)
+    level = stats.update(distress.level, y, seen.has_loss, stats.LOSS)
+    known = (distress.lowest < stats.LARGEST) & ~in_grace
+    margin = jnp.maximum(MARGIN_SPREADS * distress.quiet_spread, LEAST_MARGIN)
+    evidence = jnp.clip((y - distress.lowest) / margin - 1, -1.0, MOST_EVIDENCE)
+    excess = jnp.clip(distress.loss_excess + evidence, 0.0, ENOUGH_EVIDENCE)
+    excess = jnp.where(seen.has_loss & known, excess, distress.loss_excess)
+    # A loss that is rising must not be taken for the level it is compared with.
+    learning = (excess == 0) & (level.weight > 1 - stats.LOSS.decay ** (stats.START_STEPS - 0.5))
+    spread = jnp.sqrt(level.variance + stats.LOSS.floor**2)
+    return distress._replace(
+        loss_excess=excess,
+        level=level,
+        lowest=jnp.where(learning, jnp.minimum(distress.lowest, level.mean), distress.lowest),
+        quiet_spread=jnp.where(learning, spread, distress.quiet_spread),
+    )

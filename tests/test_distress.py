@@ -1,0 +1,153 @@
+"""When the guard asks for a rollback: against the NumPy reference, and rule by rule."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from reference import LawReference, Signals
+from test_control import BOUNDS, TRAJECTORIES, _scan, batch, change, noisy
+
+from lbw_optax import distress
+from lbw_optax.distress import REASONS, Distress
+
+BAD_GRADIENT = {"nonfinite_gradients": 3, "gradient_norm": None}
+
+
+def assess(steps: list[Signals]) -> Distress:
+    return jax.device_get(_scan(batch(steps), BOUNDS)[3])
+
+
+def asked_at(steps: list[Signals]) -> tuple[str, int | None]:
+    """The reason, and the first step that asks."""
+    asked = assess(steps).rollback_asked
+    first = int(np.argmax(asked > 0)) if asked.any() else None
+    return REASONS[asked[-1]], first
+
+
+def _risen(to: float, start=200, end=400, seed=0) -> list[Signals]:
+    """The loss at a higher level, with the noise it had."""
+    steps = noisy(seed=seed)
+    for step in steps[start:end]:
+        step.loss = float(np.float32(step.loss + to))
+    return steps
+
+
+DISTRESSED = TRAJECTORIES | {
+    "corrupt_parameters": change(noisy(), [150], parameters_broken=True),
+    "corrupt_moment": change(noisy(), range(150, 160), updates_broken=True),
+    "nonfinite_updates_only": change(noisy(), range(80, 90), nonfinite_updates=1),
+    "loss_up_3": _risen(3.0),
+    "loss_up_1": _risen(1.0),
+    "loss_up_for_a_while": _risen(2.0, 200, 203),
+    "loss_drifts_up": [
+        Signals(**vars(s) | {"loss": s.loss + 0.01 * max(0, i - 150)})
+        for i, s in enumerate(noisy())
+    ],
+    "skips_in_a_row": change(noisy(), range(100, 400), gradient_norm=None),
+}
+
+
+@pytest.mark.parametrize("steps", DISTRESSED.values(), ids=DISTRESSED)
+def test_trajectory_equals_the_reference(steps):
+    state, reference = assess(steps), LawReference(*BOUNDS)
+    expected = [reference.step(step) for step in steps]
+    asked = [REASONS[i] for i in state.rollback_asked]
+    assert asked == [outcome.rollback_asked for outcome in expected]
+    excess = [outcome.loss_excess for outcome in expected]
+    np.testing.assert_allclose(state.loss_excess, excess, rtol=1e-3, atol=5e-3)
+
+
+def test_every_reason_occurs():
+    """Or else the comparison above would prove less than it seems to."""
+    reasons = {asked_at(steps)[0] for steps in DISTRESSED.values()}
+    assert reasons == set(REASONS) - {"request"}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_healthy_run_never_asks(seed):
+    assert asked_at(noisy(length=400, seed=seed)) == ("none", None)
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason", "after"),
+    [
+        (DISTRESSED["corrupt_parameters"], "parameters", 0),
+        (change(noisy(), range(150, 400), updates_broken=True), "inner_state", 1),
+        (change(noisy(), range(150, 400), nonfinite_updates=1), "inner_state", 1),
+        (change(noisy(), range(150, 400), **BAD_GRADIENT), "nonfinite", 4),
+        (change(noisy(), range(150, 400), nonfinite_loss=1, loss=None), "nonfinite", 4),
+        (change(noisy(), range(150, 400), gradient_norm=None), "skips", 19),
+        (_risen(30.0, start=150), "loss", 3),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_how_soon_each_reason_asks(steps, reason, after):
+    assert asked_at(steps) == (reason, 150 + after)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        change(noisy(), range(150, 154), **BAD_GRADIENT),
+        change(noisy(), [150], nonfinite_updates=1),
+        change(noisy(), range(150, 169), gradient_norm=None),
+        _risen(30.0, 150, 153),
+        change(noisy(), [150, 160, 170], loss=1e30),
+        _risen(0.3, 150),
+    ],
+    ids=["4_nan", "1_broken_update", "19_skips", "3_loss", "single_losses", "slightly_higher"],
+)
+def test_what_passes_by_itself_does_not_ask(steps):
+    assert asked_at(steps) == ("none", None)
+
+
+def test_a_row_is_not_ended_by_a_skip_of_another_kind():
+    steps = change(noisy(), range(150, 157), **BAD_GRADIENT)
+    steps[152] = Signals(gradient_norm=None)
+    assert asked_at(steps) == ("nonfinite", 155)
+
+
+def _after_rollback(steps: list[Signals], grace: int) -> list[str]:
+    """What the law says of steps that follow a rollback at their first one."""
+    start = distress.init()._replace(grace=np.int32(grace))
+
+    def one(state, seen_why):
+        seen, why, skips = seen_why
+        state = distress.assess(state, seen, why, skips)
+        return state, state
+
+    bad = np.array([bool(s.nonfinite_gradients or s.nonfinite_loss) for s in steps])
+    why = np.where(bad, np.int32(1), np.int32(0))
+    skips = np.zeros(len(steps), np.int32)
+    for i, b in enumerate(bad):
+        skips[i] = skips[i - 1] + 1 if b else 0
+    states = jax.jit(lambda *xs: jax.lax.scan(one, start, xs)[1])(batch(steps), why, skips)
+    return [REASONS[i] for i in np.asarray(states.rollback_asked)]
+
+
+def test_a_lasting_fault_outside_of_the_state_does_not_ask_again():
+    """The state was proven good: as long as no sound step is seen, another rollback cannot help."""
+    steps = change(noisy(), range(300), **BAD_GRADIENT)
+    assert set(_after_rollback(steps, distress.GRACE)) == {"none"}
+    steps = change(noisy(), range(50, 300), **BAD_GRADIENT)
+    assert _after_rollback(steps, distress.GRACE).index("nonfinite") == 54
+
+
+def test_certain_signs_ask_within_the_grace():
+    steps = change(noisy(50), [2], parameters_broken=True)
+    assert _after_rollback(steps, distress.GRACE).index("parameters") == 2
+
+
+def test_after_a_rollback_the_level_of_the_loss_is_learned_anew():
+    """A lasting shift of the data's level asks once; a new divergence asks again."""
+    shifted = _risen(10.0, start=0)
+    assert set(_after_rollback(shifted, distress.GRACE)) == {"none"}
+    for step in shifted[100:]:
+        step.loss *= 4
+    assert _after_rollback(shifted, distress.GRACE).index("loss") == 103
+
+
+def test_the_state_holds_no_infinity():
+    for leaf in jax.tree.leaves(distress.init()):
+        assert math.isfinite(float(leaf))
