@@ -111,9 +111,10 @@ def adopt(state: Any, bare: Any) -> Any:
     """
     find_all(state)
     bare_leaves, found = jax.tree.flatten(bare)
+    structure: Any
     nodes, structure = jax.tree.flatten(state, is_leaf=_is_guard)
-    wanted = jax.tree.structure(strip(state))
-    if found != wanted:
+    wanted: Any = jax.tree.structure(strip(state))
+    if wanted != found:
         raise ValueError(
             "The unguarded state is not what this optimizer holds without its guard: "
             f"it has {found}, and {wanted} is needed."
@@ -158,8 +159,7 @@ def _plain(guard: GuardState) -> GuardState:
         return kind(*jax.tree.leaves(part))
 
     running = [unwrap(Running, part) for part in guard.statistics]
-    level = unwrap(Running, guard.distress.level)
-    rest = [jax.tree.leaves(part)[0] for part in guard.distress._replace(level=0)]
+    distress = Distress(*[jax.tree.leaves(part)[0] for part in guard.distress])
     return guard._replace(
         guard_steps=jax.tree.leaves(guard.guard_steps)[0],
         mode=jax.tree.leaves(guard.mode)[0],
@@ -167,6 +167,6 @@ def _plain(guard: GuardState) -> GuardState:
         probe=unwrap(Probe, guard.probe),
         statistics=Statistics(*running),
         control=unwrap(Control, guard.control),
-        distress=Distress(*rest)._replace(level=level),
+        distress=distress._replace(level=unwrap(Running, guard.distress.level)),
         ring=unwrap(Ring, guard.ring),
     )
