@@ -1,7 +1,7 @@
 """Low-rank adapters on the linear layers of a model. Source: LoRA, arXiv 2106.09685."""
 
 from collections.abc import Collection, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,9 @@ class LoRALinear(nnx.Module):
         self.dropout, self.deterministic = nnx.Dropout(dropout), True
         if dropout:
             key = rngs.dropout()
-            self.key = nnx.RngKey(jax.random.split(key, tuple(layers)) if layers else key, tag="dropout")
+            self.key = nnx.RngKey(
+                jax.random.split(key, tuple(layers)) if layers else key, tag="dropout"
+            )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         low, high = self.lora_A[...].astype(x.dtype), self.lora_B[...].astype(x.dtype)
@@ -48,9 +50,9 @@ class LoRALinear(nnx.Module):
             return x
         return self.dropout(x, deterministic=False, rngs=self.key[...])
 
-    def change(self) -> jax.Array:
-        """What the adapter adds to the kernel: ``(alpha / rank) * A @ B``, in float32."""
-        return self.scaling * (self.lora_A[...] @ self.lora_B[...])
+    def change(self, layer: Any = ...) -> jax.Array:
+        """What is added to the kernel (or to a layer of a stack): ``(alpha / rank) * A @ B``."""
+        return self.scaling * (self.lora_A[layer] @ self.lora_B[layer])
 
 
 def add_lora(
