@@ -12,11 +12,23 @@ import numpy as np
 import optax
 from flax import nnx
 
-from train import data, estimate, loop, packing, recipes, rundir, sharding, summary
+from train import (
+    data,
+    estimate,
+    files,
+    loop,
+    packing,
+    recipes,
+    rundir,
+    sharding,
+    summary,
+    weights,
+)
 from train.interrupt import Interrupt
 from train.losses import Batch
 from train.model import Decoder, next_token_loss, split
 from train.options import Options
+from train.presets import PRESETS, Config
 from train.watch import Watch
 
 
@@ -47,6 +59,17 @@ class Result(NamedTuple):
     @property
     def finished(self) -> bool:
         return bool(self.perplexity)
+
+
+def shape_of(source: str) -> Config:
+    """The shape of a published model, before anything is downloaded; else of its config.json.
+
+    Raises:
+      WeightsError: for a directory or name that is not there, with the near names.
+    """
+    if source in PRESETS:
+        return PRESETS[source]
+    return weights.read_config(files.directory(source))
 
 
 def kinds(options: Options) -> dict[str, Any]:
@@ -84,7 +107,7 @@ def announce(options: Options, build: Callable[[], Decoder], trained: Any) -> es
     print(estimate.describe(cost, options.steps, peak, len(devices)), file=sys.stderr)
     estimate.check(cost, estimate.available_bytes(devices[0]), len(devices))
     rows = np.zeros((options.batch_size, options.length + 1), np.int32)
-    _put(_mesh(options))(rows)
+    _put(mesh(options))(rows)
     loss_fn = next_token_loss(graphdef, chunk=options.loss_chunk, z_loss=options.z_loss)
     step = loop.train_step.eval_shape  # type: ignore[attr-defined]
     step(loss_fn, tx.update, params, opt_state, frozen, Batch(rows), options.microbatches)
@@ -121,7 +144,10 @@ def train(
         },
     )
     rundir.claim(options, needed_bytes=3 * cost.checkpoint)
-    where = _mesh(options)
+    where = mesh(options)
+    if where is not None:
+        placed = sharding.shard((task.params, task.frozen), where)
+        task = task._replace(params=placed[0], frozen=placed[1])
     with jax.set_mesh(where) if where else contextlib.nullcontext():
         return _train(task, options, where)
 
@@ -183,7 +209,7 @@ def _batches(corpus: data.Corpus, options: Options, dropout: bool) -> Callable[[
     return batch
 
 
-def _mesh(options: Options) -> sharding.Mesh | None:
+def mesh(options: Options) -> sharding.Mesh | None:
     """The devices as the options want them; a single one needs no mesh."""
     if options.mesh is None:
         return sharding.make_mesh() if jax.device_count() > 1 else None
