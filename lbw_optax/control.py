@@ -37,6 +37,11 @@ SPIKE_SPREADS, SPIKE_FACTOR = 6.0, 10.0
 KAPPA, STEP_WEIGHT, PROGRESS_WEIGHT, GAIN = 0.01, 4.0, 0.5, 0.05
 # Bounds of one step's change of log(scale): a cut, growth at kappa, growth far below it.
 MOST_CUT, GROWTH, MOST_GROWTH = 0.4, 0.1, 0.5
+# At the full rate, overshoot of this many standard errors is still no reason to cut.
+TRUST = 3.0
+# Growth gains up to this much more, e-fold by e-fold below kappa, until the first alarm of one
+# standard error.
+QUICK, FIRST_ALARM = 2.0, 1.0
 # Soft start: the first step moves the parameters by this share of their length; the scale before
 # anything could be measured.
 FIRST_STEP, FIRST_SCALE = 0.001, 0.01
@@ -69,6 +74,7 @@ class Control(NamedTuple):
     exhausted: jax.Array  # bool, stays True until a person clears it
     pinned: jax.Array  # bool, a person holds the scale
     started: jax.Array  # bool, the soft start has set the first scale
+    settled: jax.Array  # bool, an alarm has been raised since: growth is no longer quick
     log_ceiling: jax.Array  # float32, of the scale for a while after a rollback
     ceiling_steps: jax.Array  # int32, steps to go under that ceiling
 
@@ -110,6 +116,7 @@ def init(bounds: Bounds) -> Control:
         exhausted=jnp.array(False),
         pinned=jnp.array(False),
         started=jnp.array(False),
+        settled=jnp.array(False),
         log_ceiling=jnp.zeros([], jnp.float32),
         ceiling_steps=zero,
     )
@@ -134,15 +141,20 @@ def poison(seen: Telemetry, before: Statistics) -> jax.Array:
     return jnp.select([r for r, _ in reasons], [jnp.int32(i) for _, i in reasons], jnp.int32(0))
 
 
-def judge(seen: Telemetry, before: Statistics, after: Statistics, why: jax.Array) -> Evidence:
+def judge(
+    control: Control, seen: Telemetry, before: Statistics, after: Statistics, why: jax.Array
+) -> Evidence:
     """Weigh the signals of one step: thresholds of the steps before, mean overshoot with it."""
     loss_threshold = before.loss.mean + SPIKE_SPREADS * stats.spread(before.loss, stats.LOSS)
     spike = seen.has_loss & (before.loss.weight > 0) & (stats.symlog(seen.loss) > loss_threshold)
     overshoot = after.overshoot.mean / stats.standard_error(after.overshoot, stats.OVERSHOOT)
     log_step = jnp.where(seen.has_step, jnp.log(jnp.maximum(seen.relative_step, 1e-30) / KAPPA), 0)
+    trust = jnp.where(control.log_scale >= 0, TRUST, 0.0)
+    doubted = overshoot - jnp.clip(overshoot, 0.0, trust)
     measured = seen.has_step | seen.has_overshoot
     by_step = STEP_WEIGHT * log_step > jnp.maximum(overshoot, 0)
-    signal = jnp.where(why > 0, why, jnp.where(spike, 5, jnp.where(by_step, 7, 6)))
+    law = jnp.where(by_step, SIGNALS.index("relative_step"), SIGNALS.index("overshoot"))
+    signal = jnp.where(why > 0, why, jnp.where(spike, SIGNALS.index("loss"), law))
     values = [0.0, seen.nonfinite_gradients, seen.nonfinite_loss, seen.nonfinite_updates]
     values += [seen.gradient_norm, seen.loss, overshoot, seen.relative_step]
     thresholds = [0.0, 0.0, 0.0, 0.0, jnp.exp(_gradient_threshold(before))]
@@ -150,7 +162,7 @@ def judge(seen: Telemetry, before: Statistics, after: Statistics, why: jax.Array
     return Evidence(
         poison=why,
         spike=spike,
-        alarm=jnp.where(measured, alarm(overshoot, log_step, progress(after)), 0.0),
+        alarm=jnp.where(measured, alarm(doubted, log_step, progress(after)), 0.0),
         log_step=log_step,
         has_step=seen.has_step,
         signal=signal.astype(jnp.int32),
@@ -162,7 +174,8 @@ def judge(seen: Telemetry, before: Statistics, after: Statistics, why: jax.Array
 def alarm(overshoot: jax.Array, log_step: jax.Array, progress: jax.Array) -> jax.Array:
     r"""How much too large the scale is, in standard errors of the overshoot; 0 holds it.
 
-    With z the mean overshoot in standard errors, r the relative step and P the progress,
+    With z the mean overshoot in standard errors (at the full rate, s = 1, less what is not
+    significant there: min(max(z, 0), 3)), r the relative step and P the progress,
 
     .. math::
       a = \begin{cases}
@@ -218,6 +231,7 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
         exhausted=control.exhausted | spent,
         pinned=control.pinned,
         started=control.started | begins,
+        settled=control.settled | (control.started & ~skip & (evidence.alarm > FIRST_ALARM)),
         log_ceiling=control.log_ceiling,
         ceiling_steps=jnp.maximum(control.ceiling_steps - 1, 0),
     )
@@ -227,12 +241,15 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
 def _next_scale(control: Control, evidence: Evidence, calm: jax.Array, bounds: Bounds) -> jax.Array:
     """Bounded change of the log-scale; none on a skipped step, no growth until calm.
 
-    Growth is quick far below kappa and slow near it: GROWTH (1 + log(kappa / r)). The first step
-    that can be measured sets the scale by its relative step.
+    Growth is quick far below kappa and slow near it: at most GROWTH (1 + log(kappa / r)), and until
+    the first alarm with a gain of GAIN (1 + min(log(kappa / r), QUICK)). The first step that can be
+    measured sets the scale by its relative step.
     """
     far_below = jnp.maximum(-evidence.log_step, 0.0)
-    growth = jnp.clip(GROWTH * (1 + far_below), GROWTH, MOST_GROWTH)
-    change = jnp.clip(-GAIN * evidence.alarm, -MOST_CUT, jnp.where(calm < COOL_DOWN, 0.0, growth))
+    most = jnp.clip(GROWTH * (1 + far_below), GROWTH, MOST_GROWTH)
+    quick = (evidence.alarm < 0) & ~control.settled
+    gain = GAIN * jnp.where(quick, 1 + jnp.minimum(far_below, QUICK), 1.0)
+    change = jnp.clip(-gain * evidence.alarm, -MOST_CUT, jnp.where(calm < COOL_DOWN, 0.0, most))
     first = jnp.log(FIRST_STEP / KAPPA) - evidence.log_step
     change = jnp.where(evidence.has_step & ~control.started, first, change)
     change = jnp.where((evidence.poison > 0) | ~jnp.isfinite(change), 0.0, change)

@@ -110,7 +110,7 @@ def lbw_guard(
 
         why = control.poison(seen, state.statistics)
         new_statistics = statistics.absorb(state.statistics, seen, why > 0)
-        evidence = control.judge(seen, state.statistics, new_statistics, why)
+        evidence = control.judge(state.control, seen, state.statistics, new_statistics, why)
         new_control, decision = control.decide(state.control, evidence, bounds)
 
         governing = state.mode == MODES.index("govern")

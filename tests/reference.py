@@ -154,7 +154,7 @@ class LawReference:
         self.loss_slow = RunningReference(statistics.LOSS_SLOW)
         self.loss_start = RunningReference(statistics.LOSS)
         self.log_scale = self.turning_point = math.log(max(self.min_scale, control.FIRST_SCALE))
-        self.started = False
+        self.started = self.settled = False
         self.regime = "recovering"
         self.calm_steps = control.COOL_DOWN
         self.skips_in_a_row = self.skips = 0
@@ -306,6 +306,8 @@ class LawReference:
 
     def _alarm(self, seen: Signals, overshoot: float) -> float:
         """How much too large the scale is; 0 where nothing was measured."""
+        if self.log_scale == 0:
+            overshoot -= min(max(overshoot, 0), control.TRUST)
         if seen.relative_step is None:
             return 0.0 if seen.overshoot is None else overshoot
         step = control.STEP_WEIGHT * self._log_step(seen)
@@ -330,7 +332,11 @@ class LawReference:
         growth = min(control.GROWTH * (1 + below), control.MOST_GROWTH)
         if self.calm_steps < control.COOL_DOWN:
             growth = 0.0
-        change = -control.GAIN * self._alarm(seen, overshoot)
+        alarm = self._alarm(seen, overshoot)
+        quick = alarm < 0 and not self.settled
+        gain = control.GAIN * (1 + min(below, control.QUICK) if quick else 1)
+        change = -gain * alarm
+        self.settled = self.settled or (self.started and alarm > control.FIRST_ALARM)
         self.log_scale = self._bounded(self.log_scale + min(max(change, -control.MOST_CUT), growth))
 
     def _bounded(self, log_scale: float) -> float:

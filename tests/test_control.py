@@ -32,7 +32,7 @@ def law(carry, seen, bounds):
     remembered, state, asking = carry
     why = control.poison(seen, remembered)
     after = statistics.absorb(remembered, seen, why > 0)
-    evidence = control.judge(seen, remembered, after, why)
+    evidence = control.judge(state, seen, remembered, after, why)
     state, decision = control.decide(state, evidence, bounds)
     asking = distress.assess(asking, seen, why, state.skips_in_a_row)
     return (after, state, asking), (state, evidence, decision, asking)
@@ -255,7 +255,7 @@ def _decide_all(evidence: Evidence, bounds: Bounds):
 def quiet_evidence() -> Evidence:
     """Nothing seen: as the law makes it of telemetry before the first step."""
     seen, nothing = telemetry.init(), statistics.init()
-    return control.judge(seen, nothing, nothing, jnp.int32(0))
+    return control.judge(control.init(BOUNDS), seen, nothing, nothing, jnp.int32(0))
 
 
 _quiet = jax.jit(quiet_evidence)
@@ -309,6 +309,29 @@ def test_a_skipped_step_does_not_start():
     state, _, decision = run_law(batch([bad, Signals(relative_step=2e-3)]))
     assert state.started.tolist() == [False, True]
     assert decision.scale[0] == decision.scale_before[0]
+
+
+def test_growth_is_quick_until_the_first_alarm():
+    """The same wish to grow, at kappa / e^2: three times the gain before an alarm, once after."""
+    far = dict(has_step=True, log_step=-2.0)
+    wish = -0.2 * control.GROWTH / control.GAIN
+    state, _ = decide_all(
+        alarm=[0.0, wish, wish, 1.1, wish], **{k: [v] * 5 for k, v in far.items()}
+    )
+    moved = np.diff(state.log_scale)
+    np.testing.assert_allclose(moved[:2], 0.2 * control.GROWTH * (1 + control.QUICK), rtol=1e-4)
+    np.testing.assert_allclose(moved[3], 0.2 * control.GROWTH, rtol=1e-3)
+    assert state.settled.tolist() == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(("overshoot", "cut"), [(0.01, False), (0.5, True)])
+def test_the_full_rate_is_cut_by_significant_overshoot_only(overshoot, cut):
+    """Below kappa, without progress, at scale 1: about one standard error holds, fifty cut."""
+    steps = [Signals(relative_step=1e-4, overshoot=-0.5)] * 30
+    steps += [Signals(relative_step=1e-3, overshoot=overshoot, loss=3.0)] * 60
+    state, *_ = run_law(batch(steps))
+    assert state.log_scale[29] == 0
+    assert (state.log_scale[-1] < 0) == cut
 
 
 def test_growth_without_a_measured_step():
