@@ -313,7 +313,7 @@ def test_a_skipped_step_does_not_start():
 
 def test_growth_is_quick_until_the_first_alarm():
     """The same wish to grow, at kappa / e^2: three times the gain before an alarm, once after."""
-    far = dict(has_step=True, log_step=-2.0)
+    far = {"has_step": True, "log_step": -2.0}
     wish = -0.2 * control.GROWTH / control.GAIN
     state, _ = decide_all(
         alarm=[0.0, wish, wish, 1.1, wish], **{k: [v] * 5 for k, v in far.items()}
