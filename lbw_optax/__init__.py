@@ -1,5 +1,7 @@
 """A guard above any Optax optimizer that keeps a training run alive and productive."""
 
+from typing import TYPE_CHECKING, Any
+
 from lbw_optax.alias import adamw
 from lbw_optax.audit import AuditLog, GuardExhausted, check, events, metrics, override
 from lbw_optax.control import REGIMES
@@ -7,12 +9,16 @@ from lbw_optax.guard import lbw_guard
 from lbw_optax.ring import Event
 from lbw_optax.state import GuardState, adopt, strip
 
+if TYPE_CHECKING:
+    from lbw_optax.rollback import RollbackManager
+
 __all__ = [
     "REGIMES",
     "AuditLog",
     "Event",
     "GuardExhausted",
     "GuardState",
+    "RollbackManager",
     "adamw",
     "adopt",
     "check",
@@ -22,3 +28,12 @@ __all__ = [
     "override",
     "strip",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`RollbackManager` needs Orbax, an extra: it is imported when it is asked for."""
+    if name != "RollbackManager":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lbw_optax.rollback import RollbackManager
+
+    return RollbackManager

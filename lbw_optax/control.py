@@ -208,7 +208,8 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
     trouble = skip | evidence.spike
     calm = jnp.where(trouble, 0, optax.safe_increment(control.calm_steps))
     log_scale = _next_scale(control, evidence, calm, bounds)
-    ceiling = jnp.where(control.ceiling_steps > 0, control.log_ceiling, 0.0)
+    floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
+    ceiling = jnp.where(control.ceiling_steps > 0, jnp.maximum(control.log_ceiling, floor), 0.0)
     log_scale = jnp.where(control.pinned, log_scale, jnp.minimum(log_scale, ceiling))
     # The soft start sets a scale; it does not turn one.
     begins = evidence.has_step & ~control.started & ~skip

@@ -17,7 +17,7 @@ from lbw_optax.statistics import Running
 from lbw_optax.telemetry import Telemetry
 
 REASONS = ("none", "parameters", "inner_state", "nonfinite", "skips", "loss", "request")
-NO_REASON, PARAMETERS, INNER_STATE, TOO_MANY_NONFINITE, TOO_MANY_SKIPS, LOSS, REQUEST = range(7)
+_, PARAMETERS, INNER_STATE, TOO_MANY_NONFINITE, TOO_MANY_SKIPS, LOSS, REQUEST = range(7)
 
 # Steps in a row before it is asked: sound gradients that make broken updates, non-finite
 # gradients or losses, skips of any kind (a lasting shift of level is accepted after 18).

@@ -188,7 +188,7 @@ class LawReference:
         if not poison:
             self._move(seen, overshoot)
         if self.ceiling_steps > 0:
-            self.log_scale = min(self.log_scale, self.ceiling)
+            self.log_scale = self._bounded(min(self.log_scale, self.ceiling))
             self.ceiling_steps -= 1
         action = self._turn(trouble)
         self._account(bool(poison), action)
