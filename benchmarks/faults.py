@@ -38,7 +38,7 @@ from lbw_optax.testing import Fault
 from train.data import DataError
 
 RESULTS = Path(__file__).resolve().parent / "results" / "faults.jsonl"
-STEPS, CALM_STEPS = 300, 10_000
+STEPS, CALM_STEPS = 300, faults_run.LONGEST
 PARTS = ("grid", "calm", "mix")
 SEEDS = {"grid": range(20), "calm": range(2), "mix": range(200)}
 QUICK_SEEDS = {"grid": range(2), "calm": range(0), "mix": range(4)}
@@ -129,7 +129,7 @@ def _run(
     clean: Clean | None = None,
 ) -> tuple[State, Trace]:
     """A run with faults; it takes over from the clean one where that had the same steps."""
-    rates = faults_run.learning_rates(rate, faults, steps)
+    rates = faults_run.learning_rates(rate, faults)
     build = METHODS[method].build
     if METHODS[method].rollback:
         raise NotImplementedError
@@ -144,7 +144,7 @@ def _run(
 
 @functools.lru_cache(maxsize=2)
 def _clean(text: Any, rate: float, build: Any, seed: int, steps: int) -> Clean:
-    rates = faults_run.learning_rates(rate, [], steps)
+    rates = faults_run.learning_rates(rate, [])
     start = faults_run.start(build, seed)
     struck, before = faults_run.run(text, build, seed, rates, [], start, 0, STRUCK)
     state, after = faults_run.run(text, build, seed, rates, [], struck, STRUCK, steps)

@@ -34,6 +34,8 @@ CONFIG = model.Config(
 BATCH, LENGTH, WARMUP = 8, 32, 20
 STRETCH = 50
 """Steps that are compiled as one: the length of a run is a multiple of it."""
+LONGEST = 10_000
+"""Steps of the longest run; every table of learning rates is as long, so that one program does."""
 CURVE_ROWS, FINAL_ROWS = 8, 128
 """Held-out sequences behind the loss after every step, and behind the final loss."""
 
@@ -124,12 +126,12 @@ def schedule(rate: float) -> optax.Schedule:
     return lambda count: rate * jnp.minimum(1.0, (count + 1) / WARMUP)
 
 
-def learning_rates(rate: float, faults: Sequence[Fault], steps: int) -> np.ndarray:
-    """The rate for each count of the optimizer, float32[steps]."""
+def learning_rates(rate: float, faults: Sequence[Fault]) -> np.ndarray:
+    """The rate for each count of the optimizer, float32[LONGEST]."""
     faulty = functools.reduce(
         lambda healthy, fault: fault.schedule(healthy), faults, schedule(rate)
     )
-    return np.asarray(jax.vmap(faulty)(jnp.arange(steps)), np.float32)
+    return np.asarray(jax.vmap(faulty)(jnp.arange(LONGEST)), np.float32)
 
 
 def inputs_of(text: Text, seed: int, faults: Sequence[Fault], clock: int, position: int) -> Inputs:
