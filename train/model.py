@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from train.losses import IGNORED, Batch, chunked_cross_entropy, cross_entropy, targets
-from train.presets import PRESETS, Config, preset
+from train.presets import PRESETS, Config, Llama3Rope, preset
 from train.sharding import constrain
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Batch",
     "Config",
     "Decoder",
+    "Llama3Rope",
     "cross_entropy",
     "next_token_loss",
     "preset",
