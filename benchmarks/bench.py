@@ -19,6 +19,12 @@ from flax import nnx
 from train import data, loop, lora, model
 
 RUNS = Path(__file__).resolve().parent.parent / "runs"
+# What a result line says of the model; the other fields of its config are at their defaults.
+SHAPE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("rope_theta", "rms_norm_eps", "attention_bias", "tie_word_embeddings"),
+)
 
 
 class Size(NamedTuple):
@@ -112,7 +118,7 @@ def _facts(directory: str | Path | None, corpus: data.Corpus, size: Size) -> dic
         "tokens": digest.hexdigest()[:16],
         "tokenizer": f"byte-level BPE, {size.config.vocab_size}, trained on the train split",
         "size": size.name,
-        "model": vars(size.config),
+        "model": {name: getattr(size.config, name) for name in SHAPE},
         "length": size.length,
         "batch_size": size.batch_size,
         "base_steps": size.base_steps,
