@@ -37,8 +37,8 @@ class Options:
     are random pieces of the text."""
 
     optimizer: Literal["adamw", "adamw+clip", "lbw", "lbw+clip"] = "lbw"
-    """lbw is AdamW under the guard; clip is by the global norm. Without the guard nothing asks for
-    a rollback."""
+    """lbw is AdamW under the guard; clip is by the global norm. Without the guard it only watches:
+    the updates are AdamW's own, and nothing asks for a rollback."""
     learning_rate: float = 1e-4
     """Its peak."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
@@ -54,7 +54,9 @@ class Options:
     clip: float = 1.0
     """Largest global norm of the gradient, for the optimizers with clip."""
     max_distance: int = 50
-    """A rollback goes back this many steps at most, and a kill loses no more."""
+    """A rollback goes back this many steps at most."""
+    save_every: int = 25
+    """Steps between two checkpoints; a kill loses no more."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and products."""

@@ -33,15 +33,18 @@ class Progress:
     def move(self, steps: int) -> None:
         """Go on from another place: steps that an earlier process made, or that are undone."""
         self._total -= steps  # of this process's own
-        self._bar.initial += steps
-        self._bar.update(steps)
+        if not self._bar.disable:
+            self._bar.initial += steps
+            self._bar.update(steps)
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Count one step, with the metrics that `train.loop.fit` gives for it."""
         self._done += 1
         self._bar.set_postfix_str(describe(metrics), refresh=False)
         self._bar.update()
-        if self._bar.disable and time.monotonic() - self._shown > self._every:
+        if self._done == 1:  # it was compiled: its time says nothing about the others
+            self._started = time.monotonic()
+        elif self._bar.disable and time.monotonic() - self._shown > self._every:
             place = f"{self._run}  step {step + 1}/{self._steps}"
             self.note(f"{place}  {describe(metrics)}  {self._left()} left")
 
@@ -52,7 +55,7 @@ class Progress:
         sys.stderr.flush()
 
     def _left(self) -> str:
-        rate = (time.monotonic() - self._started) / max(self._done, 1)
+        rate = (time.monotonic() - self._started) / (self._done - 1)
         return tqdm.format_interval(rate * (self._total - self._done))
 
     def __enter__(self) -> Self:

@@ -9,6 +9,9 @@ from train.options import Options
 def optimizer(options: Options) -> optax.GradientTransformation:
     """AdamW after the schedule, with clipping before it and the guard above both as asked for.
 
+    The optimizers without a guard have one that only observes, for what it reports and for the
+    checkpoints that it vouches for.
+
     >>> from pathlib import Path
     >>> options = Options("tiny", Path("runs/x"), optimizer="lbw+clip", steps=10)
     >>> state = optimizer(options).init({"w": 1.0})
@@ -20,7 +23,8 @@ def optimizer(options: Options) -> optax.GradientTransformation:
     )
     if options.optimizer.endswith("+clip"):
         tx = optax.chain(optax.clip_by_global_norm(options.clip), tx)
-    return lbw_optax.lbw_guard(tx) if options.optimizer.startswith("lbw") else tx
+    governs = options.optimizer.startswith("lbw")
+    return lbw_optax.lbw_guard(tx, mode="govern" if governs else "observe")
 
 
 def schedule(options: Options) -> optax.Schedule:

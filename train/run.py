@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+import lbw_optax
 from train import (
     data,
     estimate,
@@ -154,36 +155,52 @@ def train(
 
 def _train(task: Task, options: Options, where: sharding.Mesh | None) -> Result:
     began = time.perf_counter()
-    params, opt_state = task.params, jax.jit(task.tx.init)(task.params)
-    step = 0
+    state = task.params, jax.jit(task.tx.init)(task.params)
     with (
         Interrupt() as interrupted,
-        Watch(options, task.cost, guarded=_is_guarded(options)) as watch,
+        _rollback(options) as rollback,
+        Watch(options, task.cost) as watch,
         packing.Prefetch(task.batch, put=_put(where)) as batch,
     ):
+        step, state = rollback.resume(state)
+        watch.move(step)
         while step < options.steps and not interrupted:
-            params, opt_state, metrics = loop.train_step(
+            *state, metrics = loop.train_step(
                 task.loss_fn,
                 task.tx.update,
-                params,
-                opt_state,
+                *state,
                 task.frozen,
-                batch(step),
+                batch(rollback.data_step(step)),
                 options.microbatches,
             )
-            step += 1
-            watch.step(step, metrics, opt_state)
-            if options.eval_every and step % options.eval_every == 0 and step < options.steps:
-                watch.evaluated("valid_perplexity", _perplexity(task, params, "valid", options))
-        watch.audit(step, opt_state)
+            watch.step(step + 1, metrics, state[1])
+            made, (step, state) = step + 1, rollback.step(step + 1, tuple(state))
+            if step < made:
+                watch.rolled_back(rollback.history[-1])
+            elif options.eval_every and step % options.eval_every == 0 and step < options.steps:
+                watch.evaluated("valid_perplexity", _perplexity(task, state[0], "valid", options))
+        watch.audit(step, state[1])
+        decoder = nnx.merge(task.graphdef, state[0], task.frozen)
         if interrupted:
-            watch.note(f"stopped after step {step}; the same command goes on from there")
-            return Result(nnx.merge(task.graphdef, params, task.frozen), step, {})
-        ends = {split: _perplexity(task, params, split) for split in task.held_out}
+            watch.note(
+                f"stopped after step {step}; the same command goes on from the newest checkpoint, "
+                f"at most {options.save_every} steps back"
+            )
+            return Result(decoder, step, {})
+        ends = {split: _perplexity(task, state[0], split) for split in task.held_out}
         for split, perplexity in ends.items():
             watch.evaluated(f"{split}_perplexity", perplexity)
     summary.write(options, ends, seconds=time.perf_counter() - began)
-    return Result(nnx.merge(task.graphdef, params, task.frozen), step, ends)
+    return Result(decoder, step, ends)
+
+
+def _rollback(options: Options) -> lbw_optax.RollbackManager:
+    """Checkpoints, resume and rollback are one thing: a run without a guard never asks for one."""
+    return lbw_optax.RollbackManager(
+        options.out,
+        max_distance=options.max_distance,
+        save_every=options.save_every,
+    )
 
 
 def _perplexity(task: Task, params: Any, split: str, options: Options | None = None) -> float:
@@ -223,7 +240,3 @@ def _put(where: sharding.Mesh | None) -> Callable[[Any], Any]:
 
 def _optimizer(options: Options) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(recipes.optimizer(options))
-
-
-def _is_guarded(options: Options) -> bool:
-    return options.optimizer.startswith("lbw")

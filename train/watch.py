@@ -1,12 +1,12 @@
 """What is seen of a run while it runs: log, bar, speed and audit, a step late."""
 
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
 
 import lbw_optax
+from lbw_optax.rollback import Rollback
 from train import estimate
 from train.logs import Logs
 from train.options import Options, as_json
@@ -29,18 +29,17 @@ class Watch:
     Args:
       options: of the run.
       cost: of one step, for tokens a second and the share of the device's peak.
-      guarded: whether the optimizer's state holds a guard.
     """
 
-    def __init__(self, options: Options, cost: estimate.Estimate, guarded: bool):
+    def __init__(self, options: Options, cost: estimate.Estimate):
         devices = jax.devices()
         peak = estimate.peak_flops(devices[0]) * len(devices)
         self._speed = Speed(tokens=cost.tokens, flops=cost.flops, peak=peak)
         self._logs = Logs(options.out, options.track, as_json(options))
-        audit = Path(options.out) / "events.jsonl"
-        self._audit = lbw_optax.AuditLog(audit) if guarded else None
+        self._audit = lbw_optax.AuditLog(options.out / "events.jsonl")
         self._progress = Progress(options.steps)
         self._progress.start(options.out.name, options.steps)
+        self._governs = options.optimizer.startswith("lbw")
         self._before: _Step | None = None
 
     def step(self, number: int, metrics: dict[str, jax.Array], opt_state: Any) -> None:
@@ -52,8 +51,8 @@ class Watch:
 
     def audit(self, number: int, opt_state: Any) -> None:
         """Write the guard's interventions so far, and stop if it can do no more."""
-        if self._audit is not None:
-            self._audit.record(number, opt_state)
+        self._audit.record(number, opt_state)
+        if self._governs:
             lbw_optax.check(opt_state)
 
     def evaluated(self, name: str, perplexity: float) -> None:
@@ -68,6 +67,14 @@ class Watch:
         self._show()
         self._speed.pause()
         self._progress.move(steps)
+
+    def rolled_back(self, event: Rollback) -> None:
+        """The run goes on from an earlier step."""
+        self.move(event.to_step - event.from_step)
+        self.note(
+            f"rolled back from step {event.from_step} to {event.to_step} ({event.reason}, "
+            f"from {event.tier}); {event.skipped_batches} batches are left out"
+        )
 
     def note(self, line: str) -> None:
         """Print a line that stays."""
@@ -94,5 +101,4 @@ class Watch:
         self._show()
         self._logs.__exit__(kind, error, trace)
         self._progress.__exit__(kind, error, trace)
-        if self._audit is not None:
-            self._audit.close()
+        self._audit.close()
