@@ -101,8 +101,9 @@ def plan(part: str, options: argparse.Namespace) -> list[Cell]:
 def measure(text: Text, rate: float, cell: Cell) -> dict[str, Any]:
     """The numbers of one cell: see `benchmarks.faults_measures`."""
     if cell.part == "calm":
-        _, trace = _run(text, rate, cell.method, cell.seed, [], CALM_STEPS)
-        return {"interventions": faults_measures.interventions(trace), "steps": CALM_STEPS}
+        _, trace, reasons = _run(text, rate, cell.method, cell.seed, [], CALM_STEPS)
+        done = {"interventions": faults_measures.interventions(trace), "reasons": reasons}
+        return done | {"steps": CALM_STEPS}
     if cell.part == "mix":
         faults, steps, extra = mix(cell.seed), MIX_STEPS, 0
     else:
@@ -110,13 +111,15 @@ def measure(text: Text, rate: float, cell: Cell) -> dict[str, Any]:
         faults, extra = [replace(scenario.fault, seed=cell.seed)], scenario.extra
         steps = STEPS + extra
     clean = _clean(text, rate, METHODS[cell.method].build, cell.seed, steps - extra)
-    state, trace = _run(text, rate, cell.method, cell.seed, faults, steps, clean)
+    state, trace, reasons = _run(text, rate, cell.method, cell.seed, faults, steps, clean)
     final = faults_run.final_loss(text, state.params)["test"]
     strikes = [fault.at for fault in faults]
     found = faults_measures.judge(
         trace, clean.trace.loss, final, clean.final["test"], strikes, extra
     )
-    return found | {"kinds": [fault.kind for fault in faults]}
+    if reasons[-1:] == ["exhausted"]:
+        found |= {"survived": False, "exhausted": True}
+    return found | {"kinds": [fault.kind for fault in faults], "reasons": reasons}
 
 
 def _run(
@@ -127,19 +130,24 @@ def _run(
     faults: Sequence[Fault],
     steps: int,
     clean: Clean | None = None,
-) -> tuple[State, Trace]:
-    """A run with faults; it takes over from the clean one where that had the same steps."""
+) -> tuple[State, Trace, list[str]]:
+    """A run with faults, and the reasons of its rollbacks.
+
+    In the graph it takes over from the clean run where that had the same steps.
+    """
     rates = faults_run.learning_rates(rate, faults)
     build = METHODS[method].build
     if METHODS[method].rollback:
-        raise NotImplementedError
+        from benchmarks import faults_rollback  # needs the extra `rollback`
+
+        return faults_rollback.run(text, build, seed, rates, faults, steps)
     shared = clean is not None and all(fault.at >= STRUCK for fault in faults)
     if clean is None or not shared:
         state = faults_run.start(build, seed)
-        return faults_run.run(text, build, seed, rates, faults, state, 0, steps)
+        return *faults_run.run(text, build, seed, rates, faults, state, 0, steps), []
     state, after = faults_run.run(text, build, seed, rates, faults, clean.struck, STRUCK, steps)
     before = jax.tree.map(lambda x: x[:STRUCK], clean.trace)
-    return state, faults_run.join([before, after])
+    return state, faults_run.join([before, after]), []
 
 
 @functools.lru_cache(maxsize=2)
