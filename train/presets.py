@@ -213,7 +213,7 @@ def preset(name: str) -> Config:
     True
     """
     known = {full.rpartition("/")[2].lower(): full for full in PRESETS}
-    wanted = name.rpartition("/")[2].removesuffix("-Instruct").removesuffix("-Base").lower()
+    wanted = name.rpartition("/")[2].lower().removesuffix("-instruct").removesuffix("-base")
     if wanted not in known:
         raise ValueError(f"there is no preset {name!r}{near(name)}")
     return PRESETS[known[wanted]]

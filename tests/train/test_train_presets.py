@@ -1,0 +1,172 @@
+"""Published sizes, counted from shapes alone, and `config.json` in and out."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from flax import nnx
+
+from train import model, presets
+
+# Totals of the published safetensors; of a tied head, the embedding counts once.
+PUBLISHED = {
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-14B": 14_770_033_664,
+    "Qwen/Qwen2.5-32B": 32_763_876_352,
+    "Qwen/Qwen2.5-72B": 72_706_203_648,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-14B": 14_768_307_200,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "TinyLlama/TinyLlama_v1.1": 1_100_048_384,
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": 1_100_048_384,
+}
+# As published; what the decoder does not read is left out.
+QWEN = {
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+TINYLLAMA = {
+    "model_type": "llama",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 22,
+    "num_key_value_heads": 4,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+
+
+def test_every_preset_is_counted():
+    assert set(PUBLISHED) == set(model.PRESETS) - {"tiny"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_as_many_as_published(name):
+    def make():
+        return model.Decoder(model.PRESETS[name], rngs=nnx.Rngs(0), scan=True)
+
+    shapes = jax.tree.leaves(nnx.state(nnx.eval_shape(make), nnx.Param))
+    assert sum(leaf.size for leaf in shapes) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("published", "name"),
+    [(QWEN, "Qwen/Qwen2.5-7B"), (TINYLLAMA, "TinyLlama/TinyLlama_v1.1")],
+    ids=["qwen", "tinyllama"],
+)
+def test_a_published_config_is_its_preset(published, name):
+    assert model.Config.from_hf(published) == model.PRESETS[name]
+
+
+@pytest.mark.parametrize("name", model.PRESETS)
+def test_a_config_comes_back_from_its_json(name):
+    config = model.PRESETS[name]
+    written = config.to_hf()
+    assert model.Config.from_hf(json.loads(json.dumps(written))) == config
+    old = {key: value for key, value in written.items() if key != "rope_parameters"}
+    assert model.Config.from_hf(old) == config
+
+
+def test_scaling_and_window_come_back_from_their_json():
+    scaled = model.Llama3Rope(**LLAMA3)
+    llama = dataclasses.replace(model.PRESETS["TinyLlama/TinyLlama_v1.1"], rope_scaling=scaled)
+    written = llama.to_hf()
+    assert model.Config.from_hf(json.loads(json.dumps(written))) == llama
+    old = {key: value for key, value in written.items() if key != "rope_parameters"}
+    assert model.Config.from_hf(old) == llama
+    windowed = dataclasses.replace(model.PRESETS["tiny"], sliding_window=7, max_window_layers=2)
+    assert model.Config.from_hf(json.loads(json.dumps(windowed.to_hf()))) == windowed
+    assert [windowed.window(layer) for layer in range(3)] == [None, None, 7]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2'.* qwen2, qwen3, llama"),
+        ({"model_type": None}, "model_type=None"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type 'yarn'.*'llama3'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "type 'linear'"),
+        ({"partial_rotary_factor": 0.5}, "on 50% of a head"),
+    ],
+)
+def test_what_the_decoder_cannot_do_is_named(change, named):
+    with pytest.raises(ValueError, match=named):
+        model.Config.from_hf(TINYLLAMA | change)
+
+
+def test_windows_that_alternate_are_refused():
+    alternating = {
+        "use_sliding_window": True,
+        "max_window_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"] * 14,
+    }
+    with pytest.raises(ValueError, match="layer_types alternate"):
+        model.Config.from_hf(QWEN | alternating)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B"),
+        ("qwen2.5-7b-instruct", "Qwen/Qwen2.5-7B"),
+        ("Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B"),
+        ("Qwen/Qwen3-8B-Base", "Qwen/Qwen3-8B"),
+        ("tiny", "tiny"),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"),
+    ],
+)
+def test_presets_by_name(name, found):
+    assert presets.preset(name) == model.PRESETS[found]
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("Qwen2.5-6B", "Qwen/Qwen2.5-7B"),
+        ("Qwen/Qwen2.5-14", "Qwen/Qwen2.5-14B"),
+        ("tinylama", "TinyLlama"),
+    ],
+)
+def test_an_unknown_name_comes_with_the_near_ones(name, close):
+    with pytest.raises(ValueError, match=f"no preset '{name}'; near are .*{close}"):
+        presets.preset(name)
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_window_sees_at_least_the_token_itself(window):
+    with pytest.raises(ValueError, match=f"sliding_window={window}"):
+        dataclasses.replace(model.PRESETS["tiny"], sliding_window=window)
