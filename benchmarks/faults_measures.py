@@ -10,7 +10,7 @@ from lbw_optax import REGIMES
 SURVIVED = 1.05
 """A run has survived if its final loss is at most this many times that without the fault."""
 RECOVERED, WINDOW = 1.01, 10
-"""It has recovered when the mean held-out loss of so many steps is within this of the clean one."""
+"""It has recovered when the mean loss of so many steps is at most this many times the clean one."""
 
 
 class Trace(NamedTuple):
@@ -42,21 +42,23 @@ def ratio(trace: Trace, clean: np.ndarray, at: int, extra: int) -> np.ndarray:
         return trace.loss / clean[same]
 
 
-def recovery(over_clean: np.ndarray, at: int) -> int | None:
-    """Steps from the fault to the first from which on the loss is as without it; None if never.
+def recovery(over_clean: np.ndarray, still: np.ndarray, at: int) -> int | None:
+    """Steps from the fault to the first from which on all is as without it; None if never.
 
-    From there on the mean of `WINDOW` steps (at the end: of those left) is within `RECOVERED`.
+    From there on, for `WINDOW` steps (at the end: for those left), the parameters move in every
+    step and the mean of the loss over the clean one is within `RECOVERED`.
 
-    >>> recovery(np.array([1.0, 1.0, 1.5, 1.2, *[1.005] * 20]), at=2)
+    >>> moving = np.zeros(24, bool)
+    >>> recovery(np.array([1.0, 1.0, 1.5, 1.2, *[1.005] * 20]), moving, at=2)
     2
-    >>> recovery(np.array([1.0, 1.0, *[1.001] * 20]), at=2)
+    >>> recovery(np.ones(24), moving, at=2)
     0
     """
-    after = over_clean[at:]
-    for start in range(len(after) - WINDOW // 2):
-        stretch = after[start : start + WINDOW]
-        if after[start] <= RECOVERED and stretch.mean() <= RECOVERED:
-            return start
+    for start in range(at, len(over_clean) - WINDOW // 2):
+        stretch = slice(start, start + WINDOW)
+        healthy = over_clean[start] <= RECOVERED and over_clean[stretch].mean() <= RECOVERED
+        if healthy and not still[stretch].any():
+            return start - at
     return None
 
 
@@ -106,7 +108,7 @@ def judge(
         "clean": clean_final,
         "survived": survived(final, clean_final),
         "nonfinite": bool(trace.nonfinite.any()),
-        "recovery": [recovery(over_clean, at) for at in strikes],
+        "recovery": [recovery(over_clean, trace.still, at) for at in strikes],
         "lost": lost_steps(trace),
         "steps": int(trace.step[-1]) + 1,
         "interventions": interventions(trace),

@@ -202,7 +202,14 @@ def test_ratio_leaves_out_steps_in_which_nothing_could_be_learned():
     ],
 )
 def test_recovery(over_clean, expected):
-    assert faults_measures.recovery(np.array(over_clean), 5) == expected
+    moving = np.zeros(len(over_clean), bool)
+    assert faults_measures.recovery(np.array(over_clean), moving, 5) == expected
+
+
+def test_a_run_that_stands_still_has_not_recovered():
+    still = np.zeros(40, bool)
+    still[7:12] = True
+    assert faults_measures.recovery(np.ones(40), still, 5) == 7
 
 
 def test_interventions_of_a_guard_are_events_other_than_recoveries():
