@@ -127,8 +127,8 @@ def describe(found: Estimate, steps: int, peak: float, devices: int) -> str:
     seconds = steps * found.flops / (peak * devices * EXPECTED_SHARE)
     parts = ", ".join(f"{name} {_size(size)}" for name, size in found.parts.items())
     return (
-        f"{found.parameters / 1e6:,.1f} M parameters, {found.trained / 1e6:,.1f} M of them "
-        f"trained; about {_size(found.bytes / devices)} a device ({parts})\n"
+        f"{_short(found.parameters)} parameters, {_short(found.trained)} of them trained; "
+        f"about {_size(found.bytes / devices)} a device ({parts})\n"
         f"{steps} steps of {found.tokens} tokens, {steps * found.flops:.2g} FLOP: about "
         f"{_duration(seconds)} at {EXPECTED_SHARE:.0%} of {peak / 1e12:.3g} TFLOP/s"
     )
@@ -197,6 +197,15 @@ def _count(tree: Any) -> int:
 
 def _bytes(tree: Any) -> int:
     return _sum(lambda leaf: leaf.size * leaf.dtype.itemsize, tree)
+
+
+def _short(count: int) -> str:
+    """Billions or millions, in three digits.
+
+    >>> _short(7_615_616_512), _short(663_424), _short(300)
+    ('7.62 B', '0.663 M', '0.0003 M')
+    """
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
 
 
 def _size(count: float) -> str:

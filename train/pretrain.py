@@ -68,6 +68,7 @@ def base(options: Options, steps: int) -> str:
         data=options.data,
         seed=options.seed,
         steps=steps,
+        scan=options.scan,
         track=options.track,
     )
     model = own.out / "model"

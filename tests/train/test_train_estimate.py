@@ -95,7 +95,7 @@ def test_a_run_that_cannot_fit_says_so_with_its_parts():
 
 def test_the_description_names_size_memory_and_time():
     text = estimate.describe(found(), steps=1000, peak=1e12, devices=1)
-    assert "0.7 M parameters" in text
+    assert "0.657 M parameters" in text
     assert "MB a device (parameters 2.6 MB" in text
     assert "1000 steps of 512 tokens" in text
 

@@ -1,0 +1,219 @@
+"""The scripts as a user runs them: processes of their own, killed, interrupted, run again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from matplotlib.image import imread
+
+pytest.importorskip("transformers", reason="needs transformers: pip install 'lbw_optax[train]'")
+pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_optax[rollback]'")
+
+from train import data, hub, logs, model, weights
+
+ROOT = Path(data.__file__).parent.parent
+TEXT = "def double(x):\n    return 2 * x\n\n\nfor i in range(10):\n    print(i, double(i))\n"
+SMALL = model.Config(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Text, and a small model with its tokenizer in Hugging Face's format."""
+    place = tmp_path_factory.mktemp("scripts")
+    rng = np.random.default_rng(0)
+    for split, lines in (("train", 400), ("valid", 40), ("test", 40)):
+        numbers = rng.integers(10, size=(lines, 3))
+        text = "".join(f"for i in range({a}):\n    print({b} * i + {c})\n" for a, b, c in numbers)
+        (place / "text").mkdir(exist_ok=True)
+        (place / "text" / f"{split}.txt").write_text(f"# {split}\n{text}")
+    weights.save(model.Decoder(SMALL, rngs=nnx.Rngs(0)), place / "model")
+    text = (place / "text" / "train.txt").read_text()
+    hub.save_tokenizer(data.train_tokenizer([text], SMALL.vocab_size), 0, place / "model")
+    return place
+
+
+@pytest.fixture(scope="module")
+def environment(place):
+    """One device, and one cache of tokens and of compiled programs for all processes."""
+    without_test_flags = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+    return without_test_flags | {
+        "LBW_CACHE": str(place / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
+
+# A checkpoint that a kill has cut off is warned about.
+STRICT = ("-W", "error", "-W", "default::RuntimeWarning")
+
+
+def command(script, place, out, *arguments):
+    return [
+        *(sys.executable, *STRICT, "-m", f"train.{script}", "--preset", "tiny"),
+        *("--data", str(place / "text"), "--out", str(out), "--track", *arguments),
+    ]
+
+
+def finish(command, environment):
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(place, environment):
+    out = place / "runs" / "tiny"
+    arguments = ["--steps", "12", "--base-steps", "12", "--eval-every", "4", "--scan"]
+    return finish(command("qwen_lora", place, out, *arguments), environment), out
+
+
+def test_the_tiny_preset_runs_from_nothing_to_an_adapter(finished):
+    _, out = finished
+    base = weights.load(out / "base" / "model")
+    weights.load_adapter(base, out / "adapter")
+    assert base.config == model.PRESETS["tiny"]
+    adapter = nnx.to_pure_dict(nnx.state(base, nnx.LoRAParam))
+    assert np.any(adapter["layers"][0]["self_attn"]["q_proj"]["lora_B"])
+
+
+def test_a_run_directory_holds_config_log_events_figure_and_numbers(finished):
+    done, out = finished
+    for directory in (out, out / "base"):
+        config = json.loads((directory / "config.json").read_text())
+        assert config["steps"] == 12
+        assert (directory / "events.jsonl").exists()
+        assert 0.005 < np.mean(imread(directory / "figure.png")[..., :3] < 0.9) < 0.5
+        history = logs.history(directory)
+        assert history["step"].tolist() == list(range(1, 13))
+        assert np.all(np.isfinite(history["loss"]))
+        result = json.loads((directory / "result.json").read_text())
+        assert {"commit", "machine", "options", "context", "stride"} < set(result)
+        for split, perplexity in result["perplexity"].items():
+            assert f"{split} perplexity {perplexity:.3f}" in done.stderr
+            assert history[f"{split}_perplexity"][-1] == perplexity
+    assert np.isfinite(logs.history(out)["valid_perplexity"][[3, 7, 11]]).all()
+    assert np.isnan(logs.history(out)["valid_perplexity"][4])
+    assert history["tokens_per_second"][-1] > 0
+    assert 0 < history["mfu"][-1] < 1
+
+
+def test_an_estimate_comes_before_anything_else(finished):
+    lines = finished[0].stderr.splitlines()
+    assert "M parameters" in lines[0]
+    assert "a device (parameters" in lines[0]
+    assert lines[1].startswith("12 steps of 512 tokens")
+
+
+def test_full_training_leaves_a_model_that_transformers_describes(finished, place, environment):
+    from transformers import AutoConfig, AutoTokenizer
+
+    out, base = place / "runs" / "full", finished[1] / "base" / "model"
+    arguments = ["--model", str(base), "--steps", "6", "--microbatches", "2", "--packing", "--scan"]
+    finish(command("tinyllama_full", place, out, *arguments), environment)
+    assert AutoConfig.from_pretrained(out / "model").num_hidden_layers == 3
+    assert AutoTokenizer.from_pretrained(out / "model").eos_token == data.END
+    before, after = (weights.load(path).embed_tokens.embedding for path in (base, out / "model"))
+    assert not np.array_equal(before[...], after[...])
+
+
+LONG = ("--steps", "60", "--save-every", "5", "--max-distance", "30", "--eval-every", "0")
+
+
+def long_run(place, out):
+    return command("qwen_lora", place, out, "--model", str(place / "model"), *LONG)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place, environment):
+    out = place / "runs" / "whole"
+    finish(long_run(place, out), environment)
+    return out
+
+
+def assert_same_run(out, whole):
+    """To the bit: what was trained, and what was logged of every step."""
+    name = "adapter/adapter_model.safetensors"
+    assert (out / name).read_bytes() == (whole / name).read_bytes()
+    found, expected = logs.history(out), logs.history(whole)
+    for metric in ("step", "loss", "scale", "gradient_norm", "regime"):
+        np.testing.assert_array_equal(found[metric], expected[metric], err_msg=metric)
+    perplexities = [json.loads((d / "result.json").read_text())["perplexity"] for d in (out, whole)]
+    assert perplexities[0] == perplexities[1]
+
+
+def wait_for_step(process, out, step):
+    """Until the log holds this step; the file grows while the process runs."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        if (out / "log.jsonl").exists() and len(logs.history(out).get("step", [])) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} did not come")
+
+
+@pytest.mark.parametrize("at", [23, pytest.param(41, marks=pytest.mark.slow)])
+def test_a_killed_run_that_is_started_again_is_bitwise_the_uninterrupted_one(
+    at, place, environment, uninterrupted
+):
+    out = place / "runs" / f"killed-{at}"
+    with subprocess.Popen(
+        long_run(place, out), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for_step(process, out, at)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "result.json").exists()
+    finish(long_run(place, out), environment)
+    assert_same_run(out, uninterrupted)
+
+
+# A job that a script puts in the background ignores SIGINT, and so do its children, tests included.
+INTERRUPTIBLE = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_ctrl_c_saves_and_says_how_to_go_on(number, place, environment, uninterrupted):
+    out = place / "runs" / f"stopped-{number}"
+    arguments = long_run(place, out)
+    script = arguments.index("-m")
+    interruptible = [*arguments[:script], "-c", INTERRUPTIBLE, *arguments[script + 1 :]]
+    with subprocess.Popen(
+        interruptible, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for_step(process, out, 13)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=200)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "the same command goes on" in errors.splitlines()[-1]
+    finish(long_run(place, out), environment)
+    assert_same_run(out, uninterrupted)
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps.count(1) == 1  # it did not start anew
