@@ -71,6 +71,8 @@ def tokenizer(name: str | Path) -> Ready:
     transformers = _module("transformers", "a model's own tokenizer")
     try:
         found = transformers.AutoTokenizer.from_pretrained(str(name))
+        if len(found) <= 256:  # what it makes of a model's directory that holds no tokenizer
+            raise ValueError(f"it has {len(found)} tokens")
     except (OSError, ValueError) as error:
         raise DataError(
             f"cannot load a tokenizer from {name} ({_first_line(error)}): give a directory that "

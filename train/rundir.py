@@ -34,10 +34,18 @@ def claim(options: Options, needed_bytes: int) -> None:
       needed_bytes: what the run will write there at least.
 
     Raises:
-      ValueError: as `check`, or if there is too little room.
-      OSError: if it cannot be made or written.
+      ValueError: as `check`, if there is too little room, or if nothing can be written.
     """
     check(options)
+    try:
+        _claim(options, needed_bytes)
+    except OSError as error:
+        raise ValueError(
+            f"{options.out} cannot be written ({error.strerror}): choose another --out"
+        ) from error
+
+
+def _claim(options: Options, needed_bytes: int) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(options.out).free
     if free < needed_bytes:
