@@ -87,12 +87,17 @@ def test_logits_loss_and_every_gradient_equal_torch(case, tmp_path):
     network.save_pretrained(tmp_path)
     tokens, positions = make_decoders.batch(seed=1)
     expected = make_decoders.outcome(network, tokens, positions)
-    decoder = weights.load(tmp_path)
-    graphdef, params, frozen = model.split(decoder)
+    graphdef, params, frozen = model.split(weights.load(tmp_path))
+    loss_fn = model.next_token_loss(graphdef)
+
+    @jax.jit
+    def outcome(params, frozen, batch):
+        logits = nnx.merge(graphdef, params, frozen)(batch.tokens, positions=batch.positions)
+        return logits, jax.value_and_grad(loss_fn)(params, frozen, batch)
+
     batch = model.Batch(tokens, positions=positions)
-    step = jax.jit(jax.value_and_grad(model.next_token_loss(graphdef)))
-    loss, gradients = step(params, frozen, batch)
-    assert_close(logits_of(decoder, tokens, positions=positions), expected["logits"])
+    logits, (loss, gradients) = outcome(params, frozen, batch)
+    assert_close(logits, expected["logits"])
     assert float(loss) == pytest.approx(float(expected["loss"]), rel=1e-5)
     found = {f"gradient/{name}": value for name, value in weights.to_hf(gradients).items()}
     assert found.keys() == expected.keys() - {"logits", "loss"}
@@ -135,8 +140,7 @@ def test_padding_on_the_left_is_an_attention_mask(tmp_path):
 # --- files, both ways --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("files", ["one", "several"])
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(("files", "scan"), [("several", False), ("one", True)])
 def test_files_of_transformers_open_here(files, scan, tmp_path):
     network = make_decoders.build("qwen3")
     network.save_pretrained(tmp_path, max_shard_size="5KB" if files == "several" else "1GB")
@@ -154,10 +158,10 @@ def test_a_bfloat16_file_of_transformers_opens_here(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("files", ["one", "several"])
-def test_files_written_here_open_there(architecture, files, tmp_path):
+def test_files_written_here_open_there(architecture, tmp_path):
     import transformers
 
+    files = "several" if architecture.startswith("llama") else "one"
     config = dataclasses.replace(SMALL, **ARCHITECTURES[architecture])
     decoder = random_decoder(config, scan=architecture in ("llama", "qwen3"))
     weights.save(decoder, tmp_path, file_bytes=5_000 if files == "several" else 10**9)
