@@ -1,6 +1,7 @@
 """LoRA: the base at init, the merged weights after training, and gradients for adapters alone."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -84,9 +85,94 @@ def test_targets_by_name(targets, adapters):
     assert len(jax.tree.leaves(params)) == 2 * adapters * CONFIG.num_hidden_layers
 
 
+def test_adapters_of_a_stack_are_those_of_its_layers():
+    """The same shapes per layer, the same bound of A, and a merge that gives the adapted model."""
+    decoder = model.Decoder(CONFIG, rngs=nnx.Rngs(0), scan=True)
+    lora.add_lora(decoder, rank=3, alpha=6.0, dropout=0.5, rngs=nnx.Rngs(1))
+    layer = decoder.layers.mlp.down_proj
+    assert layer.lora_A.shape == (2, 12, 3)
+    assert 0.8 * 12**-0.5 < np.abs(layer.lora_A[...]).max() <= 12**-0.5
+    assert len({tuple(np.asarray(jax.random.key_data(key))) for key in layer.key[...]}) == 2
+    with_random_adapters(decoder)
+    expected = np.asarray(decoder(TOKENS))
+    lora.merge_lora(decoder)
+    np.testing.assert_allclose(decoder(TOKENS), expected, rtol=1e-4, atol=1e-5)
+    assert not lora.adapters(decoder)
+
+
+def test_adapters_of_a_bfloat16_base_stay_float32():
+    decoder = model.Decoder(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    lora.add_lora(decoder, rank=3, alpha=6.0, rngs=nnx.Rngs(1))
+    graphdef, params, frozen = model.split(decoder, nnx.LoRAParam)
+    loss_fn = model.next_token_loss(graphdef)
+    grads = jax.eval_shape(jax.grad(loss_fn), params, frozen, TOKENS)
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, grads))} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype("bfloat16")}
+    lora.merge_lora(decoder)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(decoder))} == {jnp.dtype("bfloat16")}
+
+
+# --- dropout -----------------------------------------------------------------------------------
+
+
+def dropped_layer(rate: float) -> lora.LoRALinear:
+    """A base of zero, A and B identities: what comes out is what dropout lets through."""
+    linear = nnx.Linear(50, 50, use_bias=False, rngs=nnx.Rngs(0))
+    linear.kernel[...] = jnp.zeros((50, 50))
+    layer = lora.LoRALinear(linear, rank=50, alpha=50.0, dropout=rate, rngs=nnx.Rngs(1))
+    layer.lora_A[...] = layer.lora_B[...] = jnp.eye(50)
+    layer.deterministic = False
+    return layer
+
+
+def test_dropout_leaves_out_its_share_and_keeps_the_mean():
+    x = np.ones((400, 50), np.float32)
+    out = np.asarray(dropped_layer(0.3)(x))
+    np.testing.assert_allclose(np.unique(out), [0, 1 / 0.7], rtol=1e-5)
+    share = np.mean(out == 0)  # 20,000 draws: five standard deviations are 0.016
+    assert abs(share - 0.3) < 0.017
+
+
+def outcome(batch, **options):
+    """Loss and gradients with dropout 0.4."""
+    decoder = model.Decoder(CONFIG, rngs=nnx.Rngs(0), **options)
+    lora.add_lora(decoder, rank=3, alpha=6.0, dropout=0.4, rngs=nnx.Rngs(1))
+    graphdef, params, frozen = model.split(with_random_adapters(decoder), nnx.LoRAParam)
+    step = jax.jit(jax.value_and_grad(model.next_token_loss(graphdef)))
+    return [jax.device_get(step(params, frozen, one)) for one in batch]
+
+
+@pytest.mark.parametrize("options", [{}, {"scan": True, "remat": True}], ids=["loop", "scan"])
+def test_dropout_is_a_function_of_the_step_alone(options):
+    steps = [model.Batch(TOKENS, step=np.uint32(step)) for step in (3, 4, 3)]
+    first, second, again = outcome(steps, **options)
+    jax.tree.map(np.testing.assert_array_equal, again, first)
+    assert second[0] != first[0]
+
+
+def test_dropout_is_off_without_a_step():
+    off, no_segments = outcome([TOKENS, model.Batch(TOKENS)])
+    decoder = adapted()
+    graphdef, params, frozen = model.split(with_random_adapters(decoder), nnx.LoRAParam)
+    expected = jax.jit(model.next_token_loss(graphdef))(params, frozen, TOKENS)
+    assert off[0] == no_segments[0]
+    np.testing.assert_allclose(off[0], expected, rtol=1e-6)
+
+
+def test_every_adapter_drops_by_a_key_of_its_own():
+    decoder = adapted(dropout=0.1)
+    keys = [jax.random.key_data(layer.key[...]).tolist() for _, _, layer in lora.adapters(decoder)]
+    assert len({tuple(key) for key in keys}) == len(keys) == 7 * CONFIG.num_hidden_layers
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"rank": 0}, "rank=0"), ({"targets": ["q_proj", "query"]}, r"\['query'\].* q_proj")],
+    [
+        ({"rank": 0}, "rank=0"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"dropout": -0.1}, "dropout=-0.1"),
+        ({"targets": ["q_proj", "query"]}, r"\['query'\].* q_proj"),
+    ],
 )
 def test_bad_arguments_are_named(options, named):
     with pytest.raises(ValueError, match=named):
