@@ -61,11 +61,17 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    config: Config, options: Options, params: Any, frozen: Any, opt_state: Any
+    config: Config,
+    options: Options,
+    params: Any,
+    frozen: Any,
+    opt_state: Any,
+    platform: str | None = None,
 ) -> Estimate:
     """From the shapes of the trees; nothing is allocated.
 
-    ``params``, ``frozen`` and ``opt_state`` are trees of arrays or of `jax.ShapeDtypeStruct`.
+    ``params``, ``frozen`` and ``opt_state`` are trees of arrays or of `jax.ShapeDtypeStruct`;
+    `platform` is "cpu", "gpu" or "tpu", by default the one that JAX runs on here.
 
     >>> from pathlib import Path
     >>> from train.presets import PRESETS
@@ -80,7 +86,7 @@ def estimate(
         "parameters": _bytes(params) + _bytes(frozen),
         "gradients": _bytes(params) * (2 if options.microbatches > 1 else 1),
         "optimizer state": _bytes(opt_state),
-        "activations": _activations(config, options),
+        "activations": _activations(config, options, platform or jax.default_backend()),
         "logits": _logits(config, options),
     }
     return Estimate(
@@ -166,14 +172,14 @@ def _measured_peak(device: jax.Device, size: int = 1024, times: int = 5) -> floa
     return 2 * size**3 / min(seconds() for _ in range(times))
 
 
-def _activations(config: Config, options: Options) -> int:
+def _activations(config: Config, options: Options, platform: str) -> int:
     """What the backward pass keeps of one microbatch, without remat or with it."""
     rows = options.batch_size * options.length // options.microbatches
     width = jnp.dtype(options.dtype).itemsize
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     layer = width * (4 * config.hidden_size + 2 * queries + 2 * keys + 3 * config.intermediate_size)
-    if jax.default_backend() != "gpu" or width != 2:  # no fused attention: its weights are kept
+    if platform != "gpu" or width != 2:  # no fused attention: its weights are kept
         layer += 8 * config.num_attention_heads * options.length
     if options.remat:
         return rows * (config.num_hidden_layers * width * config.hidden_size + layer)

@@ -12,7 +12,6 @@ from flax import nnx
 from train import data, hub, run, weights
 from train.model import Decoder
 from train.options import Options, guarded_main, parse
-from train.presets import preset
 
 TINY = Options(
     model="tiny",
@@ -39,8 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def pretrain(options: Options) -> run.Result:
-    """One run; model and tokenizer go to ``model`` in the run directory, as transformers has it."""
-    config = preset(options.model)
+    """One run of a shape, by name or from a ``config.json``.
+
+    Model and tokenizer go to ``model`` in the run directory, as transformers has them.
+    """
+    config = run.shape_of(options.model)
 
     def build() -> Decoder:
         return Decoder(config, rngs=nnx.Rngs(options.seed), **run.kinds(options))

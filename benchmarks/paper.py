@@ -1,0 +1,111 @@
+"""The paper's table, row by row: its numbers beside ours.
+
+``--preset tiny`` runs anywhere, on small models that are pre-trained here first, with LoRA as in
+the paper; ``--preset qwen2.5-7b`` runs the real ones, which need their weights and a large GPU.
+Rows are kept in the result file as they end; those that are there are not run again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import paper_page, paper_rows, paper_tiny, results_file
+from benchmarks.paper_rows import CASES, METHODS, Command
+
+RESULTS = Path(__file__).resolve().parent / "results"
+GRIDS = {"lora": (5e-4, 1e-3, 2e-3, 4e-3), "full": (1e-4, 3e-4, 1e-3)}
+PRESETS = ("tiny", "qwen2.5-7b")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is asked for, print both tables side by side; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    path = options.results or RESULTS / f"paper_{options.preset}.jsonl"
+    if options.preset == "tiny" and not options.list:
+        paper_tiny.prepare(options.data_dir)
+        _tune(path, tiny_only=True)
+    chosen = [case for case in CASES if not options.rows or case.name in options.rows]
+    for case in chosen:
+        for method in METHODS:
+            rates = _rates(options.preset, path)
+            command = paper_rows.command(options.preset, case, method, rates)
+            if options.list:
+                print(command)
+            elif not _is_there(path, case.name, method):
+                _keep(path, _run(command), row=case.name, method=method)
+    if not options.list:
+        print(paper_page.table(results_file.read(path)))
+    return 0
+
+
+def _tune(path: Path, *, tiny_only: bool) -> None:
+    """AdamW over `GRIDS`, judged on the valid split."""
+    for kind, rates in GRIDS.items():
+        script, size = ("qwen_lora", "7B") if kind == "lora" else ("tinyllama_full", "TinyLlama")
+        for rate in rates:
+            name = f"tune-{kind}-{rate:g}"
+            if not _is_there(path, name, "adamw"):
+                command = paper_rows.train_command("tiny", script, size, "adamw", rate, None, name)
+                _keep(path, _run(command), row=name, method="adamw", rate=rate)
+
+
+def _rates(preset: str, path: Path) -> dict[str, float]:
+    """The reference learning rates: given for the large models, tuned for the tiny ones."""
+    if preset != "tiny":
+        return paper_rows.LARGE_RATES
+    found: dict[str, float] = {}
+    for kind in GRIDS:
+        tried = [r for r in results_file.read(path) if r["row"].startswith(f"tune-{kind}-")]
+        best = min(tried, key=lambda r: r["perplexity"]["valid"], default={"rate": GRIDS[kind][1]})
+        found[kind] = best["rate"]
+    return found
+
+
+def _run(command: Command) -> dict[str, Any]:
+    """One run in a process of its own; it goes on where an earlier one stopped."""
+    print(command, file=sys.stderr)
+    code = subprocess.run([sys.executable, *str(command).split()[1:]], check=False).returncode
+    if code not in (0, 3):
+        raise SystemExit(code)
+    result = {"perplexity": {"valid": None, "test": None}}  # 3: the guard has given up
+    if code == 0:
+        result = json.loads((command.out / "result.json").read_text())
+        result.pop("options")
+    return {**result, "command": str(command), "exit_code": code}
+
+
+def _keep(path: Path, result: dict[str, Any], **names: Any) -> None:
+    results_file.append(path, {**names, **result})
+
+
+def _is_there(path: Path, row: str, method: str) -> bool:
+    return any((r["row"], r["method"]) == (row, method) for r in results_file.read(path))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="which models")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=[case.name for case in CASES],
+        metavar="NAME",
+        help=f"only these: {', '.join(case.name for case in CASES)}",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        help="text for the tiny models, in the layout of WikiText-2 (default: standard library)",
+    )
+    parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    parser.add_argument("--results", type=Path, help="result file, JSON Lines")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
