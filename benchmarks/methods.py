@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import optax
 
-from benchmarks import peers
+from benchmarks import ablations, peers
 from benchmarks.regimes import Recipe, ramp
 from lbw_optax import lbw_guard
 
@@ -102,6 +102,10 @@ def _finish(
     )
 
 
+def _ablation(alarm: ablations.Alarm, title: str) -> Method:
+    return Method(lambda r: ablations.guard_with(alarm, adamw(r)), title, guarded=True)
+
+
 CONSTANT = ("lora", "full", "scratch")
 
 METHODS = {
@@ -137,6 +141,10 @@ METHODS = {
     "guard-observe": Method(
         lambda r: lbw_guard(adamw(r), mode="observe"), "guard, observing", guarded=True
     ),
+    "soft-start-alone": _ablation(ablations.soft_start_alone, "soft start without feedback"),
+    "overshoot-alone": _ablation(ablations.overshoot_alone, "guard, overshoot alone"),
+    "step-alone": _ablation(ablations.step_alone, "guard, relative step alone"),
+    "without-progress": _ablation(ablations.without_progress, "guard without progress"),
 }
 
 QUICK = ("adamw", "clip-1.0", "stable-spam", "prodigy", "guard")
