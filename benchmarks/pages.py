@@ -5,6 +5,7 @@ A part stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``; what is there is
 """
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -124,12 +125,13 @@ def sensitivity() -> str:
     return f"{_table(head, rows)}\n\n{note}"
 
 
-def attempts() -> str:
-    """Every law that was tried, on the regimes it was tried on: mean over seeds, geometric."""
+def attempts(hidden: int) -> str:
+    """Every law that was tried on a model of this width: geometric mean over seeds."""
     cells: dict[str, dict[tuple[str, float], list[float]]] = {}
     for r in results_file.read(RESULTS / "law_attempts.jsonl"):
-        found = cells.setdefault(r["law"], {})
-        found.setdefault((r["regime"], r["learning_rate"]), []).append(r["perplexity"])
+        if r["model"].startswith(f"hidden {hidden},"):
+            found = cells.setdefault(r["law"], {})
+            found.setdefault((r["regime"], r["learning_rate"]), []).append(r["perplexity"])
     parts = []
     for regime, title in {
         "lora": "LoRA",
@@ -161,7 +163,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "placements": placements,
         "sensitivity": sensitivity,
     },
-    "benchmarks/LAW.md": {"attempts": attempts},
+    "benchmarks/LAW.md": {
+        "attempts": functools.partial(attempts, 64),
+        "attempts at the benchmark's size": functools.partial(attempts, 96),
+    },
 }
 
 

@@ -32,7 +32,8 @@ def lbw_guard(
 
     The alarm a_t weighs overshoot (the cosine of g_t with the step just taken, in standard
     errors), the relative step r_t = s_{t-1} |u_t| / |p_t| and the progress of the loss; the growth
-    bound lies between 0.1 and 0.5 and is slow near r = 0.01; see :mod:`lbw_optax.control`. Soft
+    bound lies between 0.1 and 0.5 and is slow near r = 0.01, and until the first alarm the gain
+    far below it is up to three times as large; see :mod:`lbw_optax.control`. Soft
     start: the first step is scaled to r = 0.001. A step with a non-finite gradient, loss or
     update, with a gradient norm that jumps, or with an update a thousand times as long as the last
     and longer than the parameters, changes neither the parameters nor the state of ``inner``. Where
