@@ -1,11 +1,13 @@
 """What a run with rollbacks must remember beside its checkpoints, in one small JSON file.
 
-The file is replaced as a whole, so a kill leaves the old one or the new one. A checkpoint that it
-does not name does not exist, whatever lies on disk.
+The file is replaced as a whole, so a kill leaves the old one or the new one; the one before is kept
+in case that the newest is damaged. A checkpoint that it does not name does not exist, whatever lies
+on disk.
 """
 
 import json
 import os
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,27 +40,54 @@ class Journal:
 
 
 def read(path: Path) -> Journal:
-    """The journal, empty if there is none.
+    """The journal, empty if there is none; the one before it, with a warning, if it is damaged.
 
     Raises:
-      ValueError: if the file is not one.
+      ValueError: if both are damaged.
     """
-    if not path.exists():
+    before = _before(path)
+    if not path.exists() and not before.exists():
         return Journal()
+    try:
+        return _parse(path)
+    except ValueError as error:
+        try:
+            journal = _parse(before)
+        except ValueError:
+            raise ValueError(
+                f"{path} is damaged ({error}), and so is the copy before it: restore one of them, "
+                "or pass another directory to start anew."
+            ) from error
+        if path.exists():  # or else a kill came between the two renames of `write`
+            warnings.warn(
+                f"{path} is damaged ({error}): the one before it is used.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return journal
+
+
+def _parse(path: Path) -> Journal:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         checkpoints = {int(step): state for step, state in content["checkpoints"].items()}
         jumps = [(int(start), int(offset)) for start, offset in content["jumps"]]
         return Journal(checkpoints, jumps, list(content["rollbacks"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}).") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def write(path: Path, journal: Journal) -> None:
-    """Replace the file, durably."""
+    """Replace the file, durably, and keep the one before."""
     new = path.with_suffix(".new")
     with new.open("w", encoding="utf-8") as file:
         json.dump(asdict(journal), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    if path.exists():
+        path.replace(_before(path))
     new.replace(path)
+
+
+def _before(path: Path) -> Path:
+    return path.with_suffix(".before.json")

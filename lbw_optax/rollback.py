@@ -119,7 +119,12 @@ class RollbackManager:
         plan = Plan(save_every, snapshot_every, probation)
         _validate(plan, max_distance, max_rollbacks)
         self._max_distance, self._max_rollbacks = max_distance, max_rollbacks
-        self._targets = Targets(Folder(Path(directory)), plan)
+        folder = Folder(Path(directory))
+        try:
+            self._targets = Targets(folder, plan)
+        except ValueError:
+            folder.release()
+            raise
         self._journal = self._targets.journal
         self.history = [Rollback(**r) for r in self._journal.rollbacks]
         """All rollbacks of this run, oldest first."""
@@ -150,6 +155,7 @@ class RollbackManager:
 
     def step(self, step: int, tree: Any) -> tuple[int, Any]:
         """Hand in the state after `step` updates; get it back, or an earlier one."""
+        self._require_resumed()
         self._calls += 1
         before, self._report = self._report, (step, _start_report(tree))
         health = self._read(before) if before is not None else None
@@ -232,6 +238,15 @@ class RollbackManager:
         self._report = self._guard_steps = None
         number = REASONS.index(reason) if reason in REASONS else REQUEST
         return _rejoin(good, left, number, step, to_step, CEILING**self._in_a_row)
+
+    def _require_resumed(self) -> None:
+        newest = max(self._journal.checkpoints, default=None)
+        if newest is not None and not self._resumed:
+            raise ValueError(
+                f"{self._targets.folder.path} holds checkpoints up to step {newest} of an earlier "
+                "run: begin with step, tree = rollback.resume(tree), or pass an empty directory."
+            )
+        self._resumed = True
 
     def _require_budget(self, step: int, reason: str) -> None:
         recent = [r for r in self.history if r.at_call > self._calls - WINDOW]

@@ -96,8 +96,11 @@ class Targets:
     def _read_newest(self, like: Any) -> tuple[int, Any]:
         misfit, damaged = None, []
         for step in sorted(self.journal.checkpoints, reverse=True):
+            path = self.folder.checkpoint(step)
+            if self.journal.checkpoints[step] == CANDIDATE and not path.exists():
+                continue  # a kill came before it was complete
             try:
-                tree = checkpoints.load(self.folder.checkpoint(step), like)
+                tree = checkpoints.load(path, like)
             except OtherModel as error:
                 misfit = misfit or error
                 damaged.append(f"step {step}: of another model")
