@@ -42,7 +42,10 @@ RESULTS = Path(__file__).resolve().parent / "results" / "stress.jsonl"
 SEEDS = (0, 1, 2)
 TUNING_SEED = 0  # whatever the seeds of this run, so that runs in pieces share one tuned rate
 QUICK_LRS = ("1", "10", "100")
-HOST_SIDE = ("__init__.py", "audit.py", "report.py", "rollback.py")
+HOST_SIDE = (
+    *("__init__.py", "audit.py", "report.py", "testing.py"),
+    *("rollback.py", "targets.py", "snapshots.py", "checkpoints.py", "folder.py", "journal.py"),
+)
 """Modules of the guard that run on the host and decide no number."""
 
 
