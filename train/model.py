@@ -11,7 +11,7 @@ from flax import nnx
 
 from train.losses import IGNORED, Batch, chunked_cross_entropy, cross_entropy, targets
 from train.presets import PRESETS, Config, Llama3Rope, preset
-from train.sharding import constrain
+from train.sharding import ROWS, constrain
 
 __all__ = [
     "IGNORED",
@@ -108,8 +108,10 @@ class Decoder(nnx.Module):
             positions = _positions(length, segments, self.config)
         rotation = rotary_angles(positions, self.config)
         mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None]
-        x = constrain(self.embed_tokens(tokens.reshape(-1)).astype(self.dtype))
-        return self.norm(self._through_layers(x, rotation, mask))
+        # On a mesh the table is gathered before the rows are, not the rows spread twice.
+        table = constrain(self.embed_tokens.embedding[...], "tensor", None)
+        x = jnp.take(table, tokens.reshape(-1), axis=0).astype(self.dtype)
+        return self.norm(self._through_layers(constrain(x, ROWS, None), rotation, mask))
 
     def logits(self, rows: jax.Array) -> jax.Array:
         """Rows to float32 logits over the vocabulary."""
@@ -151,7 +153,7 @@ class Block(nnx.Module):
         self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], mask: jax.Array | None = None
     ) -> jax.Array:
         x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
-        return constrain(x + self.mlp(self.post_attention_layernorm(x)))
+        return constrain(x + self.mlp(self.post_attention_layernorm(x)), ROWS, None)
 
 
 class Attention(nnx.Module):

@@ -117,12 +117,12 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, batch)
 
 
-def constrain(rows: jax.Array) -> jax.Array:
-    """Keep activations, (batch * length, hidden), spread by rows under a mesh; else nothing."""
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Keep `x` spread over these mesh axes where there is such a mesh; else it is `x` itself."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(ROWS) <= set(mesh.axis_names):
-        return rows
-    return jax.lax.with_sharding_constraint(rows, P(ROWS, None))
+    if mesh.empty or not {*ROWS, "tensor"} <= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*axes))
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
