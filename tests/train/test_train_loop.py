@@ -8,7 +8,7 @@ import pytest
 
 from lbw_optax import events, lbw_guard
 from train import loop
-from train.model import IGNORED
+from train.losses import IGNORED, Batch, targets
 
 TARGETS = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
 START = {"w": jnp.array([1.0, -2.0, 3.0]), "b": jnp.float32(0.5)}
@@ -85,6 +85,54 @@ def test_no_steps_change_nothing():
     run = fit(optax.adamw(0.1), steps=0)
     assert_close(run.params, START)
     assert run.history == {}
+
+
+def token_model(params, frozen, batch):
+    """Squared error of a bilinear model: its gradient depends on inputs, targets and params."""
+    batch = batch if isinstance(batch, Batch) else Batch(batch)
+    wanted = targets(batch)
+    counted = wanted != IGNORED
+    error = params["w"][batch.tokens[:, :-1]] * params["b"] - frozen * wanted
+    return jnp.where(counted, error**2, 0.0).sum() / jnp.maximum(counted.sum(), 1)
+
+
+def uneven_batches():
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(7, size=(8, 10)).astype(np.int32)
+    padded = tokens.copy()
+    padded[3, 4:] = padded[6:, 1:] = IGNORED
+    segments = np.cumsum(tokens == 0, axis=1, dtype=np.int32)
+    return {"tokens": tokens, "padded": padded, "packed": Batch(tokens, segments)}
+
+
+@pytest.mark.parametrize("kind", ["tokens", "padded", "packed"])
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_microbatches_give_the_gradient_of_the_whole_batch(kind, count):
+    batch = uneven_batches()[kind]
+    params = {"w": jnp.linspace(-1.0, 2.0, 7), "b": jnp.float32(1.5)}
+    whole = loop._gradient(token_model, params, 0.3, batch, 1)
+    parts = loop._gradient(token_model, params, 0.3, batch, count)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-7), whole, parts)
+    if kind != "tokens":  # the mean of the parts' means is something else
+        cut = loop._parts(batch, count)
+        losses = [
+            token_model(params, 0.3, jax.tree.map(lambda x, i=i: x[i], cut)) for i in range(count)
+        ]
+        assert abs(np.mean(losses) - float(whole[0])) > 1e-4
+
+
+def test_every_microbatch_has_a_dropout_of_its_own():
+    batch = Batch(np.zeros((4, 3), np.int32), step=np.uint32(5))
+    assert loop._parts(jax.tree.map(jnp.asarray, batch), 2).step.tolist() == [10, 11]
+    assert loop._parts(jax.tree.map(jnp.asarray, batch._replace(step=6)), 2).step.tolist() == [
+        12,
+        13,
+    ]
+
+
+def test_a_batch_that_cannot_be_cut_is_named():
+    with pytest.raises(ValueError, match="8 sequences cannot be cut into 3 microbatches"):
+        loop._gradient(token_model, {}, 0.3, uneven_batches()["tokens"], 3)
 
 
 def test_the_step_is_compiled_once_for_one_optimizer():
