@@ -177,13 +177,20 @@ def run(
     first: int,
     last: int,
 ) -> tuple[State, Trace]:
-    """The steps first, ..., last - 1 of a run, with what was seen in each of them."""
-    parts = []
+    """The steps first, ..., last - 1 of a run, with what was seen in each of them.
+
+    A run whose loss and state are no numbers stays so, and is not computed to its end.
+    """
+    parts: list[Trace] = []
     for begin in range(first, last, STRETCH):
-        given = [inputs_of(text, seed, faults, i, i) for i in range(begin, begin + STRETCH)]
-        state, seen = _stretch(
-            method, jax.tree.map(lambda *x: np.stack(x), *given), rates, text.curve, state
-        )
+        clock = range(begin, begin + STRETCH)
+        if parts and np.isnan(parts[-1].loss[-1]) and parts[-1].nonfinite[-1]:
+            end = jax.tree.map(lambda x: np.repeat(x[-1:], STRETCH), parts[-1])
+            parts.append(end._replace(step=np.array(clock)))
+            continue
+        given = [inputs_of(text, seed, faults, i, i) for i in clock]
+        stacked = jax.tree.map(lambda *x: np.stack(x), *given)
+        state, seen = _stretch(method, stacked, rates, text.curve, state)
         parts.append(jax.device_get(seen))
     return state, join(parts)
 

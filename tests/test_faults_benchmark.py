@@ -124,6 +124,19 @@ def test_the_run_is_that_of_a_plain_loop(kind):
     assert trace.step.tolist() == list(range(STRETCH))
 
 
+def test_a_dead_run_is_not_computed_to_its_end(monkeypatch):
+    fault, given = Fault("nan_gradient", at=7), []
+    rates, start = faults_run.learning_rates(RATE, [fault]), faults_run.start(adamw, 0)
+    real = faults_run.inputs_of
+    monkeypatch.setattr(faults_run, "inputs_of", lambda *x: given.append(x) or real(*x))
+    state, trace = faults_run.run(text(), adamw, 0, rates, [fault], start, 0, 3 * STRETCH)
+    assert len(given) == STRETCH
+    assert trace.step.tolist() == list(range(3 * STRETCH))
+    assert np.isnan(trace.loss[7:]).all()
+    assert trace.nonfinite[7:].all()
+    assert np.isnan(faults_run.final_loss(text(), state.params)["test"])
+
+
 def test_every_kind_has_its_place():
     """In the data, in a place of the step, or in the schedule."""
     placed = {*IN_DATA, *(kind for kinds in PLACES.values() for kind in kinds)}
