@@ -29,7 +29,9 @@ def draw(results: "Results", path: Path) -> None:
     panels = curves.subplots(len(SHOWN), 1, sharex=True)
     for panel, scenario in zip(panels, SHOWN, strict=True):
         _curves(panel, results, scenario)
-    panels[0].legend(frameon=False, fontsize=8, loc="upper left")
+    panels[0].legend(
+        *panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="upper left"
+    )
     panels[-1].set_xlabel("steps done since the fault")
     figure.savefig(path)
 

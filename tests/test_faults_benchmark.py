@@ -24,6 +24,10 @@ RATE = 3e-3
 adamw = METHODS["adamw"].build
 
 
+def slowly(*names):
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @functools.cache
 def text():
     """A Markov chain in which each token is followed by one of four."""
@@ -58,6 +62,20 @@ def test_the_guard_survives(scenario):
     record = measured(scenario, "guard")
     assert record["survived"], record["final"] / record["clean"]
     assert not record["nonfinite"]
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    ["flip-mu", *slowly("flip-parameter", "flip-nu-sign", "nan-500")],
+)
+def test_with_rollback_the_guard_survives(scenario):
+    pytest.importorskip("orbax.checkpoint", reason="needs the extra rollback")
+    record = measured(scenario, "guard-rollback")
+    assert record["survived"], record["final"] / record["clean"]
+    assert not record["nonfinite"]
+    assert len(record["rollbacks"]) == len(record["reasons"]) == 1
+    assert record["rollbacks"][0] <= 50
+    assert record["lost"] >= record["rollbacks"][0]
 
 
 @pytest.mark.parametrize("scenario", RUINS_ADAMW)
@@ -112,7 +130,7 @@ def plain(fault, steps, rate=RATE):
 
 @pytest.mark.parametrize(
     "kind",
-    ["none", "stealth", "nan_activation", "flipped_nu", "flipped_parameter", "drift"],
+    ["nan_activation", *slowly("none", "stealth", "flipped_nu", "flipped_parameter", "drift")],
 )
 def test_the_run_is_that_of_a_plain_loop(kind):
     """One compiled program for all faults does what a loop with this one fault in it does."""
