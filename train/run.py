@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -128,60 +128,31 @@ def train(
 
     The parameters of `decoder` are given away: use those of the result.
     """
-    graphdef, params, frozen = split(decoder, trained)
-    task = Task(
-        graphdef=graphdef,
-        loss_fn=next_token_loss(graphdef, chunk=options.loss_chunk, z_loss=options.z_loss),
-        tx=_optimizer(options),
-        params=params,
-        frozen=frozen,
-        cost=cost,
-        batch=_batches(corpus, options, dropout),
-        held_out={
-            split: data.windows(
-                getattr(corpus, split), batch_size=options.batch_size, length=options.length
-            )
-            for split in ("valid", "test")
-        },
-    )
+    job = task(decoder, trained, corpus, options, cost, dropout=dropout)
     rundir.claim(options, needed_bytes=3 * cost.checkpoint)
     where = mesh(options)
     if where is not None:
-        placed = sharding.shard((task.params, task.frozen), where)
-        task = task._replace(params=placed[0], frozen=placed[1])
+        params, frozen = sharding.shard((job.params, job.frozen), where)
+        job = job._replace(params=params, frozen=frozen)
     with jax.set_mesh(where) if where else contextlib.nullcontext():
-        return _train(task, options, where)
+        return _train(job, options, where)
 
 
 def _train(task: Task, options: Options, where: sharding.Mesh | None) -> Result:
     began = time.perf_counter()
-    state = task.params, jax.jit(task.tx.init)(task.params)
     with (
         Interrupt() as interrupted,
-        _rollback(options) as rollback,
         Watch(options, task.cost) as watch,
-        packing.Prefetch(task.batch, put=_put(where)) as batch,
+        contextlib.closing(steps(task, options, watch, _put(where))) as run,
     ):
-        step, state = rollback.resume(state)
-        watch.move(step)
-        while step < options.steps and not interrupted:
-            *state, metrics = loop.train_step(
-                task.loss_fn,
-                task.tx.update,
-                *state,
-                task.frozen,
-                batch(rollback.data_step(step)),
-                options.microbatches,
-            )
-            watch.step(step + 1, metrics, state[1])
-            made, (step, state) = step + 1, rollback.step(step + 1, tuple(state))
-            if step < made:
-                watch.rolled_back(rollback.history[-1])
-            elif options.eval_every and step % options.eval_every == 0 and step < options.steps:
+        for step, state in run:
+            if interrupted:
+                break
+            if _is_due(step, options):
                 watch.evaluated("valid_perplexity", _perplexity(task, state[0], "valid", options))
         watch.audit(step, state[1])
         decoder = nnx.merge(task.graphdef, state[0], task.frozen)
-        if interrupted:
+        if step < options.steps:
             watch.note(
                 f"stopped after step {step}; the same command goes on from the newest checkpoint, "
                 f"at most {options.save_every} steps back"
@@ -194,13 +165,43 @@ def _train(task: Task, options: Options, where: sharding.Mesh | None) -> Result:
     return Result(decoder, step, ends)
 
 
-def _rollback(options: Options) -> lbw_optax.RollbackManager:
-    """Checkpoints, resume and rollback are one thing: a run without a guard never asks for one."""
-    return lbw_optax.RollbackManager(
-        options.out,
-        max_distance=options.max_distance,
-        save_every=options.save_every,
-    )
+def steps(
+    task: Task, options: Options, watch: Watch, put: Callable[[Any], Any]
+) -> Generator[tuple[int, tuple[Any, Any]], None, None]:
+    """The loop itself: gives (step, (parameters, optimizer state)) at the start and after each.
+
+    The state is gone once the next step is asked for. `step` falls after a rollback.
+    """
+    with (
+        lbw_optax.RollbackManager(
+            options.out, max_distance=options.max_distance, save_every=options.save_every
+        ) as rollback,
+        packing.Prefetch(task.batch, put=put) as batch,
+    ):
+        step, state = rollback.resume((task.params, jax.jit(task.tx.init)(task.params)))
+        watch.move(step)
+        yield step, state
+        while step < options.steps:
+            params, opt_state, metrics = loop.train_step(
+                task.loss_fn,
+                task.tx.update,
+                *state,
+                task.frozen,
+                batch(rollback.data_step(step)),
+                options.microbatches,
+            )
+            watch.step(step + 1, metrics, opt_state)
+            made = step + 1
+            step, state = rollback.step(made, (params, opt_state))
+            if step < made:
+                watch.rolled_back(rollback.history[-1])
+            yield step, state
+
+
+def _is_due(step: int, options: Options) -> bool:
+    """Whether to look at the valid split after this step; the last one has a look of its own."""
+    every = options.eval_every
+    return every > 0 and step % every == 0 and 0 < step < options.steps
 
 
 def _perplexity(task: Task, params: Any, split: str, options: Options | None = None) -> float:
@@ -224,6 +225,34 @@ def _batches(corpus: data.Corpus, options: Options, dropout: bool) -> Callable[[
         return drawn._replace(step=np.uint32(index)) if dropout else drawn
 
     return batch
+
+
+def task(
+    decoder: Decoder,
+    trained: Any,
+    corpus: data.Corpus,
+    options: Options,
+    cost: estimate.Estimate,
+    *,
+    dropout: bool = False,
+) -> Task:
+    """What `train` trains, from its arguments."""
+    graphdef, params, frozen = split(decoder, trained)
+    return Task(
+        graphdef=graphdef,
+        loss_fn=next_token_loss(graphdef, chunk=options.loss_chunk, z_loss=options.z_loss),
+        tx=_optimizer(options),
+        params=params,
+        frozen=frozen,
+        cost=cost,
+        batch=_batches(corpus, options, dropout),
+        held_out={
+            split: data.windows(
+                getattr(corpus, split), batch_size=options.batch_size, length=options.length
+            )
+            for split in ("valid", "test")
+        },
+    )
 
 
 def mesh(options: Options) -> sharding.Mesh | None:
