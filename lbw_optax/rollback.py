@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax import distress, ring
+from lbw_optax.agreement import largest
 from lbw_optax.audit import GuardExhausted
 from lbw_optax.checkpoints import Unreadable
 from lbw_optax.distress import GRACE, REASONS, REQUEST
@@ -204,10 +205,10 @@ class RollbackManager:
     def _read(self, report: tuple[int, jax.Array]) -> Health:
         """What the guard said of the step before."""
         step, numbers = report
-        asked, calm_steps, guard_steps, suspected, governs = (int(x) for x in np.asarray(numbers))
+        asked, minus_calm, guard_steps, suspected, governs = (int(x) for x in np.asarray(numbers))
         updates = 1 if self._guard_steps is None else guard_steps - self._guard_steps
         self._guard_steps = guard_steps
-        return Health(step, asked, calm_steps < updates, bool(suspected), bool(governs))
+        return Health(step, asked, -minus_calm < updates, bool(suspected), bool(governs))
 
     def _roll_back(self, step: int, tree: Any, reason: str) -> tuple[int, Any]:
         self._require_budget(step, reason)
@@ -292,7 +293,7 @@ def _start_report(tree: Any) -> jax.Array:
         )
         for guard in find_all(tree)
     ]
-    numbers = _summarise(parts)
+    numbers = largest(_summarise(parts))
     numbers.copy_to_host_async()
     return numbers
 
@@ -301,7 +302,7 @@ def _start_report(tree: Any) -> jax.Array:
 def _summarise(parts: list[tuple[jax.Array, ...]]) -> jax.Array:
     asked, calm, steps, excess, mode = (jnp.stack(x) for x in zip(*parts, strict=True))
     governs = mode == MODES.index("govern")
-    numbers = [asked.max(), calm.min(), steps.max(), (excess > 0).any(), governs.any()]
+    numbers = [asked.max(), (-calm).max(), steps.max(), (excess > 0).any(), governs.any()]
     return jnp.stack([x.astype(jnp.int32) for x in numbers])
 
 

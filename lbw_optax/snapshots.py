@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lbw_optax.agreement import largest
+
 PINNED = "pinned_host"
 
 
@@ -39,7 +41,7 @@ def take(step: int, tree: Any) -> Snapshot:
     """Copy a state, to pinned host memory where the backend has it. Does not wait."""
     leaves = flatten(tree)
     sums, has_nan = check(leaves)
-    return Snapshot(step, _copy(leaves, to_host=True), sums, has_nan)
+    return Snapshot(step, _copy(leaves, to_host=True), sums, largest(has_nan))
 
 
 def restore(snapshot: Snapshot, like: Any) -> Any:
