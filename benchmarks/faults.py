@@ -28,12 +28,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+import lbw_optax
 from benchmarks import faults_measures, faults_run, results_file
 from benchmarks.faults_measures import Trace
 from benchmarks.faults_methods import METHODS, MIX_STEPS, SCENARIOS, STRUCK, mix
 from benchmarks.faults_run import State, Text
 from benchmarks.provenance import provenance
-from benchmarks.stress import GUARD_CODE, _check, _refuse
+from benchmarks.stress import GUARD_CODE, _check, _refuse, code_digest
 from lbw_optax.testing import Fault
 from train.data import DataError
 
@@ -191,7 +192,16 @@ def _digest(facts: Any) -> str:
 
 
 def _law(method: str) -> str | None:
+    """The guard's code; with rollback also that of the manager."""
+    if METHODS[method].rollback:
+        return ROLLBACK_CODE
     return GUARD_CODE if METHODS[method].guarded else None
+
+
+# Read when the guard is imported, as `GUARD_CODE` is.
+ROLLBACK_CODE = code_digest(
+    Path(lbw_optax.__file__).parent, without=("__init__.py", "audit.py", "report.py", "testing.py")
+)
 
 
 def _progress(total: int) -> Callable[[dict[str, Any]], None]:
