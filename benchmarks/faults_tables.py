@@ -88,6 +88,23 @@ def report(results: Results, records: Sequence[Record], picture: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def summary(results: Results) -> str:
+    """For the README: what each method survives, and the targets in one sentence each."""
+    faults, rows = len(results.scenarios()), []
+    for method in results.methods():
+        shares = [survival(results, name, method) for name in results.scenarios()]
+        known = [share for share in shares if not math.isnan(share)]
+        mixed, wasted = results.mix.get(method, {}).values(), waste(results, method)
+        crashes = f"{sum(not r['survived'] for r in mixed)} of {len(mixed)}" if mixed else "–"
+        spent = "–" if wasted is None else f"{wasted:.0f}"
+        title = METHODS[method].title
+        rows.append([title, f"{sum(known) * faults / len(known):.1f}", crashes, spent])
+    head = ["", f"faults survived, of {faults}", "episodes of the mix lost"]
+    table = _markdown([*head, "steps wasted per crash of AdamW"], rows)
+    said = "; ".join(f"{t.title}: {t.measured}" for t in targets(results)[1:6])
+    return f"{table}\n\nGuard with rollback: {said}.\n\n{losses(results)}"
+
+
 _SURVIVED = (
     "Share of seeds whose final test loss is at most 5 % above that of the same run without the "
     "fault. A run that its rollback manager stops counts as lost."
