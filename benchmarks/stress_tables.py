@@ -16,7 +16,7 @@ from benchmarks.methods import METHODS
 from benchmarks.regimes import REGIMES
 from benchmarks.stress import RESULTS
 from benchmarks.stress_figure import draw
-from benchmarks.stress_grid import Grid, load, pace, perplexity, sensitivity
+from benchmarks.stress_grid import Grid, load, pace, perplexity, ratio, sensitivity
 from benchmarks.stress_targets import peers, targets
 
 
@@ -112,6 +112,21 @@ def lost_cells(grid: Grid) -> str:
                     f"{METHODS[best].title} ({better[best]:.2f}; the guard {own:.2f})"
                 )
     return "\n".join(["Where a peer ends better than the guard:\n", *(lost or ["- nowhere"])])
+
+
+SHORT = ("adamw", "clip-1.0", "agc", "zclip", "stable-spam", "stable-adamw", "momo-adam")
+SHORT += ("prodigy", "dadapt-adamw", "schedule-free", "guard")
+
+
+def short_table(grid: Grid, multiples: tuple[int, ...] = (1, 10, 30)) -> str:
+    """Perplexity over that of AdamW at its tuned rate, in all regimes, for the best-known."""
+    columns = [(regime, multiple) for regime in grid.regimes() for multiple in multiples]
+    entries = []
+    for regime, multiple in columns:
+        shares = [ratio(grid, regime, method, multiple) for method in SHORT]
+        entries.append(_bold_smallest([x and (round(x, 2), f"{x:.2f}") for x in shares]))  # type: ignore[misc]
+    rows = zip([METHODS[method].title for method in SHORT], *entries, strict=True)
+    return _markdown(["", *(f"{REGIMES[r].title} ×{k}" for r, k in columns)], rows)
 
 
 def perplexity_table(grid: Grid, regime: str) -> str:
