@@ -92,9 +92,10 @@ def random_model(config: model.Config, seed: int = 0, **options: Any) -> tuple[m
     return decoder, jax.tree.map(lambda p: p.astype(np.float64), params)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("bias", "tied", "groups"),
+    [(True, True, 2), (True, False, 1), (False, True, 4), (False, False, 2)],
+)
 def test_logits_equal_numpy(bias, tied, groups):
     config = dataclasses.replace(
         SMALL, attention_bias=bias, tie_word_embeddings=tied, num_key_value_heads=groups

@@ -4,10 +4,12 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
-from train import model, presets
+from train import lora, model, presets
 
 # Totals of the published safetensors; of a tied head, the embedding counts once.
 PUBLISHED = {
@@ -77,6 +79,24 @@ def test_parameters_are_as_many_as_published(name):
 
     shapes = jax.tree.leaves(nnx.state(nnx.eval_shape(make), nnx.Param))
     assert sum(leaf.size for leaf in shapes) == PUBLISHED[name]
+
+
+def test_a_step_of_a_large_preset_can_be_traced():
+    """From shapes alone: LoRA on a bfloat16 base, in the way that 7B are trained."""
+
+    def make():
+        bfloat16 = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+        config = model.PRESETS["Qwen/Qwen2.5-7B"]
+        decoder = model.Decoder(config, rngs=nnx.Rngs(0), scan=True, remat=True, **bfloat16)
+        lora.add_lora(decoder, rank=16, alpha=32, rngs=nnx.Rngs(1))
+        return decoder
+
+    graphdef, params, frozen = model.split(nnx.eval_shape(make), nnx.LoRAParam)
+    step = jax.value_and_grad(model.next_token_loss(graphdef, chunk=256))
+    loss, gradients = jax.eval_shape(step, params, frozen, np.zeros((2, 2049), np.int32))
+    assert (loss.shape, loss.dtype) == ((), jnp.float32)
+    assert sum(leaf.size for leaf in jax.tree.leaves(gradients)) == 40_370_176
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,10 @@ def trained(tx, graphdef, params, state, frozen, put):
 
 @pytest.mark.parametrize(
     ("tx", "scan", "adapters"),
-    [(BARE, False, False), (lbw_guard(BARE), True, True)],
-    ids=["full", "guarded lora"],
+    [
+        pytest.param(BARE, False, False, id="full"),
+        pytest.param(lbw_guard(BARE), True, True, id="guarded lora", marks=pytest.mark.slow),
+    ],
 )
 def test_training_on_a_mesh_is_that_of_one_device(tx, scan, adapters):
     graphdef, params, frozen = start(scan, adapters)
