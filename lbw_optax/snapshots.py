@@ -22,13 +22,13 @@ class Snapshot(NamedTuple):
     Attributes:
       step: updates that the state has had.
       leaves: name to array.
-      sums: uint32[n], a checksum of each leaf.
+      sums: uint32[n], a checksum of each leaf; None for a copy that stays in memory.
       has_nan: bool, whether any leaf holds a NaN.
     """
 
     step: int
     leaves: dict[str, Any]
-    sums: jax.Array
+    sums: jax.Array | None
     has_nan: jax.Array
 
     @property
@@ -37,11 +37,12 @@ class Snapshot(NamedTuple):
         return sum(_nbytes(leaf) for leaf in self.leaves.values())
 
 
-def take(step: int, tree: Any) -> Snapshot:
+def take(step: int, tree: Any, *, for_disk: bool = False) -> Snapshot:
     """Copy a state, to pinned host memory where the backend has it. Does not wait."""
     leaves = flatten(tree)
-    sums, has_nan = check(leaves)
-    return Snapshot(step, _copy(leaves, to_host=True), sums, largest(has_nan))
+    sums = checksums(leaves) if for_disk else None
+    has_nan = largest(_has_nan([x for x in leaves.values() if isinstance(x, jax.Array)]))
+    return Snapshot(step, _copy(leaves, to_host=True), sums, has_nan)
 
 
 def restore(snapshot: Snapshot, like: Any) -> Any:
@@ -68,23 +69,25 @@ def unflatten(leaves: dict[str, Any], like: Any) -> Any:
     return jax.tree.unflatten(structure, parts)
 
 
-def check(leaves: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-    r"""A checksum of each leaf, uint32[n], and whether any holds a NaN.
+def checksums(leaves: dict[str, Any]) -> jax.Array:
+    """A checksum of each leaf, uint32[n].
 
     With b_i the bits of element i as an unsigned number, the sum of (2 i + 1) b_i modulo 2^32:
     it changes with any single bit, and does not depend on how the array is sharded.
     """
-    return _check([_as_32_bits(x) if isinstance(x, np.ndarray) else x for x in leaves.values()])
+    return _checksums([_as_32_bits(x) if isinstance(x, np.ndarray) else x for x in leaves.values()])
 
 
 @jax.jit
-def _check(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    if not leaves:
-        return jnp.zeros([0], jnp.uint32), jnp.array(False)
-    floats = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+def _has_nan(arrays: list[jax.Array]) -> jax.Array:
+    floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact)]
     nans = [jnp.any(jnp.isnan(x)) for x in floats]
-    has_nan = functools.reduce(jnp.logical_or, nans, jnp.array(False))
-    return jnp.stack([_checksum(x) for x in leaves]), has_nan
+    return functools.reduce(jnp.logical_or, nans, jnp.array(False))
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([_checksum(x) for x in leaves])
 
 
 def _checksum(x: jax.Array) -> jax.Array:

@@ -65,7 +65,7 @@ class Targets:
 
     def begin(self, tree: Any) -> None:
         """The state that a run starts from is a target; it is on disk when this returns."""
-        snapshot = snapshots.take(0, tree)
+        snapshot = snapshots.take(0, tree, for_disk=True)
         self.folder.tidy(self.journal)
         try:
             checkpoints.save(self.folder.checkpoint(0), snapshot)()
@@ -132,7 +132,7 @@ class Targets:
         to_disk = self._saving is None and step - self._saved_at >= self.plan.save_every
         if not (to_memory or to_disk):
             return
-        snapshot = snapshots.take(step, tree)
+        snapshot = snapshots.take(step, tree, for_disk=to_disk)
         if to_memory:
             self._trial, self._copied_at = snapshot, step
         if to_disk:
