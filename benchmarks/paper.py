@@ -7,6 +7,7 @@ Rows are kept in the result file as they end; those that are there are not run a
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.results or RESULTS / f"paper_{options.preset}.jsonl"
     if options.preset == "tiny" and not options.list:
         paper_tiny.prepare(options.data_dir)
-        _tune(path, tiny_only=True)
+        _tune(path)
     chosen = [case for case in CASES if not options.rows or case.name in options.rows]
     for case in chosen:
         for method in METHODS:
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _tune(path: Path, *, tiny_only: bool) -> None:
+def _tune(path: Path) -> None:
     """AdamW over `GRIDS`, judged on the valid split."""
     for kind, rates in GRIDS.items():
         script, size = ("qwen_lora", "7B") if kind == "lora" else ("tinyllama_full", "TinyLlama")
@@ -58,12 +59,11 @@ def _rates(preset: str, path: Path) -> dict[str, float]:
     """The reference learning rates: given for the large models, tuned for the tiny ones."""
     if preset != "tiny":
         return paper_rows.LARGE_RATES
-    found: dict[str, float] = {}
-    for kind in GRIDS:
-        tried = [r for r in results_file.read(path) if r["row"].startswith(f"tune-{kind}-")]
-        best = min(tried, key=lambda r: r["perplexity"]["valid"], default={"rate": GRIDS[kind][1]})
-        found[kind] = best["rate"]
-    return found
+    records = results_file.read(path)
+    tuned = {kind: paper_page.tuned(records, kind) for kind in GRIDS}
+    return {
+        kind: grid[1] if math.isnan(tuned[kind]) else tuned[kind] for kind, grid in GRIDS.items()
+    }
 
 
 def _run(command: Command) -> dict[str, Any]:

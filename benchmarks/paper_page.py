@@ -105,11 +105,8 @@ def _seconds(record: dict[str, Any] | None) -> str:
 def _notes(records: Sequence[dict[str, Any]]) -> str:
     if not records:
         return "Not run yet: `python -m benchmarks.paper --preset tiny`."
-    first, rates = records[-1], {}
-    for kind in ("lora", "full"):
-        tried = [r for r in records if r["row"].startswith(f"tune-{kind}-")]
-        if tried:
-            rates[kind] = min(tried, key=lambda r: r["perplexity"]["valid"])["rate"]
+    first = next(r for r in reversed(records) if "commit" in r)
+    rates = {kind: tuned(records, kind) for kind in ("lora", "full")}
     return (
         "Test perplexity over all tokens of the held-out text, in windows of "
         f"{first.get('context')} tokens that begin every {first.get('stride')}. Reference rates "
@@ -119,6 +116,14 @@ def _notes(records: Sequence[dict[str, Any]]) -> str:
         f"`python -m benchmarks.paper --preset tiny` at commit {first['commit'][:9]}, "
         f"{first['machine']}, jax {first['versions']['jax']}."
     )
+
+
+def tuned(records: Sequence[dict[str, Any]], kind: str) -> float:
+    """The best of a grid on the valid split; NaN where it has not been run."""
+    tried = [r for r in records if r["row"].startswith(f"tune-{kind}-")]
+    ended = [r for r in tried if r["perplexity"]["valid"] is not None]
+    best = min(ended, key=lambda r: r["perplexity"]["valid"], default={"rate": float("nan")})
+    return float(best["rate"])
 
 
 def large() -> str:

@@ -100,5 +100,5 @@ _TINY = ("--schedule", "constant", "--warmup", "0", "--eval-every", "0", "--trac
 
 def _tiny(script: str, size: str) -> tuple[str, ...]:
     model = ("--preset", "tiny", "--model", str(base(size) / "model"), "--data", str(TEXT))
-    more = ("--steps", "200", "--weight-decay", "0.0001" if script == "qwen_lora" else "0")
+    more = ("--steps", "150", "--weight-decay", "0.0001" if script == "qwen_lora" else "0")
     return (*model, *more, *_TINY)

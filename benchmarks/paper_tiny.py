@@ -21,8 +21,8 @@ SHAPES: dict[str, Config] = {
 }
 """Shapes that differ as the real ones do: in width and depth, in biases and in the tied head."""
 
-BASE_STEPS = 1500
-HELD_OUT = 300_000
+BASE_STEPS = 700
+HELD_OUT = 150_000
 """Characters of each held-out split, from its beginning on, that a perplexity here is of."""
 
 
