@@ -1,9 +1,9 @@
 """One training run with faults in it: a compiled step, run in stretches of `STRETCH` steps.
 
 One program serves every fault, because what strikes in a step is data: the batch (with the data's
-faults in it), a code for the faults inside of the step, and a table of learning rates. Seeds run one
-after the other: under `vmap` they were no faster on a CPU (1.6 against 1.4 ms a step), and what
-strikes in one of them would be computed for all.
+faults in it), a code for the faults inside of the step, and a table of learning rates. Seeds run
+one after the other: under `vmap` they were no faster on a CPU (1.6 against 1.4 ms a step), and
+what strikes in one of them would be computed for all.
 """
 
 import functools
