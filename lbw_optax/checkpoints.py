@@ -62,7 +62,7 @@ def load(path: Path, like: Any) -> Any:
     leaves = {name: read["leaves"].get(name, x) for name, x in wanted.items()}
     if not np.array_equal(np.asarray(snapshots.checksums(leaves)), read["sums"]):
         raise Unreadable("its checksums do not match")
-    return snapshots.unflatten({n: _place(x, wanted[n]) for n, x in leaves.items()}, like)
+    return snapshots.place(leaves, like)
 
 
 def delete(path: Path) -> None:
@@ -81,13 +81,6 @@ def _abstract(x: Any) -> Any:
     if isinstance(x, jax.Array):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
     return np.zeros(x.shape, x.dtype)
-
-
-def _place(x: Any, like: Any) -> Any:
-    """An array that was not bound to its device is not bound afterwards: nothing recompiles."""
-    if isinstance(like, jax.Array) and not like.committed:
-        return snapshots.copy(np.asarray(x))
-    return x
 
 
 def _require_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -212,7 +212,6 @@ class RollbackManager:
 
     def _roll_back(self, step: int, tree: Any, reason: str) -> tuple[int, Any]:
         self._require_budget(step, reason)
-        self._targets.settle(proven=False)
         newest = self.history[-1].to_step if self._in_a_row else step
         for to_step, tier in self._targets.proven():
             if to_step >= newest or step - to_step > self._max_distance:

@@ -47,7 +47,7 @@ def take(step: int, tree: Any, *, for_disk: bool = False) -> Snapshot:
 
 def restore(snapshot: Snapshot, like: Any) -> Any:
     """The state once more, as fresh arrays: the snapshot stays whole when they are donated."""
-    return unflatten(_copy(snapshot.leaves, to_host=False), like)
+    return place(_copy(snapshot.leaves, to_host=False), like)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -62,10 +62,10 @@ def flatten(tree: Any) -> dict[str, Any]:
     }
 
 
-def unflatten(leaves: dict[str, Any], like: Any) -> Any:
+def place(leaves: dict[str, Any], like: Any) -> Any:
     """The state of the kind of `like` that these leaves make."""
     models, structure = jax.tree.flatten(like)
-    parts = [_unpack(x, model) for x, model in zip(leaves.values(), models, strict=True)]
+    parts = [_unpack(_unbind(x, m), m) for x, m in zip(leaves.values(), models, strict=True)]
     return jax.tree.unflatten(structure, parts)
 
 
@@ -128,6 +128,12 @@ def _pack(path: Any, leaf: Any) -> Any:
         f"The leaf {jax.tree_util.keystr(path)} of the training state is of type "
         f"{type(leaf).__name__}: pass a state of arrays, keys and numbers only."
     )
+
+
+def _unbind(x: Any, like: Any) -> Any:
+    """An array that was not bound to its device is not bound afterwards: nothing recompiles."""
+    bound = isinstance(x, jax.Array) and x.committed
+    return copy(np.asarray(x)) if bound and not getattr(like, "committed", True) else x
 
 
 def _unpack(x: Any, like: Any) -> Any:

@@ -241,7 +241,8 @@ class Targets:
 
     def return_to(self, step: int) -> None:
         """Forget everything after this step: it belongs to a run that is not continued."""
-        self.settle(proven=False)
+        if self._saving is not None:  # what lies before a proven state is proven with it
+            self.settle(proven=self._saving.step <= step)
         self._memory = [snapshot for snapshot in self._memory if snapshot.step <= step]
         self._trial = None
         self._copied_at = self._saved_at = step

@@ -9,10 +9,10 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import assert_same_bits, bits
 
-from lbw_optax import RollbackManager, lbw_guard, snapshots
+from lbw_optax import RollbackManager, checkpoints, lbw_guard, snapshots
 
 TX = lbw_guard(optax.adam(0.1))
 
@@ -77,13 +77,13 @@ def odd_leaves() -> Any:
     }
 
 
-def sharded() -> Any:
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+def sharded(kind: AxisType = AxisType.Auto) -> Any:
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
 
     def place(x: jax.Array) -> jax.Array:
-        axes = ["data" if x.ndim and x.shape[0] % 4 == 0 else None]
-        axes += ["model"] * (x.ndim > 1 and x.shape[1] % 2 == 0)
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes[: x.ndim])))
+        """Matrices split over both axes; the guard's scalars and rings whole everywhere."""
+        spec = PartitionSpec("data", "model") if x.ndim == 2 else PartitionSpec()
+        return jax.device_put(x, NamedSharding(mesh, spec))
 
     w = {"w": jnp.arange(64.0).reshape(8, 8), "b": jnp.arange(3.0)}
     return jax.tree.map(place, w), jax.tree.map(place, TX.init(w))
@@ -100,6 +100,7 @@ TREES = {
     "lora_only": lora_only,
     "train_state": train_state,
     "sharded": sharded,
+    "explicitly_sharded": lambda: sharded(AxisType.Explicit),
 }
 
 
@@ -171,6 +172,18 @@ def test_a_sharded_state_resumes_on_other_devices(tmp_path):
     assert_same(tree, single, weak=False)
 
 
+def test_pinned_host_memory(tmp_path, monkeypatch):
+    """The way that accelerators take; the CPU backend has such a memory too."""
+    monkeypatch.setattr(snapshots, "_may_pin", lambda x: True)
+    tree = (params(), jax.random.key(7), iterator())
+    snapshot = snapshots.take(0, tree, for_disk=True)
+    kinds = {x.sharding.memory_kind for x in snapshot.leaves.values() if isinstance(x, jax.Array)}
+    assert kinds == {"pinned_host"}
+    assert_same(snapshots.restore(snapshot, changed(tree)), tree, weak=False)
+    checkpoints.save(tmp_path / "0", snapshot)()
+    assert_same(checkpoints.load(tmp_path / "0", changed(tree)), tree, weak=False)
+
+
 def test_a_snapshot_outlives_donation_and_use():
     """Also when what it gave back is donated in turn."""
     tree = {"w": jnp.arange(1000.0), "host": np.arange(3)}
@@ -224,7 +237,7 @@ def test_every_single_bit_changes_the_checksum():
 
 def test_the_checksum_does_not_depend_on_the_sharding():
     x = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     for spec in (("a", "b"), ("b", "a"), (None, "a"), (("a", "b"), None)):
         placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
         assert snapshots.checksums({"x": placed}).tolist() == [checksum_reference(x)]
