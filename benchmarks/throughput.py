@@ -29,7 +29,7 @@ from flax import nnx
 
 from benchmarks.provenance import provenance
 from lbw_optax import lbw_guard
-from train import data, estimate, lora, model, run, weights
+from train import data, estimate, lora, model, packing, run, weights
 from train.options import Options
 from train.watch import Watch
 
@@ -169,8 +169,9 @@ def _ours(decoder: model.Decoder, trained: Any, options: Options, steps: int) ->
     """The loop of `train.run`, as the scripts have it, a stretch at a time."""
     task = run.task(_copy(decoder), trained, _corpus(options), options, _cost(decoder, options))
     options.out.mkdir(parents=True, exist_ok=True)
-    watch = Watch(options, task.cost)
-    walk = run.steps(task, options, watch, jax.device_put)
+    watch, rollback = Watch(options, task.cost), run.checkpoints(options)
+    batch = packing.Prefetch(task.batch)
+    walk = run.steps(task, options, rollback, watch, batch, jax.jit(task.tx.init)(task.params))
     next(walk)
 
     def stretch() -> float:

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -142,10 +142,11 @@ def _train(task: Task, options: Options, where: sharding.Mesh | None) -> Result:
     began = time.perf_counter()
     with (
         Interrupt() as interrupted,
+        checkpoints(options) as rollback,  # first, for it says if another process is here
         Watch(options, task.cost) as watch,
-        contextlib.closing(steps(task, options, watch, _put(where))) as run,
+        packing.Prefetch(task.batch, put=_put(where)) as batch,
     ):
-        for step, state in run:
+        for step, state in steps(task, options, rollback, watch, batch, _init(task, where)):
             if interrupted:
                 break
             if _is_due(step, options):
@@ -166,36 +167,50 @@ def _train(task: Task, options: Options, where: sharding.Mesh | None) -> Result:
 
 
 def steps(
-    task: Task, options: Options, watch: Watch, put: Callable[[Any], Any]
-) -> Generator[tuple[int, tuple[Any, Any]], None, None]:
+    task: Task,
+    options: Options,
+    rollback: lbw_optax.RollbackManager,
+    watch: Watch,
+    batch: Callable[[int], Any],
+    opt_state: Any,
+) -> Iterator[tuple[int, tuple[Any, Any]]]:
     """The loop itself: gives (step, (parameters, optimizer state)) at the start and after each.
 
     The state is gone once the next step is asked for. `step` falls after a rollback.
     """
-    with (
-        lbw_optax.RollbackManager(
-            options.out, max_distance=options.max_distance, save_every=options.save_every
-        ) as rollback,
-        packing.Prefetch(task.batch, put=put) as batch,
-    ):
-        step, state = rollback.resume((task.params, jax.jit(task.tx.init)(task.params)))
-        watch.move(step)
+    step, state = rollback.resume((task.params, opt_state))
+    watch.move(step)
+    yield step, state
+    while step < options.steps:
+        params, opt_state, metrics = loop.train_step(
+            task.loss_fn,
+            task.tx.update,
+            *state,
+            task.frozen,
+            batch(rollback.data_step(step)),
+            options.microbatches,
+        )
+        watch.step(step + 1, metrics, opt_state)
+        made = step + 1
+        step, state = rollback.step(made, (params, opt_state))
+        if step < made:
+            watch.rolled_back(rollback.history[-1])
         yield step, state
-        while step < options.steps:
-            params, opt_state, metrics = loop.train_step(
-                task.loss_fn,
-                task.tx.update,
-                *state,
-                task.frozen,
-                batch(rollback.data_step(step)),
-                options.microbatches,
-            )
-            watch.step(step + 1, metrics, opt_state)
-            made = step + 1
-            step, state = rollback.step(made, (params, opt_state))
-            if step < made:
-                watch.rolled_back(rollback.history[-1])
-            yield step, state
+
+
+def checkpoints(options: Options) -> lbw_optax.RollbackManager:
+    """Checkpoints, resume and rollback are one thing; it lives in the run directory."""
+    return lbw_optax.RollbackManager(
+        options.out, max_distance=options.max_distance, save_every=options.save_every
+    )
+
+
+def _init(task: Task, where: sharding.Mesh | None) -> Any:
+    """The optimizer's first state, its moments spread over the devices as the parameters are."""
+    if where is None:
+        return jax.jit(task.tx.init)(task.params)
+    places = sharding.shardings(jax.eval_shape(task.tx.init, task.params), where)
+    return jax.jit(task.tx.init, out_shardings=places)(task.params)
 
 
 def _is_due(step: int, options: Options) -> bool:

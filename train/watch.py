@@ -15,6 +15,8 @@ from train.speed import Speed
 
 AUDIT_EVERY = 50
 """Steps; the guard's ring holds 64."""
+LEFT_OUT = "gradient_log2/"
+"""A histogram of sixteen numbers a step, which no log needs."""
 
 
 class _Step(NamedTuple):
@@ -45,7 +47,8 @@ class Watch:
     def step(self, number: int, metrics: dict[str, jax.Array], opt_state: Any) -> None:
         """Take note of update `number`, from 1; `opt_state` is the state after it."""
         self._show()
-        self._before = _Step(number, metrics, self._speed.step())
+        kept = {name: x for name, x in metrics.items() if not name.startswith(LEFT_OUT)}
+        self._before = _Step(number, kept, self._speed.step())
         if number % AUDIT_EVERY == 0:
             self.audit(number, opt_state)
 
