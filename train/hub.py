@@ -4,7 +4,6 @@ Nothing here is imported before it is needed: `datasets` and `transformers` are 
 `train`.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -164,7 +163,6 @@ def _articles(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _module(name: str, purpose: str) -> Any:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         return __import__(name)
     except ImportError as error:

@@ -95,8 +95,10 @@ def parse(
     Raises:
       SystemExit: for ``--help`` (0) and for arguments that mean nothing (2).
     """
-    import tyro
-
+    try:
+        import tyro
+    except ImportError:
+        fail(prog, "the scripts need tyro: pip install 'lbw_optax[train]'")
     given = list(sys.argv[1:] if arguments is None else arguments)
     name, given = _preset(given, next(iter(presets)))
     if name not in presets:

@@ -73,7 +73,7 @@ def command(script, place, out, *arguments):
 
 def finish(command, environment):
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -151,7 +151,7 @@ def uninterrupted(place, environment):
 
 def wait_for_step(process, out, step):
     """Until the log holds this step; the file grows while the process runs."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         if (out / "log.jsonl").exists() and len(logs.history(out).get("step", [])) >= step:
@@ -182,7 +182,7 @@ def test_a_run_that_is_stopped_and_then_killed_ends_bitwise_as_the_uninterrupted
     process = started(interruptible, environment)
     wait_for_step(process, out, 13)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert "the same command goes on" in errors.splitlines()[-1]
