@@ -1,6 +1,8 @@
-# `make test` and `make demo` need only Python >= 3.11 and a package index.
+# `make test` and `make demo` need only Python >= 3.11 and a package index. EXTRAS=dev,parity adds
+# torch, transformers and peft, and the tests that compare with them; without, they are skipped.
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= dev
 JOBS ?= 2
 BIN := $(VENV)/bin
 
@@ -11,7 +13,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lbw_optax needs Python 3.11 or newer; pass one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	touch $@
 
 lint: install
