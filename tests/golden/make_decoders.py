@@ -73,9 +73,13 @@ def build(case: str, seed: int = 0) -> Any:
 
 
 def batch(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and positions of two sequences; the second lies far from the start."""
+    """Tokens and positions of two sequences; those of the second lie far from each other.
+
+    Only distances between positions matter, so that a frequency which is slightly wrong would not
+    be seen in a sequence that merely starts late.
+    """
     tokens = np.random.default_rng(seed).integers(SMALL["vocab_size"], size=(2, 12))
-    positions = np.arange(12)[None] + np.array([[0], [32_000]])
+    positions = np.arange(12)[None] * np.array([[1], [2_917]])
     return tokens.astype(np.int32), positions.astype(np.int32)
 
 
@@ -85,7 +89,9 @@ def outcome(model: Any, tokens: np.ndarray, positions: np.ndarray) -> dict[str, 
 
     model.zero_grad()
     ids = torch.tensor(tokens, dtype=torch.long)
-    logits = model(ids, position_ids=torch.tensor(positions, dtype=torch.long)).logits
+    places = torch.tensor(positions, dtype=torch.long)
+    # Without a mask, positions that jump would mean packed documents.
+    logits = model(ids, position_ids=places, attention_mask=torch.ones_like(ids)).logits
     flat = logits[:, :-1].flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(flat, ids[:, 1:].flatten())
     loss.backward()

@@ -63,3 +63,4 @@ def test_the_numbers_are_of_what_they_name():
     assert {config["rope_parameters"]["rope_type"] for config in configs} == {"default", "llama3"}
     assert any("sliding_attention" in config.get("layer_types", []) for config in configs)
     assert all(GOLDEN[f"{case}/positions"].max() > 32_000 for case in CASES)
+    assert all(np.diff(GOLDEN[f"{case}/positions"]).max() > 2_000 for case in CASES)

@@ -137,6 +137,21 @@ def test_padding_on_the_left_is_an_attention_mask(tmp_path):
     assert_close(found[real], expected[real])
 
 
+@pytest.mark.parametrize("case", ["qwen2-untied-window", "qwen3"])
+def test_packed_documents_are_those_of_transformers(case, tmp_path):
+    """Which takes them from positions that begin again, where there is no other mask."""
+    import torch
+
+    network = make_decoders.build(case)
+    network.save_pretrained(tmp_path)
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], [0, 1, 0, 0, 1, 2, 3, 4, 5, 6]])
+    expected = torch_logits(network, position_ids=torch.tensor(positions), use_cache=False)
+    segments = jnp.asarray(np.cumsum(positions == 0, axis=1), jnp.int32)
+    assert_close(logits_of(weights.load(tmp_path), segments=segments), expected)
+    alone = torch_logits(network)
+    assert np.abs(alone - expected).max() > 0.01
+
+
 # --- files, both ways --------------------------------------------------------------------------
 
 
