@@ -45,6 +45,7 @@ QUICK_LRS = ("1", "10", "100")
 HOST_SIDE = (
     *("__init__.py", "audit.py", "report.py", "testing.py"),
     *("rollback.py", "targets.py", "snapshots.py", "checkpoints.py", "folder.py", "journal.py"),
+    "agreement.py",
 )
 """Modules of the guard that run on the host and decide no number."""
 
