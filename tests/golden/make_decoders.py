@@ -28,7 +28,7 @@ LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 400,  # so that one frequency lies in between
 }
 LONG = {"rope_type": "default", "rope_theta": 1e6}
 CASES: dict[str, dict[str, Any]] = {

@@ -37,7 +37,7 @@ ARCHITECTURES = {
     "llama3-rope": {
         "attention_bias": False,
         "tie_word_embeddings": False,
-        "rope_scaling": model.Llama3Rope(8.0, 1.0, 4.0, 64),
+        "rope_scaling": model.Llama3Rope(8.0, 1.0, 4.0, 480),
         "max_position_embeddings": 512,
     },
 }
