@@ -60,7 +60,12 @@ def figure(panels: Mapping[str, Sequence[Curve]], path: str | os.PathLike[str]) 
 
 
 SMOOTHED = 10
-MARKS = {"skip": ("X", "skipped step"), "hold": ("s", "hold"), "cut": ("v", "cut")}
+MARKS = {
+    "skip": ("X", "skipped step"),
+    "hold": ("s", "hold"),
+    "cut": ("v", "cut"),
+    "rollback": ("<", "rollback"),
+}
 # Okabe and Ito's palette, the colours that are also legible as lines on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 _STYLE: dict[str, Any] = {

@@ -4,7 +4,8 @@ A tiny decoder learns the source of Python's standard library: from scratch with
 recipe (warm-up and cosine, clip 1.0, b2 0.95, weight decay 0.1), then by LoRA on what the first
 run has learned, at a constant rate. Both runs of a pair have the same seed, batches and initial
 parameters. The rate was tuned for AdamW on the valid split (--tune); the table is about the test
-split.
+split. One more run, by LoRA at 100 times the rate, meets six batches whose loss is NaN, and goes
+back.
 """
 
 import argparse
@@ -25,12 +26,14 @@ import lbw_optax
 from benchmarks.provenance import provenance
 from benchmarks.results_file import finite
 from lbw_optax import report
-from train import data, loop, lora
+from train import data, loop, lora, mishap
 from train.model import PRESETS, Config, Decoder, next_token_loss, split
 from train.progress import Progress
 
 TITLES = {"scratch": "From scratch, warm-up and cosine", "lora": "LoRA on a briefly trained base"}
 METHODS = {"adamw": "AdamW", "guard": "guard"}
+MISHAP, ROLLBACK = "mishap", "guard + rollback"
+MISHAP_TITLE = "LoRA, 100×, six bad batches"
 MULTIPLES = (1, 10, 100)
 # The best of the grid for AdamW: benchmarks/results/demo_tuning.json, made with --tune.
 RATES = {"scratch": 2e-3, "lora": 1e-3}
@@ -78,6 +81,7 @@ class Run(NamedTuple):
     params: Any
     history: dict[str, np.ndarray]
     events: list[lbw_optax.Event]
+    rollbacks: Sequence[Any] = ()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,13 +106,13 @@ def compare(bench: "Bench", out: Path) -> int:
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     steps = sum(map(bench.settings.steps, TITLES)) * len(MULTIPLES) * len(METHODS)
+    steps += bench.settings.lora_steps
     runs: list[Run] = []
     with Progress(steps) as progress:
         try:
             for run in _runs(bench, progress):
                 runs.append(run)
-                name = _name(run.task, run.method, run.rate)
-                progress.note(f"{name}: test perplexity {run.perplexity:.2f}")
+                progress.note(f"{_title(run)}: test perplexity {run.perplexity:.2f}")
         except KeyboardInterrupt:
             if not runs:
                 raise
@@ -117,7 +121,7 @@ def compare(bench: "Bench", out: Path) -> int:
     report.figure(_panels(runs), out / "demo.png")
     print(table(runs, bench))
     print(f"\n{seconds:.0f} s. Figure and numbers: {out / 'demo.png'}, {out / 'demo.json'}")
-    planned = len(TITLES) * len(MULTIPLES) * len(METHODS)
+    planned = len(TITLES) * len(MULTIPLES) * len(METHODS) + 1
     if len(runs) < planned:
         print(f"Stopped: {len(runs)} of {planned} runs were finished, and only these are shown.")
         return 130
@@ -134,6 +138,7 @@ def _runs(bench: "Bench", progress: Progress) -> Iterator[Run]:
                 run = bench.run(task, method, multiple * RATES[name], "test", progress)
                 base = run.params if base is None else base
                 yield run
+    yield bench.mishap(task, MULTIPLES[-1] * RATES["lora"], progress)
 
 
 def tune(bench: "Bench", path: Path) -> int:
@@ -241,6 +246,36 @@ class Bench:
             events=list(events.values()),
         )
 
+    def mishap(self, task: Task, rate: float, progress: Progress) -> Run:
+        """LoRA through a bad stretch of data, with rollback (`train.mishap`)."""
+        started = time.perf_counter()
+        tx, steps = self._optimizers["lora"]["guard"], self.settings.lora_steps
+        progress.start(MISHAP_TITLE, steps)
+        opt_state = optax.tree.set(tx.init(task.params), learning_rate=jnp.float32(rate))
+        found = mishap.survive(
+            task.loss_fn,
+            task.params,
+            task.frozen,
+            tx,
+            opt_state,
+            task.batch,
+            steps,
+            lambda step, metrics, opt_state: progress.step(step, metrics),
+        )
+        return Run(
+            task=MISHAP,
+            method="guard",
+            rate=rate,
+            perplexity=loop.perplexity(
+                task.loss_fn, found.params, self._windows["test"], frozen=task.frozen
+            ),
+            seconds=time.perf_counter() - started,
+            params=found.params,
+            history=found.history,
+            events=found.events,
+            rollbacks=found.rollbacks,
+        )
+
     def facts(self) -> dict[str, Any]:
         """What a result file says about code, machine, settings and text."""
         settings = self.settings._asdict() | {"config": vars(self.settings.config)}
@@ -272,6 +307,7 @@ def table(runs: Sequence[Run], bench: Bench) -> str:
             rate = multiple * RATES[task]
             cells = "".join(f"{_cell(runs, task, method, rate):>18}" for method in METHODS)
             lines.append(f"  learning rate {rate:<6g} {_multiple(multiple):<12}{cells}")
+    lines += [f"\n{_say_mishap(run, runs)}" for run in runs if run.task == MISHAP]
     return "\n".join(lines)
 
 
@@ -280,8 +316,17 @@ def _cell(runs: Sequence[Run], task: str, method: str, rate: float) -> str:
     return f"{found[0].perplexity:.2f} {_ratio(found[0], runs):>6.2f}×" if found else "–"
 
 
+def _say_mishap(run: Run, runs: Sequence[Run]) -> str:
+    went = ", ".join(f"from step {r.from_step} to {r.to_step}" for r in run.rollbacks)
+    return (
+        f"{MISHAP_TITLE}, {ROLLBACK}: {run.perplexity:.2f} {_ratio(run, runs):>6.2f}×; "
+        f"went back {went or 'nowhere'}"
+    )
+
+
 def _ratio(run: Run, runs: Sequence[Run]) -> float:
-    tuned = next(r for r in runs if (r.task, r.method) == (run.task, "adamw"))
+    task = "lora" if run.task == MISHAP else run.task
+    tuned = next(r for r in runs if (r.task, r.method) == (task, "adamw"))
     return run.perplexity / tuned.perplexity
 
 
@@ -293,8 +338,23 @@ def _name(task: str, method: str, rate: float) -> str:
     return f"{TITLES[task]}, {METHODS[method]}, learning rate {rate:g}"
 
 
+def _title(run: Run) -> str:
+    return MISHAP_TITLE if run.task == MISHAP else _name(run.task, run.method, run.rate)
+
+
 def _panels(runs: Sequence[Run]) -> dict[str, list[report.Curve]]:
     """A column per task; AdamW first, so that the legend's columns are the methods."""
+    last = {
+        MISHAP_TITLE: [
+            report.Curve(ROLLBACK, run.history["loss"], run.history["scale"], run.events)
+            for run in runs
+            if run.task == MISHAP
+        ]
+    }
+    return _pairs(runs) | {title: curves for title, curves in last.items() if curves}
+
+
+def _pairs(runs: Sequence[Run]) -> dict[str, list[report.Curve]]:
     return {
         title: [
             report.Curve(
@@ -320,7 +380,8 @@ def _document(bench: Bench, runs: Sequence[Run]) -> dict[str, Any]:
                 "task": run.task,
                 "method": run.method,
                 "learning_rate": run.rate,
-                "multiple_of_tuned": round(run.rate / RATES[run.task]),
+                "multiple_of_tuned": round(run.rate / RATES.get(run.task, RATES["lora"])),
+                "rollbacks": [rollback._asdict() for rollback in run.rollbacks],
                 "perplexity": run.perplexity,
                 "ratio_to_tuned_adamw": _ratio(run, runs),
                 "seconds": round(run.seconds, 2),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from train import demo
+from train import demo, mishap
 
 ROOT = Path(demo.__file__).parent.parent
 COMMAND = [sys.executable, "-W", "error", "-m", "train.demo"]
@@ -69,12 +69,29 @@ def test_the_json_holds_the_table_and_where_it_comes_from(finished):
     )
     assert document["seed"] == 3
     runs = document["runs"]
-    assert len(runs) == 12
+    assert len(runs) == 13
     for run in runs:
         assert f"{run['perplexity']:.2f} {run['ratio_to_tuned_adamw']:>6.2f}×" in done.stdout
-        assert len(run["history"]["loss"]) == demo.QUICK.steps(run["task"])
+        undone = sum(r["from_step"] - r["to_step"] for r in run["rollbacks"])
+        assert len(run["history"]["loss"]) == demo.QUICK.steps(_task(run)) + undone
         assert ("scale" in run["history"]) == (run["method"] == "guard")
         assert run["seconds"] > 0
+
+
+def _task(run):
+    return "lora" if run["task"] == demo.MISHAP else run["task"]
+
+
+def test_the_last_run_goes_back_once_and_passes_over_the_bad_batches(finished):
+    run = json.loads((finished[1] / "demo.json").read_text())["runs"][-1]
+    (rollback,) = run["rollbacks"]
+    assert rollback["reason"] == "nonfinite"
+    lost = [loss is None for loss in run["history"]["loss"]]
+    first = demo.QUICK.lora_steps // 2
+    assert lost == [first <= call < first + mishap.LENGTH for call in range(len(lost))]
+    actions = [event["action"] for event in run["events"]]
+    assert (actions.count("skip"), actions.count("rollback")) == (mishap.LENGTH, 1)
+    assert "went back from step" in finished[0].stdout
 
 
 def test_pairs_start_alike(finished):
@@ -114,8 +131,8 @@ def test_interrupted_it_keeps_what_is_finished(finished, place, environment):
     assert process.returncode == 130
     assert "Traceback" not in errors
     kept = json.loads((out / "demo.json").read_text())["runs"]
-    assert 1 <= len(kept) < 12
-    assert f"Stopped: {len(kept)} of 12 runs" in output
+    assert 1 <= len(kept) < 13
+    assert f"Stopped: {len(kept)} of 13 runs" in output
     assert imread(out / "demo.png").ndim == 3
 
 
