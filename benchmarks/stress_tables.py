@@ -114,8 +114,10 @@ def lost_cells(grid: Grid) -> str:
     return "\n".join(["Where a peer ends better than the guard:\n", *(lost or ["- nowhere"])])
 
 
-SHORT = ("adamw", "clip-1.0", "agc", "zclip", "stable-spam", "stable-adamw", "momo-adam")
-SHORT += ("prodigy", "dadapt-adamw", "schedule-free", "guard")
+SHORT = (
+    *("adamw", "clip-1.0", "agc", "zclip", "stable-spam", "stable-adamw", "momo-adam"),
+    *("prodigy", "dadapt-adamw", "schedule-free", "guard"),
+)
 
 
 def short_table(grid: Grid, multiples: tuple[int, ...] = (1, 10, 30)) -> str:
