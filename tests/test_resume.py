@@ -1,6 +1,7 @@
 """After a kill: real processes, real files, and every way in which a checkpoint can be damaged."""
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -19,6 +20,16 @@ from support import assert_same_bits
 from lbw_optax import AuditLog, RollbackManager
 
 TESTS = Path(__file__).parent
+
+# When one read of a damaged checkpoint fails, Orbax leaves the others to end after their event
+# loop has: Python says so when it collects them, and it does that in this module.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collected_here():
+    yield
+    gc.collect()
 
 
 def child(code: str, *arguments, **options) -> subprocess.Popen:
@@ -112,9 +123,6 @@ def test_an_occupied_directory_must_be_resumed(directory):
 
 # --- damage ------------------------------------------------------------------------------------
 
-# When one read fails, Orbax leaves the others to end after their event loop has.
-orbax_leaves_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 def files_of(directory: Path, step: int) -> list[Path]:
     return sorted(p for p in (directory / "checkpoints" / str(step)).rglob("*") if p.is_file())
@@ -128,7 +136,6 @@ def resume_and_listen(directory: Path):
     return step, tree, "; ".join(str(warning.message) for warning in caught)
 
 
-@orbax_leaves_reads
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
 def test_every_file_of_a_checkpoint_may_be_damaged(directory, damage):
     step = newest(directory)
@@ -184,19 +191,16 @@ def assert_flips_are_harmless(directory: Path, count: int, seed: int) -> int:
     return fell_back
 
 
-@orbax_leaves_reads
 def test_a_flipped_bit_is_never_loaded(directory):
     """The state is right or older, and most bits of a file matter."""
     assert assert_flips_are_harmless(directory, 24, seed=0) >= 12
 
 
-@orbax_leaves_reads
 @pytest.mark.slow
 def test_many_flipped_bits(directory):
     assert assert_flips_are_harmless(directory, 1500, seed=1) >= 750
 
 
-@orbax_leaves_reads
 def test_a_checkpoint_that_is_gone(directory):
     for step in (40, 32):  # a candidate, whose save a kill may have cut short, and a good one
         shutil.rmtree(directory / "checkpoints" / str(step))
@@ -207,7 +211,6 @@ def test_a_checkpoint_that_is_gone(directory):
     assert_same_bits(tree, plain(24))
 
 
-@orbax_leaves_reads
 def test_nothing_can_be_read(directory):
     shutil.rmtree(directory / "checkpoints")
     with pytest.raises(ValueError, match=r"No checkpoint in .* can be read \(step 32: .*anew"):
@@ -226,7 +229,6 @@ def test_a_damaged_journal(directory):
         RollbackManager(directory, **QUICK)
 
 
-@orbax_leaves_reads
 def test_a_damaged_checkpoint_is_passed_over_by_a_rollback(tmp_path):
     """The disk tier alone; its newest target is cut while the run goes on."""
 
