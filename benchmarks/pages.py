@@ -9,12 +9,15 @@ import functools
 import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results_file
+from benchmarks import generality as generality_run
+from benchmarks import results_file, stress_grid, stress_tables
+from benchmarks import stress as stress_run
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -62,11 +65,18 @@ def demo() -> str:
             adamw, guard = (cells[task, multiple, method] for method in ("adamw", "guard"))
             rate = f"{adamw['learning_rate']:g}" + (" (tuned)" if multiple == 1 else "")
             rows.append([title, rate, _perplexity(adamw), _perplexity(guard)])
+    rows += [_mishap(run) for run in result["runs"] if run["task"] == "mishap"]
     table = _table(["", "learning rate", "AdamW", "guarded AdamW"], rows)
     return (
         f"{table}\n\nTest perplexity, and its ratio to AdamW at its tuned rate. "
         f"`make demo` at {_where(result)}; {result['seconds']:.0f} s."
     )
+
+
+def _mishap(run: dict[str, Any]) -> list[str]:
+    back = ", ".join(f"step {r['from_step']} to {r['to_step']}" for r in run["rollbacks"])
+    title = f"LoRA, six batches whose loss is NaN, rollback (from {back})"
+    return [title, f"{run['learning_rate']:g}", "–", _perplexity(run)]
 
 
 def overhead() -> str:
@@ -125,6 +135,46 @@ def sensitivity() -> str:
     return f"{_table(head, rows)}\n\n{note}"
 
 
+def stress() -> str:
+    """The short table of the stress benchmark."""
+    grid = stress_grid.load(results_file.read(stress_run.RESULTS), "test")
+    note = (
+        "Final test perplexity over that of AdamW at its tuned rate, in each regime at that rate, "
+        "10 and 30 times it, median over seeds; **bold** is the best of a column. All methods, all "
+        "rates, targets and every cell that a peer wins: [STRESS.md](benchmarks/STRESS.md)."
+    )
+    return f"{stress_tables.short_table(grid)}\n\n{note}"
+
+
+def generality() -> str:
+    """Other models and other inner optimizers: loss, bare and guarded, at both rates."""
+    records = results_file.read(RESULTS / "generality.jsonl")
+    rows = []
+    for task, inner in dict.fromkeys((r["task"], r["inner"]) for r in records):
+        runs = [r for r in records if (r["task"], r["inner"]) == (task, inner)]
+        tuned = min(r["lr"] for r in runs if r["guarded"])
+        cells = [
+            _median([r["loss"] for r in runs if _is_cell(r, guarded, tuned * multiple)])
+            for multiple in (1, 30)
+            for guarded in (False, True)
+        ]
+        rows.append([task, inner, f"{tuned:g}", *cells])
+    head = ["model", "inner", "tuned rate", "bare ×1", "guarded ×1", "bare ×30", "guarded ×30"]
+    where = _where(records[0])
+    note = f"Held-out loss, median of three seeds (`python -m benchmarks.generality`, {where})."
+    return f"{_table(head, rows)}\n\n{note}"
+
+
+def _is_cell(record: dict[str, Any], guarded: bool, lr: float) -> bool:
+    reported = record["seed"] in generality_run.SEEDS
+    return reported and record["guarded"] == guarded and math.isclose(record["lr"], lr)
+
+
+def _median(losses: list[float | None]) -> str:
+    middle = statistics.median(math.inf if loss is None else loss for loss in losses)
+    return "diverged" if math.isinf(middle) else f"{middle:.3f}"
+
+
 def attempts(hidden: int) -> str:
     """Every law that was tried on a model of this width: geometric mean over seeds."""
     cells: dict[str, dict[tuple[str, float], list[float]]] = {}
@@ -161,11 +211,13 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "demo": demo,
         "overhead": overhead,
         "placements": placements,
-        "sensitivity": sensitivity,
+        "stress": stress,
     },
     "benchmarks/LAW.md": {
         "attempts": functools.partial(attempts, 64),
         "attempts at the benchmark's size": functools.partial(attempts, 96),
+        "generality": generality,
+        "sensitivity": sensitivity,
     },
 }
 
