@@ -112,7 +112,7 @@ _SURVIVED = (
 _RECOVERED = (
     "Median over seeds of the steps from the fault to the first from which on the parameters move "
     "in every one of 10 steps and their held-out loss is, in the mean, within 1 % of that without "
-    "the fault at the same training step; 0: it was never otherwise; –: never."
+    "the fault at the same training step; 0: it was never otherwise; –: never, or lost in the end."
 )
 _LOST = (
     "Median over seeds of the steps that were done in vain: those in which no parameter moved, and "
@@ -131,6 +131,7 @@ _MIX = (
 
 
 def _provenance(records: Sequence[Record]) -> str:
+    records = [record for record in records if "scenario" in record]
     newest = records[-1]
     shape, versions = newest["model"], newest["versions"]
     commits = sorted({f"{r['commit']}"[:10] + "*" * bool(r["dirty"]) for r in records})
@@ -186,10 +187,11 @@ def _crashes(results: Results) -> str:
 def _recovery(results: Results) -> str:
     """Over those faults of the grid that AdamW does not survive."""
     steps = [
-        _or_never(r["recovery"][0])
+        steps
         for name in results.scenarios()
         if survival(results, name, "adamw") < 0.5
         for r in results.grid.get((name, OURS), [])
+        for steps in recoveries(r)
     ]
     return (
         f"{_steps(statistics.median(steps))} (faults that AdamW does not survive)" if steps else "–"
@@ -239,7 +241,7 @@ def mix_table(results: Results) -> str:
     rows = []
     for method in (name for name in METHODS if name in results.mix):
         records = list(results.mix[method].values())
-        steps = [_or_never(s) for r in records for s in r["recovery"]]
+        steps = [s for r in records for s in recoveries(r)]
         wasted = waste(results, method)
         rows.append(
             [
@@ -276,7 +278,7 @@ def survival_table(results: Results) -> str:
 
 def recovery_table(results: Results) -> str:
     def entry(records: Sequence[Record]) -> str:
-        return _steps(statistics.median(_or_never(r["recovery"][0]) for r in records))
+        return _steps(statistics.median(steps for r in records for steps in recoveries(r)))
 
     return _by_scenario(results, entry)
 
@@ -321,8 +323,10 @@ def _by_scenario(results: Results, entry: Callable[[Sequence[Record]], str]) -> 
     return _markdown(["", *(METHODS[method].title for method in methods)], rows)
 
 
-def _or_never(steps: int | None) -> float:
-    return math.inf if steps is None else steps
+def recoveries(record: Record) -> list[float]:
+    """Steps to recover from each fault of a run; a run that is lost has recovered from none."""
+    lost = not record["survived"]
+    return [math.inf if lost or steps is None else steps for steps in record["recovery"]]
 
 
 def _steps(steps: float) -> str:

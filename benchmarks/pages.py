@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import faults_tables, results_file, stress_grid, stress_tables
 from benchmarks import generality as generality_run
-from benchmarks import results_file, stress_grid, stress_tables
 from benchmarks import stress as stress_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,12 +206,20 @@ def _mean(values: list[float] | None) -> str:
     return f"{math.exp(sum(map(math.log, values)) / len(values)):.2f}{seeds}"
 
 
+def faults() -> str:
+    """What each method survives of the faults that are put into its runs."""
+    records = results_file.read(RESULTS / "faults.jsonl")
+    where = f"`python -m benchmarks.faults`, {_where(records[-1])}"
+    return f"{faults_tables.summary(faults_tables.load(records))}\n\n({where}.)"
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "demo": demo,
         "overhead": overhead,
         "placements": placements,
         "stress": stress,
+        "faults": faults,
     },
     "benchmarks/LAW.md": {
         "attempts": functools.partial(attempts, 64),

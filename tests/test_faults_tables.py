@@ -90,6 +90,7 @@ def test_recovery_is_a_median_and_never_is_beyond_every_number():
     table = rows(faults_tables.recovery_table(results))
     assert table[SCENARIOS["nan-gradient"].title] == ["–", "3"]
     assert table[SCENARIOS["nan-loss"].title] == ["0", "100"]
+    assert faults_tables.recoveries({"survived": False, "recovery": [0, None]}) == [math.inf] * 2
     assert math.isnan(faults_tables.survival(results, "flip-mu", "adamw"))
 
 
