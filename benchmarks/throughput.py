@@ -12,6 +12,7 @@ medians, and median and middle half of the paired ratio.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import tempfile
@@ -66,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def compare_loops(size: str, rounds: int, steps: int) -> dict[str, Any]:
     """All parameters trained: a bare loop, a guarded bare loop, and ours."""
-    with tempfile.TemporaryDirectory() as place:
+    with contextlib.ExitStack() as opened:
+        place = opened.enter_context(tempfile.TemporaryDirectory())
         options = _options(size, Path(place), steps * (rounds + 1))
         decoder = _decoder(size, options)
         stretches = {
@@ -74,7 +76,7 @@ def compare_loops(size: str, rounds: int, steps: int) -> dict[str, Any]:
             "plain, guarded": _plain(
                 decoder, nnx.Param, options, lbw_guard(optax.adamw(1e-4)), steps
             ),
-            "ours": _ours(decoder, nnx.Param, options, steps),
+            "ours": _ours(decoder, nnx.Param, options, steps, opened),
         }
         return _measured(stretches, options, steps, rounds, decoder.config, trains_all=True)
 
@@ -87,7 +89,8 @@ def compare_torch(size: str, rounds: int, steps: int) -> dict[str, Any] | None:
         import transformers
     except ImportError:
         return None
-    with tempfile.TemporaryDirectory() as place:
+    with contextlib.ExitStack() as opened:
+        place = opened.enter_context(tempfile.TemporaryDirectory())
         options = _options(size, Path(place) / "run", steps * (rounds + 1))
         decoder = _decoder(size, options)
         weights.save(decoder, Path(place) / "model")
@@ -99,7 +102,7 @@ def compare_torch(size: str, rounds: int, steps: int) -> dict[str, Any] | None:
         lora.add_lora(decoder, rank=8, alpha=16, rngs=nnx.Rngs(0))
         stretches = {
             "torch": _torch(torch, adapted, options, steps),
-            "ours": _ours(decoder, nnx.LoRAParam, options, steps),
+            "ours": _ours(decoder, nnx.LoRAParam, options, steps, opened),
         }
         result = _measured(stretches, options, steps, rounds, decoder.config, trains_all=False)
     versions = {name: m.__version__ for name, m in _named(torch, transformers, peft)}
@@ -165,12 +168,19 @@ def _plain(decoder: model.Decoder, trained: Any, options: Options, tx: Any, step
     return stretch
 
 
-def _ours(decoder: model.Decoder, trained: Any, options: Options, steps: int) -> Stretch:
+def _ours(
+    decoder: model.Decoder,
+    trained: Any,
+    options: Options,
+    steps: int,
+    opened: contextlib.ExitStack,
+) -> Stretch:
     """The loop of `train.run`, as the scripts have it, a stretch at a time."""
     task = run.task(_copy(decoder), trained, _corpus(options), options, _cost(decoder, options))
     options.out.mkdir(parents=True, exist_ok=True)
-    watch, rollback = Watch(options, task.cost), run.checkpoints(options)
-    batch = packing.Prefetch(task.batch)
+    rollback = opened.enter_context(run.checkpoints(options))
+    watch = opened.enter_context(Watch(options, task.cost))
+    batch = opened.enter_context(packing.Prefetch(task.batch))
     walk = run.steps(task, options, rollback, watch, batch, jax.jit(task.tx.init)(task.params))
     next(walk)
 

@@ -39,6 +39,7 @@ def test_turns_alternate_and_ratios_are_paired(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
 def test_all_loops_run_and_the_file_says_where(tmp_path, monkeypatch):
     small = model.Config(300, 32, 64, 1, 4, 2, 8)
     monkeypatch.setitem(throughput.SIZES, "small", (small, 4, 16))
