@@ -4,6 +4,7 @@
 regime, and whether the step is skipped. Any float whatever goes in; the scale stays in bounds.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -37,6 +38,8 @@ SPIKE_SPREADS, SPIKE_FACTOR = 6.0, 10.0
 KAPPA, STEP_WEIGHT, PROGRESS_WEIGHT, GAIN = 0.01, 4.0, 0.5, 0.05
 # Bounds of one step's change of log(scale): a cut, growth at kappa, growth far below it.
 MOST_CUT, GROWTH, MOST_GROWTH = 0.4, 0.1, 0.5
+# A step of more than FAR times kappa is cut to that at once, to a tenth of the scale at most.
+FAR, AT_ONCE = 3.0, 10.0
 # At the full rate, overshoot of this many standard errors is still no reason to cut.
 TRUST = 3.0
 # Growth gains up to this much more, e-fold by e-fold below kappa, until the first alarm of one
@@ -244,13 +247,16 @@ def _next_scale(control: Control, evidence: Evidence, calm: jax.Array, bounds: B
 
     Growth is quick far below kappa and slow near it: at most GROWTH (1 + log(kappa / r)), and until
     the first alarm with a gain of GAIN (1 + min(log(kappa / r), QUICK)). The first step that can be
-    measured sets the scale by its relative step.
+    measured sets the scale by its relative step. Later, one that is far above kappa, as after a
+    jump of the learning rate, is cut at once: ten such steps would ruin the run.
     """
     far_below = jnp.maximum(-evidence.log_step, 0.0)
     most = jnp.clip(GROWTH * (1 + far_below), GROWTH, MOST_GROWTH)
     quick = (evidence.alarm < 0) & ~control.settled
     gain = GAIN * jnp.where(quick, 1 + jnp.minimum(far_below, QUICK), 1.0)
     change = jnp.clip(-gain * evidence.alarm, -MOST_CUT, jnp.where(calm < COOL_DOWN, 0.0, most))
+    excess = jnp.clip(evidence.log_step - math.log(FAR), 0.0, math.log(AT_ONCE))
+    change = jnp.where(excess > 0, jnp.minimum(change, -excess), change)
     first = jnp.log(FIRST_STEP / KAPPA) - evidence.log_step
     change = jnp.where(evidence.has_step & ~control.started, first, change)
     change = jnp.where((evidence.poison > 0) | ~jnp.isfinite(change), 0.0, change)

@@ -337,7 +337,11 @@ class LawReference:
         gain = control.GAIN * (1 + min(below, control.QUICK) if quick else 1)
         change = -gain * alarm
         self.settled = self.settled or (self.started and alarm > control.FIRST_ALARM)
-        self.log_scale = self._bounded(self.log_scale + min(max(change, -control.MOST_CUT), growth))
+        change = min(max(change, -control.MOST_CUT), growth)
+        if seen.relative_step is not None and seen.relative_step > control.FAR * control.KAPPA:
+            excess = self._log_step(seen) - math.log(control.FAR)
+            change = min(change, -min(excess, math.log(control.AT_ONCE)))
+        self.log_scale = self._bounded(self.log_scale + change)
 
     def _bounded(self, log_scale: float) -> float:
         return min(max(log_scale, math.log(self.min_scale)), 0.0)

@@ -222,9 +222,9 @@ def assert_bounded(state: Control, decision: Decision, floor: float) -> None:
     moved = np.diff(state.log_scale, prepend=first_log_scale(BOUNDS._replace(min_scale=floor)))
     governed = np.diff(state.started.astype(int), prepend=0) == 0
     assert (~governed).sum() <= 1
-    assert (moved[governed] >= -control.MOST_CUT - EPS).all()
+    assert (moved[governed] >= -math.log(control.AT_ONCE) - EPS).all()
     assert (moved[governed] <= control.MOST_GROWTH + EPS).all()
-    assert (decision.scale >= 0.1 * decision.scale_before)[governed].all()
+    assert (decision.scale >= 0.1 * (1 - EPS) * decision.scale_before)[governed].all()
     assert ((state.outstanding >= 0) & (state.outstanding <= BOUNDS.max_interventions)).all()
     assert ((state.regime >= 0) & (state.regime < len(REGIMES))).all()
 
@@ -309,6 +309,18 @@ def test_a_skipped_step_does_not_start():
     state, _, decision = run_law(batch([bad, Signals(relative_step=2e-3)]))
     assert state.started.tolist() == [False, True]
     assert decision.scale[0] == decision.scale_before[0]
+
+
+@pytest.mark.parametrize(("r", "factor"), [(0.029, None), (0.09, 1 / 3), (0.3, 0.1), (30.0, 0.1)])
+def test_a_step_far_above_kappa_is_cut_at_once(r, factor):
+    """A learning rate that jumps: to three times kappa, by a tenth at most; below, MOST_CUT."""
+    steps = [Signals(relative_step=0.001)] * 30 + [Signals(relative_step=r)]
+    *_, decision = run_law(batch(steps))
+    found = decision.scale[-1] / decision.scale_before[-1]
+    if factor is None:
+        assert math.exp(-control.MOST_CUT) <= found < 1
+    else:
+        np.testing.assert_allclose(found, factor, rtol=1e-4)
 
 
 def test_growth_is_quick_until_the_first_alarm():
