@@ -18,7 +18,8 @@ from benchmarks import paper_page, paper_rows, paper_tiny, results_file
 from benchmarks.paper_rows import CASES, METHODS, Command
 
 RESULTS = Path(__file__).resolve().parent / "results"
-GRIDS = {"lora": (5e-4, 1e-3, 2e-3, 4e-3), "full": (1e-4, 3e-4, 1e-3)}
+GRIDS = {"lora": (1e-3, 2e-3, 4e-3, 8e-3), "full": (2.5e-4, 5e-4, 1e-3, 2e-3)}
+"""Learning rates; the reference is the best of them."""
 PRESETS = ("tiny", "qwen2.5-7b")
 
 
@@ -37,22 +38,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command = paper_rows.command(options.preset, case, method, rates)
             if options.list:
                 print(command)
-            elif not _is_there(path, case.name, method):
-                _keep(path, _run(command), row=case.name, method=method)
+            else:
+                _ensure(path, command, row=case.name, method=method)
     if not options.list:
         print(paper_page.table(results_file.read(path)))
     return 0
 
 
 def _tune(path: Path) -> None:
-    """AdamW over `GRIDS`, judged on the valid split."""
-    for kind, rates in GRIDS.items():
+    """AdamW over `GRIDS`, judged on the valid split; a grid grows until its best is inside."""
+    for kind, grid in GRIDS.items():
         script, size = ("qwen_lora", "7B") if kind == "lora" else ("tinyllama_full", "TinyLlama")
+        rates = list(grid)
         for rate in rates:
-            name = f"tune-{kind}-{rate:g}"
-            if not _is_there(path, name, "adamw"):
-                command = paper_rows.train_command("tiny", script, size, "adamw", rate, None, name)
-                _keep(path, _run(command), row=name, method="adamw", rate=rate)
+            command = paper_rows.train_command(
+                "tiny", script, size, "adamw", rate, None, f"tune-{kind}"
+            )
+            _ensure(path, command, row=f"tune-{kind}", method="adamw", rate=rate)
+            if rate == rates[-1] == paper_page.tuned(results_file.read(path), kind):
+                rates.append(2 * rate)
 
 
 def _rates(preset: str, path: Path) -> dict[str, float]:
@@ -66,6 +70,12 @@ def _rates(preset: str, path: Path) -> dict[str, float]:
     }
 
 
+def _ensure(path: Path, command: Command, **names: Any) -> None:
+    """Run a command whose result is not in the file, and keep it there."""
+    if not any(r["command"] == str(command) for r in results_file.read(path)):
+        results_file.append(path, {**names, **_run(command)})
+
+
 def _run(command: Command) -> dict[str, Any]:
     """One run in a process of its own; it goes on where an earlier one stopped."""
     print(command, file=sys.stderr)
@@ -77,14 +87,6 @@ def _run(command: Command) -> dict[str, Any]:
         result = json.loads((command.out / "result.json").read_text())
         result.pop("options")
     return {**result, "command": str(command), "exit_code": code}
-
-
-def _keep(path: Path, result: dict[str, Any], **names: Any) -> None:
-    results_file.append(path, {**names, **result})
-
-
-def _is_there(path: Path, row: str, method: str) -> bool:
-    return any((r["row"], r["method"]) == (row, method) for r in results_file.read(path))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -120,7 +120,7 @@ def _notes(records: Sequence[dict[str, Any]]) -> str:
 
 def tuned(records: Sequence[dict[str, Any]], kind: str) -> float:
     """The best of a grid on the valid split; NaN where it has not been run."""
-    tried = [r for r in records if r["row"].startswith(f"tune-{kind}-")]
+    tried = [r for r in records if r["row"] == f"tune-{kind}"]
     ended = [r for r in tried if r["perplexity"]["valid"] is not None]
     best = min(ended, key=lambda r: r["perplexity"]["valid"], default={"rate": float("nan")})
     return float(best["rate"])

@@ -69,8 +69,8 @@ def command(preset: str, case: Case, method: str, rates: dict[str, float]) -> Co
 def train_command(
     preset: str, script: str, size: str, method: str, rate: float, clip: float | None, name: str
 ) -> Command:
-    """A run of a script at any rate; its directory is named after `name` and the method."""
-    out = RUNS / preset / f"{name}-{method}"
+    """A run of a script; its directory is named after `name`, the method and the rate."""
+    out = RUNS / preset / f"{name}-{method}-{rate:g}"
     model = _tiny(script, size) if preset == "tiny" else _large(script, size)
     optimizer = method if clip is None else f"{method}+clip"
     clipping = () if clip is None else ("--clip", f"{clip:g}")
