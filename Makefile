@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev
+TESTS ?= not slow
 JOBS ?= 2
 BIN := $(VENV)/bin
 
@@ -22,7 +23,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -n $(JOBS) --dist loadfile --durations=10
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --durations=10 -m '$(TESTS)'
 
 test-slow: install
 	$(BIN)/pytest -n $(JOBS) --dist loadfile -m slow

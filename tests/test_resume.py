@@ -23,7 +23,10 @@ TESTS = Path(__file__).parent
 
 # When one read of a damaged checkpoint fails, Orbax leaves the others to end after their event
 # loop has: Python says so when it collects them, and it does that in this module.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

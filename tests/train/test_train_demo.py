@@ -13,6 +13,8 @@ from matplotlib.image import imread
 
 from train import demo, mishap
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(demo.__file__).parent.parent
 COMMAND = [sys.executable, "-W", "error", "-m", "train.demo"]
 TEXT = "def double(x):\n    return 2 * x\n\n\nfor i in range(10):\n    print(i, double(i))\n"

@@ -18,6 +18,8 @@ pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_op
 
 from train import data, hub, logs, model, weights
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(data.__file__).parent.parent
 TEXT = "def double(x):\n    return 2 * x\n\n\nfor i in range(10):\n    print(i, double(i))\n"
 SMALL = model.Config(
