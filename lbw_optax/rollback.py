@@ -171,6 +171,14 @@ class RollbackManager:
             self._targets.take(step, tree)
         return step, tree
 
+    def save(self, step: int, tree: Any) -> None:
+        """Write a checkpoint of this state now, and wait: a run that stops here resumes here.
+
+        It is no target of a rollback until it has proven healthy.
+        """
+        self._require_resumed()
+        self._targets.save(step, tree)
+
     def request(self, reason: str) -> None:
         """Roll back at the next call of `step`, whatever the guard says."""
         self._requested = reason

@@ -138,6 +138,13 @@ class Targets:
         if to_disk:
             self._save(snapshot)
 
+    def save(self, step: int, tree: Any) -> None:
+        """Write this state, after what is being written; it is complete when this returns."""
+        self.settle(proven=False)
+        if step not in self.journal.checkpoints:
+            self._save(snapshots.take(step, tree, for_disk=True))
+            self.settle(proven=False)
+
     def _save(self, snapshot: Snapshot) -> None:
         step = snapshot.step
         self.journal.checkpoints[step] = CANDIDATE

@@ -100,6 +100,21 @@ def test_a_resumed_run_with_rollbacks_is_the_uninterrupted_run(tmp_path):
     assert [resumed.data_step(s) for s in range(90)] == [manager.data_step(s) for s in range(90)]
 
 
+def test_what_is_saved_by_hand_is_where_it_goes_on(tmp_path):
+    """Step 11 is between two checkpoints of its own."""
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        step, tree = rollback.resume(start())
+        while step < 11:
+            tree = update(tree, batch(rollback.data_step(step)))
+            step, tree = rollback.step(step + 1, tree)
+        rollback.save(step, tree)
+        rollback.save(step, tree)  # the second time there is nothing to do
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        resumed, found = rollback.resume(start())
+    assert resumed == 11
+    assert_same_bits(found, tree)
+
+
 def test_the_audit_log_goes_on(tmp_path):
     """Resumed behind what it has written: no line twice, none missing."""
     bad = {i: (batch(0)[0] * np.float32("nan"), batch(0)[1]) for i in (12, 35)}

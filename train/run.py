@@ -152,12 +152,10 @@ def _train(task: Task, options: Options, where: sharding.Mesh | None) -> Result:
             if _is_due(step, options):
                 watch.evaluated("valid_perplexity", _perplexity(task, state[0], "valid", options))
         watch.audit(step, state[1])
+        rollback.save(step, state)
         decoder = nnx.merge(task.graphdef, state[0], task.frozen)
         if step < options.steps:
-            watch.note(
-                f"stopped after step {step}; the same command goes on from the newest checkpoint, "
-                f"at most {options.save_every} steps back"
-            )
+            watch.note(f"stopped after step {step}, and saved; the same command goes on from there")
             return Result(decoder, step, {})
         ends = {split: _perplexity(task, state[0], split) for split in task.held_out}
         for split, perplexity in ends.items():

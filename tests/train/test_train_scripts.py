@@ -187,7 +187,10 @@ def test_a_run_that_is_stopped_and_then_killed_ends_bitwise_as_the_uninterrupted
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert "the same command goes on" in errors.splitlines()[-1]
+    said = errors.splitlines()[-1]
+    assert "the same command goes on from there" in said
+    saved = json.loads((out / "journal.json").read_text())["checkpoints"]
+    assert f"stopped after step {max(map(int, saved))}," in said
 
     process = started(arguments, environment)
     wait_for_step(process, out, 37)
