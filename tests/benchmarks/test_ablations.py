@@ -11,16 +11,17 @@ from benchmarks import ablations
 from lbw_optax import control
 
 
-def last_scale(tx, steps=120):
-    """The scale after so many steps of a fifth of the parameters' length or more."""
+def last_scale(tx, steps=80):
+    """The scale after so many gradients that point to and fro."""
 
-    def step(carry, _):
+    def step(carry, k):
         params, state = carry
-        updates, state = tx.update(params, state, params, value=jnp.sum(params**2) / 2)
+        grads = jnp.where(k % 2 == 0, jnp.ones(16), -jnp.ones(16))
+        updates, state = tx.update(grads, state, params, value=jnp.float32(1))
         return (optax.apply_updates(params, updates), state), None
 
-    params = jnp.arange(1.0, 17.0)
-    (_, state), _ = jax.lax.scan(step, (params, tx.init(params)), length=steps)
+    params = jnp.ones(16)
+    (_, state), _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(steps))
     return float(lbw_optax.metrics(state)["scale"])
 
 
@@ -33,7 +34,8 @@ def last_scale(tx, steps=120):
     ],
 )
 def test_only_feedback_keeps_the_scale_down(alarm, at_full_rate):
-    tx = ablations.guard_with(alarm, optax.chain(optax.scale_by_sign(), optax.sgd(2.0)))
+    """At the full rate each step has the length of two kappa."""
+    tx = ablations.guard_with(alarm, optax.sgd(2 * control.KAPPA))
     assert (last_scale(tx) == 1) == at_full_rate
     assert control.alarm is ablations.FULL_LAW
 
