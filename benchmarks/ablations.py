@@ -17,7 +17,7 @@ FULL_LAW = control.alarm
 
 
 def soft_start_alone(overshoot: jax.Array, log_step: jax.Array, progress: jax.Array) -> jax.Array:
-    """No feedback: the scale grows at its usual pace, whatever is seen."""
+    """No feedback but the immediate cut of steps above 3 kappa: the scale grows at its pace."""
     return jnp.full_like(overshoot, -control.GROWTH / control.GAIN)
 
 
