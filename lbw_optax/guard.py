@@ -33,8 +33,9 @@ def lbw_guard(
     The alarm a_t weighs overshoot (the cosine of g_t with the step just taken, in standard
     errors), the relative step r_t = s_{t-1} |u_t| / |p_t| and the progress of the loss; the growth
     bound lies between 0.1 and 0.5 and is slow near r = 0.01, and until the first alarm the gain
-    far below it is up to three times as large; see :mod:`lbw_optax.control`. Soft
-    start: the first step is scaled to r = 0.001. A step with a non-finite gradient, loss or
+    far below it is up to three times as large; see :mod:`lbw_optax.control`. A step
+    above r = 0.03 is cut to that at once, by ten at most. Soft start: the first step is scaled to
+    r = 0.001. A step with a non-finite gradient, loss or
     update, with a gradient norm that jumps, or with an update a thousand times as long as the last
     and longer than the parameters, changes neither the parameters nor the state of ``inner``. Where
     that is not enough, the state asks for a rollback (:mod:`lbw_optax.distress`), which
