@@ -16,8 +16,6 @@ cell of the guard is run again when the guard's code has changed.
 
 import argparse
 import functools
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,11 +28,12 @@ import numpy as np
 
 import lbw_optax
 from benchmarks import faults_measures, faults_run, results_file
+from benchmarks.command import check_names, digest, refuse
 from benchmarks.faults_measures import Trace
 from benchmarks.faults_methods import METHODS, MIX_STEPS, SCENARIOS, STRUCK, mix
 from benchmarks.faults_run import State, Text
 from benchmarks.provenance import provenance
-from benchmarks.stress import GUARD_CODE, _check, _refuse, code_digest
+from benchmarks.stress import GUARD_CODE, code_digest
 from lbw_optax.testing import Fault
 from train.data import DataError
 
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         text = faults_run.load(options.data_dir)
     except DataError as error:
-        _refuse(str(error))
+        refuse(str(error))
     facts = faults_run.facts(text, options.data_dir)
     done = {record.get("key"): record for record in results_file.read(options.out)}
     rate = tune(text, facts, done, options.out)
@@ -166,7 +165,7 @@ def tune(text: Text, facts: dict[str, Any], done: dict[str | None, Any], path: P
     """The rate of the ladder that is best for AdamW on valid, in the mean of its seeds."""
 
     def loss(rate: float) -> float:
-        key = _digest([facts, "tuning", STEPS, rate])
+        key = digest([facts, "tuning", STEPS, rate])
         if key not in done:
             finals = [
                 _clean(text, rate, METHODS["adamw"].build, seed, STEPS).final["valid"]
@@ -184,11 +183,7 @@ def _key(facts: dict[str, Any], rate: float, cell: Cell) -> str:
     """A digest of all that determines a cell's numbers, but for the code of trainer and peers."""
     faults = mix(cell.seed) if cell.part == "mix" else [SCENARIOS[cell.scenario].fault]
     lengths = [STEPS, CALM_STEPS, MIX_STEPS, SCENARIOS.get(cell.scenario, SCENARIOS["none"]).extra]
-    return _digest([facts, rate, cell, [vars(f) for f in faults], lengths, _law(cell.method)])
-
-
-def _digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return digest([facts, rate, cell, [vars(f) for f in faults], lengths, _law(cell.method)])
 
 
 def _law(method: str) -> str | None:
@@ -241,9 +236,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=RESULTS, help="result file, JSON Lines")
     options = parser.parse_args(arguments)
     options.faults = options.faults or list(QUICK_FAULTS if options.quick else SCENARIOS)
-    _check(options.parts, PARTS, "part")
-    _check(options.faults, SCENARIOS, "fault")
-    _check(options.methods, METHODS, "method")
+    check_names(options.parts, PARTS, "part")
+    check_names(options.faults, SCENARIOS, "fault")
+    check_names(options.methods, METHODS, "method")
     return options
 
 

@@ -16,23 +16,22 @@ guard is run again when the guard's code has changed.
 
 import argparse
 import ast
-import difflib
 import functools
 import hashlib
 import itertools
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 import lbw_optax
 from benchmarks import results_file
 from benchmarks.bench import Bench, prepare
+from benchmarks.command import check_names, digest, refuse
 from benchmarks.methods import METHODS, QUICK
 from benchmarks.provenance import provenance
 from benchmarks.regimes import REGIMES, SIZES, TO_300, perplexity_before, run_cell
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         bench = prepare(options.data_dir, SIZES["quick" if options.quick else "default"])
     except DataError as error:
-        _refuse(str(error))
+        refuse(str(error))
     result, is_done = _memory(bench, options.out)
     cells = []
     for regime in options.regimes:
@@ -143,7 +142,7 @@ def _key(bench: Bench, cell: Cell) -> str:
     """A digest of all that determines a cell's numbers, but for the code of trainer and peers."""
     regime = REGIMES[cell.regime]._replace(title="", multiples=(), guess=0.0)
     facts = [bench.facts, bench.size.steps[cell.regime], regime, cell[:4], _law(cell.method)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(facts)
 
 
 def _law(method: str) -> str | None:
@@ -152,15 +151,15 @@ def _law(method: str) -> str | None:
 
 def code_digest(package: Path, without: Collection[str] = HOST_SIDE) -> str:
     """A digest of the guard's modules but for these, without comments, docstrings and layout."""
-    digest = hashlib.sha256()
+    code = hashlib.sha256()
     for path in sorted(package.glob("*.py")):
         if path.name not in without:
             tree = ast.parse(path.read_text(encoding="utf-8"))
             for node in ast.walk(tree):
                 if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                     _drop_docstring(node)
-            digest.update(f"{path.name} {ast.dump(tree)}".encode())
-    return digest.hexdigest()[:16]
+            code.update(f"{path.name} {ast.dump(tree)}".encode())
+    return code.hexdigest()[:16]
 
 
 def _drop_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> None:
@@ -260,24 +259,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     lrs = options.lrs or (QUICK_LRS if options.quick else multiples)
     options.seeds = options.seeds or (SEEDS[:1] if options.quick else SEEDS)
     options.methods = options.methods or (QUICK if options.quick else list(METHODS))
-    _check(options.regimes, REGIMES, "regime")
-    _check(options.methods, METHODS, "method")
-    _check(lrs, multiples, "multiple of the tuned rate")
+    check_names(options.regimes, REGIMES, "regime")
+    check_names(options.methods, METHODS, "method")
+    check_names(lrs, multiples, "multiple of the tuned rate")
     options.lrs = [int(k) for k in lrs]
     return options
-
-
-def _check(given: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Leave with one sentence and status 2 when a name is unknown."""
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
-            _refuse(f"There is no {what} {name!r}: did you mean {' or '.join(near)}?")
-
-
-def _refuse(sentence: str) -> NoReturn:
-    print(sentence, file=sys.stderr)
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":

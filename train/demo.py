@@ -260,7 +260,7 @@ class Bench:
             opt_state,
             task.batch,
             steps,
-            lambda step, metrics, opt_state: progress.step(step, metrics),
+            progress.step,
         )
         return Run(
             task=MISHAP,

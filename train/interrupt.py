@@ -1,7 +1,7 @@
 """Ctrl-C between two steps, not within one: a step that has begun owns the parameters."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -34,11 +34,6 @@ class Interrupt:
         self._asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -35,7 +35,7 @@ def survive(
     opt_state: Any,
     batch: Callable[[int], Any],
     steps: int,
-    on_step: Callable[[int, dict[str, np.ndarray], Any], None],
+    on_step: Callable[[int, dict[str, np.ndarray]], None],
 ) -> Mishap:
     """Train as `train.loop.fit` does, but from half way on `LENGTH` batches have a NaN for a loss.
 
@@ -60,7 +60,7 @@ def survive(
             weighed = batch(index), np.float32(np.nan if index in bad else 1)
             *state, metrics = loop.train_step(flawed_loss, tx.update, *state, frozen, weighed)
             records.append(jax.device_get(metrics))
-            on_step(step, records[-1], state[1])
+            on_step(step, records[-1])
             step, state = rollback.step(step + 1, tuple(state))
     history = {name: np.stack([record[name] for record in records]) for name in records[0]}
     # An event that the state reports after a call, and not before, happened in that call.

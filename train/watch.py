@@ -1,6 +1,5 @@
 """What is seen of a run while it runs: log, bar, speed and audit, a step late."""
 
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -95,13 +94,8 @@ class Watch:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._show()
-        self._logs.__exit__(kind, error, trace)
-        self._progress.__exit__(kind, error, trace)
+        self._logs.__exit__(*error)
+        self._progress.__exit__(*error)
         self._audit.close()

@@ -11,19 +11,10 @@ from flax import nnx
 pytest.importorskip("transformers", reason="needs transformers: pip install 'lbw_optax[train]'")
 pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_optax[rollback]'")
 
+from small_model import SMALL
+
 from train import data, hub, model, pretrain, qwen_lora, rundir, tinyllama_full, weights
 from train.options import Options
-
-SMALL = model.Config(
-    vocab_size=300,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-)
 
 
 @pytest.fixture(scope="module")

@@ -16,22 +16,14 @@ from matplotlib.image import imread
 pytest.importorskip("transformers", reason="needs transformers: pip install 'lbw_optax[train]'")
 pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_optax[rollback]'")
 
+from small_model import SMALL
+
 from train import data, hub, logs, model, weights
 
 pytestmark = pytest.mark.process
 
 ROOT = Path(data.__file__).parent.parent
 TEXT = "def double(x):\n    return 2 * x\n\n\nfor i in range(10):\n    print(i, double(i))\n"
-SMALL = model.Config(
-    vocab_size=300,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=128,
-)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,31 @@
+"""What the commands of the benchmarks share: names that are checked, and keys of their cells."""
+
+import difflib
+import hashlib
+import json
+import sys
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+
+def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Leave with one sentence and status 2 when a name is unknown."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
+            refuse(f"There is no {what} {name!r}: did you mean {' or '.join(near)}?")
+
+
+def refuse(sentence: str) -> NoReturn:
+    """Leave with status 2."""
+    print(sentence, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def digest(facts: Any) -> str:
+    """A short key of what can be written as JSON.
+
+    >>> digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
