@@ -75,7 +75,7 @@ def demo() -> str:
 
 def _mishap(run: dict[str, Any]) -> list[str]:
     back = ", ".join(f"step {r['from_step']} to {r['to_step']}" for r in run["rollbacks"])
-    title = f"LoRA, six batches whose loss is NaN, rollback (from {back})"
+    title = f"LoRA, 22 batches whose loss is NaN, rollback (from {back})"
     return [title, f"{run['learning_rate']:g}", "–", _perplexity(run)]
 
 
@@ -99,6 +99,52 @@ def overhead() -> str:
         f"(`python -m benchmarks.overhead`, {_where(results[0])})."
     )
     return f"{_table(head, rows)}\n\n{note}"
+
+
+def rollback_cost() -> str:
+    """One sentence: both tiers of `RollbackManager`, above the guard."""
+    result = json.loads((RESULTS / "rollback_overhead.json").read_text())
+    memory, both = (_share(result, name) for name in ("memory", "both"))
+    return (
+        f"`RollbackManager` at its default cadence, on a step of {result['bare_seconds']:.1f} s of "
+        f"the same decoder: {memory} for copies in memory ({result['memory_bytes'] / 1e9:.1f} GB "
+        f"of host memory), {both} with checkpoints on disk too "
+        f"(`python -m benchmarks.rollback_overhead`, {_where(result)})."
+    )
+
+
+def _share(result: dict[str, Any], name: str) -> str:
+    low, high = (100 * q for q in result[f"{name}_overhead_quartiles"])
+    return f"{100 * result[f'{name}_overhead']:+.1f} % (middle half {low:+.1f} to {high:+.1f} %)"
+
+
+def throughput() -> str:
+    """Tokens a second of the scripts' loop, against a bare one and against torch."""
+    result = json.loads((RESULTS / "throughput.json").read_text())
+    rows = []
+    for part, title in {"loop": "all parameters", "torch": "LoRA"}.items():
+        ours = result[part]["tokens_per_second"]["ours"]
+        for other, (low, middle, high) in result[part]["ours_over"].items():
+            rate = result[part]["tokens_per_second"][other]
+            percent = [f"{100 * (ratio - 1):+.1f}" for ratio in (middle, low, high)]
+            rows.append(
+                [
+                    f"{title}, against {_AGAINST[other]}",
+                    f"{rate:,.0f}",
+                    f"{ours:,.0f}",
+                    f"{percent[0]} % ({percent[1]} to {percent[2]} %)",
+                ]
+            )
+    head = ["", "its tokens/s", "ours", "ours over it (middle half)"]
+    note = f"In turns in one process (`python -m benchmarks.throughput`, {_where(result)})."
+    return f"{_table(head, rows)}\n\n{note}"
+
+
+_AGAINST = {
+    "plain": "a bare jitted loop",
+    "plain, guarded": "the same, guarded",
+    "torch": "torch, transformers and peft",
+}
 
 
 def placements() -> str:
@@ -217,6 +263,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "demo": demo,
         "overhead": overhead,
+        "rollback cost": rollback_cost,
+        "throughput": throughput,
         "placements": placements,
         "stress": stress,
         "faults": faults,

@@ -29,8 +29,8 @@ SIGNALS = (
 )
 ACTIONS = ("none", "skip", "hold", "cut", "recover", "rollback")
 NOTHING, SKIP, HOLD, CUT, RECOVER, ROLLBACK = range(6)
-# Poison by what it says of the run: bad input, or sound gradients that make broken updates.
-NONFINITE, BROKEN_STATE = (1, 2), (3, 7)
+# Poison that says that sound gradients make broken updates.
+BROKEN_STATE = (3, 7)
 
 # Spikes: this many spreads above the mean, and for the gradient norm at least this factor.
 SPIKE_SPREADS, SPIKE_FACTOR = 6.0, 10.0
@@ -40,8 +40,9 @@ KAPPA, STEP_WEIGHT, PROGRESS_WEIGHT, GAIN = 0.01, 4.0, 0.5, 0.05
 MOST_CUT, GROWTH, MOST_GROWTH = 0.4, 0.1, 0.5
 # A step of more than FAR times kappa is cut to that at once, to a tenth of the scale at most.
 FAR, AT_ONCE = 3.0, 10.0
-# At the full rate, overshoot of this many standard errors is still no reason to cut.
-TRUST = 3.0
+# At about the full rate, overshoot of this many standard errors is still no reason to cut, nor is a
+# step of this many times kappa.
+FULL, TRUST, TRUST_STEP = 0.9, 3.0, 2.5
 # Growth gains up to this much more, e-fold by e-fold below kappa, until the first alarm of one
 # standard error.
 QUICK, FIRST_ALARM = 2.0, 1.0
@@ -152,8 +153,10 @@ def judge(
     spike = seen.has_loss & (before.loss.weight > 0) & (stats.symlog(seen.loss) > loss_threshold)
     overshoot = after.overshoot.mean / stats.standard_error(after.overshoot, stats.OVERSHOOT)
     log_step = jnp.where(seen.has_step, jnp.log(jnp.maximum(seen.relative_step, 1e-30) / KAPPA), 0)
-    trust = jnp.where(control.log_scale >= 0, TRUST, 0.0)
-    doubted = overshoot - jnp.clip(overshoot, 0.0, trust)
+    full = control.log_scale >= math.log(FULL)
+    doubted = overshoot - jnp.clip(overshoot, 0.0, jnp.where(full, TRUST, 0.0))
+    trusted = full & (log_step < math.log(TRUST_STEP))
+    doubted_step = jnp.where(trusted, jnp.minimum(log_step, 0.0), log_step)
     measured = seen.has_step | seen.has_overshoot
     by_step = STEP_WEIGHT * log_step > jnp.maximum(overshoot, 0)
     law = jnp.where(by_step, SIGNALS.index("relative_step"), SIGNALS.index("overshoot"))
@@ -165,7 +168,7 @@ def judge(
     return Evidence(
         poison=why,
         spike=spike,
-        alarm=jnp.where(measured, alarm(doubted, log_step, progress(after)), 0.0),
+        alarm=jnp.where(measured, alarm(doubted, doubted_step, progress(after)), 0.0),
         log_step=log_step,
         has_step=seen.has_step,
         signal=signal.astype(jnp.int32),
@@ -177,8 +180,7 @@ def judge(
 def alarm(overshoot: jax.Array, log_step: jax.Array, progress: jax.Array) -> jax.Array:
     r"""How much too large the scale is, in standard errors of the overshoot; 0 holds it.
 
-    With z the mean overshoot in standard errors (at the full rate, s = 1, less what is not
-    significant there: min(max(z, 0), 3)), r the relative step and P the progress,
+    With z the mean overshoot in standard errors, r the relative step and P the progress,
 
     .. math::
       a = \begin{cases}
@@ -188,7 +190,9 @@ def alarm(overshoot: jax.Array, log_step: jax.Array, progress: jax.Array) -> jax
 
     Overshoot alone holds a run that starts near its goal, as fine-tuning does. A run that has
     come far learns best at the edge of stability, where a little overshoot is normal: progress
-    earns tolerance for it, as long as the steps are small. Large steps are never tolerated.
+    earns tolerance for it, as long as the steps are small. Near the full rate, s >= 0.9, the
+    benefit of the doubt is the user's: z is less by min(max(z, 0), 3) there, and r up to 2.5 kappa
+    counts as at most kappa.
     """
     step = STEP_WEIGHT * log_step
     small = overshoot + jnp.maximum(step, -PROGRESS_WEIGHT * progress)
@@ -246,9 +250,9 @@ def _next_scale(control: Control, evidence: Evidence, calm: jax.Array, bounds: B
     """Bounded change of the log-scale; none on a skipped step, no growth until calm.
 
     Growth is quick far below kappa and slow near it: at most GROWTH (1 + log(kappa / r)), and until
-    the first alarm with a gain of GAIN (1 + min(log(kappa / r), QUICK)). The first step that can be
-    measured sets the scale by its relative step. Later, one that is far above kappa, as after a
-    jump of the learning rate, is cut at once: ten such steps would ruin the run.
+    the first alarm with a gain of GAIN (1 + min(log(kappa / r), QUICK)). The first step
+    that can be measured sets the scale by its relative step. Later, one that is far above kappa, as
+    after a jump of the learning rate, is cut at once: ten such steps would ruin the run.
     """
     far_below = jnp.maximum(-evidence.log_step, 0.0)
     most = jnp.clip(GROWTH * (1 + far_below), GROWTH, MOST_GROWTH)

@@ -12,16 +12,19 @@ import jax.numpy as jnp
 import optax
 
 from lbw_optax import statistics as stats
-from lbw_optax.control import BROKEN_STATE, NONFINITE
+from lbw_optax.control import BROKEN_STATE
 from lbw_optax.statistics import Running
 from lbw_optax.telemetry import Telemetry
 
-REASONS = ("none", "parameters", "inner_state", "nonfinite", "skips", "loss", "request")
-_, PARAMETERS, INNER_STATE, TOO_MANY_NONFINITE, TOO_MANY_SKIPS, LOSS, REQUEST = range(7)
+REASONS = ("none", "parameters", "inner_state", "skips", "loss", "request")
+_, PARAMETERS, INNER_STATE, TOO_MANY_SKIPS, LOSS, REQUEST = range(6)
+# Without a state to go back to, these are no reason to stop: the run may be sound.
+UNCERTAIN = ("skips", "loss")
 
-# Steps in a row before it is asked: sound gradients that make broken updates, non-finite
-# gradients or losses, skips of any kind (a lasting shift of level is accepted after 18).
-INNER_STEPS, NONFINITE_STEPS, SKIP_STEPS = 2, 5, 20
+# Steps in a row before it is asked: sound gradients that make broken updates, and skips of any
+# kind. Skipping keeps the state whole and costs a step each time; when that has come to what a
+# rollback costs, the state is suspected. A lasting shift of level is accepted after 18.
+INNER_STEPS, SKIP_STEPS = 2, 20
 # The loss (see `_excess`): least margin above its lowest mean in symlog, in spreads, evidence of
 # one step at most, and evidence that asks.
 LEAST_MARGIN, MARGIN_SPREADS, MOST_EVIDENCE, ENOUGH_EVIDENCE = 0.1, 6.0, 2.0, 8.0
@@ -35,7 +38,6 @@ class Distress(NamedTuple):
 
     rollback_asked: jax.Array  # int32, index into REASONS, or 0
     inner_steps: jax.Array  # int32, in a row: sound gradients, broken updates
-    nonfinite_steps: jax.Array  # int32, in a row: non-finite gradients or loss
     loss_excess: jax.Array  # float32, evidence that the loss has risen for good
     level: Running  # of symlog(loss) since the start or the last rollback
     lowest: jax.Array  # float32, the lowest mean of that
@@ -49,7 +51,6 @@ def init() -> Distress:
     return Distress(
         rollback_asked=whole,
         inner_steps=whole,
-        nonfinite_steps=whole,
         loss_excess=real,
         level=Running(real, real, real),
         lowest=jnp.float32(stats.LARGEST),
@@ -70,13 +71,14 @@ def assess(
       skips_in_a_row: int32, this step included.
     """
     sound, in_grace = why == 0, distress.grace > 0
-    inner = _in_a_row(distress.inner_steps, why, BROKEN_STATE)
-    nonfinite = _in_a_row(distress.nonfinite_steps, why, NONFINITE)
+    broken = (why == BROKEN_STATE[0]) | (why == BROKEN_STATE[1])
+    # A skip of another kind neither counts nor ends the row.
+    inner = jnp.where(broken, optax.safe_increment(distress.inner_steps), distress.inner_steps)
+    inner = jnp.where(sound, 0, inner)
     watched = _watch_loss(distress, seen, in_grace)
     signs = [
         (seen.parameters_broken, PARAMETERS),
         (inner >= INNER_STEPS, INNER_STATE),
-        (~in_grace & (nonfinite >= NONFINITE_STEPS), TOO_MANY_NONFINITE),
         (~in_grace & (skips_in_a_row >= SKIP_STEPS), TOO_MANY_SKIPS),
         (watched.loss_excess >= ENOUGH_EVIDENCE, LOSS),
     ]
@@ -85,15 +87,8 @@ def assess(
     return watched._replace(
         rollback_asked=jnp.where(asked > 0, asked, sign),
         inner_steps=inner,
-        nonfinite_steps=nonfinite,
         grace=jnp.where(in_grace & sound, distress.grace - 1, distress.grace),
     )
-
-
-def _in_a_row(count: jax.Array, why: jax.Array, kinds: tuple[int, int]) -> jax.Array:
-    """Steps skipped for one of two kinds of poison; another neither counts nor ends it."""
-    happened = (why == kinds[0]) | (why == kinds[1])
-    return jnp.where(why == 0, 0, jnp.where(happened, optax.safe_increment(count), count))
 
 
 def _watch_loss(distress: Distress, seen: Telemetry, in_grace: jax.Array) -> Distress:

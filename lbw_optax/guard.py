@@ -31,7 +31,8 @@ def lbw_guard(
       \log s_{\min},\ 0\big).
 
     The alarm a_t weighs overshoot (the cosine of g_t with the step just taken, in standard
-    errors), the relative step r_t = s_{t-1} |u_t| / |p_t| and the progress of the loss; the growth
+    errors), the relative step r_t = s_{t-1} |u_t| / |p_t| (times √ν, with ν the share of
+    coordinates in leaves that were not zero at the start) and the progress of the loss; the growth
     bound lies between 0.1 and 0.5 and is slow near r = 0.01, and until the first alarm the gain
     far below it is up to three times as large; see :mod:`lbw_optax.control`. A step
     above r = 0.03 is cut to that at once, by ten at most. Soft start: the first step is scaled to
@@ -92,7 +93,7 @@ def lbw_guard(
             inner_state=None,
             guard_steps=jnp.zeros([], jnp.int32),
             mode=jnp.asarray(MODES.index(mode), jnp.int32),
-            telemetry=telemetry.init(),
+            telemetry=telemetry.init(params),
             probe=Probe(anchor=nothing if wrapped else telemetry.probe(params), gradient=nothing),
             statistics=statistics.init(),
             control=control.init(bounds),

@@ -13,7 +13,7 @@ from lbw_optax import distress, ring
 from lbw_optax.agreement import largest
 from lbw_optax.audit import GuardExhausted
 from lbw_optax.checkpoints import Unreadable
-from lbw_optax.distress import GRACE, REASONS, REQUEST
+from lbw_optax.distress import GRACE, REASONS, REQUEST, UNCERTAIN
 from lbw_optax.folder import Folder
 from lbw_optax.state import MODES, GuardState, find_all, map_guards
 from lbw_optax.targets import Health, Plan, Targets
@@ -68,7 +68,8 @@ class RollbackManager:
     The guard's verdict on a step is read one call later, so that the loop never waits for the step
     that was just dispatched. A checkpoint that is still being written when its probation is over is
     waited for. One that cannot be written is a warning, and the run goes on with the targets that
-    it has. With several processes all make the same calls, over one shared directory.
+    it has. So is an uncertain ask (skips, loss) while nothing has proven healthy. With several
+    processes all make the same calls, over one shared directory.
 
     Args:
       directory: for the checkpoints, made if it is missing; one run at a time.
@@ -81,8 +82,8 @@ class RollbackManager:
     Raises:
       ValueError: if the arguments cannot keep `max_distance`, or the state holds no guard.
       OSError: if the directory cannot be written, or another process uses it.
-      GuardExhausted: from `step`, when it should go back but may not, or has nowhere to go. The
-        newest good checkpoint stays.
+      GuardExhausted: from `step`, when it should go back but may not, or when the state is broken
+        and there is nowhere to go. The newest good checkpoint stays.
 
     Example:
       >>> import jax, jax.numpy as jnp, tempfile, lbw_optax
@@ -113,7 +114,7 @@ class RollbackManager:
         max_distance: int = 50,
         save_every: int = 25,
         snapshot_every: int | None = 10,
-        probation: int = 10,
+        probation: int = 6,
         max_rollbacks: int = 5,
     ):
         plan = Plan(save_every, snapshot_every, probation)
@@ -224,10 +225,15 @@ class RollbackManager:
                 _warn(f"The checkpoint of step {to_step} is passed over: {error}.")
                 continue
             return to_step, self._arrive(good, tree, step, to_step, reason, tier)
-        raise GuardExhausted(
+        asked = (
             f"The guard asks for a rollback at step {step} ({reason}), and no state within "
-            f"{self._max_distance} steps has proven healthy{self._say_history()}."
+            f"{self._max_distance} steps has proven healthy"
         )
+        if reason not in UNCERTAIN:
+            raise GuardExhausted(f"{asked}{self._say_history()}.")
+        _warn(f"{asked}: the run goes on, for this reason is not certain.")
+        self._report = None
+        return step, map_guards(lambda guard: _place(_calm_down(guard), guard), tree)
 
     def _arrive(self, good: Any, left: Any, step: int, to_step: int, reason: str, tier: str) -> Any:
         """Make the state that is gone back to ready to go on."""
@@ -331,9 +337,18 @@ def _back(
     return guard._replace(
         inner_state=None,
         control=control._replace(log_ceiling=log_ceiling, ceiling_steps=jnp.int32(CEILING_STEPS)),
-        distress=distress.init()._replace(grace=jnp.int32(GRACE)),
+        distress=_after_distress(),
         ring=ring.record_rollback(events, guard.guard_steps, event),
     )
+
+
+@jax.jit
+def _calm_down(guard: GuardState) -> GuardState:
+    return guard._replace(inner_state=None, distress=_after_distress())
+
+
+def _after_distress() -> distress.Distress:
+    return distress.init()._replace(grace=jnp.int32(GRACE))
 
 
 def _place(guard: GuardState, like: GuardState) -> GuardState:

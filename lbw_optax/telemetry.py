@@ -32,7 +32,7 @@ class Telemetry(NamedTuple):
     gradient_norm: jax.Array  # |g|
     update_norm: jax.Array  # s |u|, at the scale held before this step
     parameter_norm: jax.Array  # |p|, before the step
-    relative_step: jax.Array  # s |u| / |p|
+    relative_step: jax.Array  # s |u| / |p| sqrt(sized)
     overshoot: jax.Array  # cos(g_t, u_{t-1}) on the probe; > 0: the last step went too far
     curvature: jax.Array  # <g_t - g_{t-1}, u_{t-1}> / |u_{t-1}|^2 on the probe
     loss: jax.Array
@@ -46,6 +46,7 @@ class Telemetry(NamedTuple):
     has_overshoot: jax.Array  # bool, overshoot and curvature are new
     has_loss: jax.Array  # bool
     histogram: jax.Array  # int32[16], log2 |g| on the probe
+    sized: jax.Array  # share of the coordinates that lie in leaves not zero at the start
 
 
 class Probe(NamedTuple):
@@ -59,7 +60,7 @@ class Probe(NamedTuple):
     gradient: jax.Array  # g_{t-1}
 
 
-def init() -> Telemetry:
+def init(params: Any) -> Telemetry:
     """Telemetry before the first step: zeros, nothing measured."""
     real, whole, no = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32), jnp.array(False)
     return Telemetry(
@@ -80,6 +81,7 @@ def init() -> Telemetry:
         has_overshoot=no,
         has_loss=no,
         histogram=jnp.zeros([len(HISTOGRAM_EDGES)], jnp.int32),
+        sized=_sized(params),
     )
 
 
@@ -121,7 +123,9 @@ def observe_gradients(
 def observe_step(seen: Telemetry, updates: Any, params: Any, scale: jax.Array) -> Telemetry:
     """Measure the step that the inner optimizer proposes, at the scale held so far.
 
-    relative_step = scale |u| / |p|; it is missing where the parameters are, or have no length.
+    relative_step = scale |u| / |p| sqrt(sized), root mean squares of the step over all coordinates
+    and of the parameters over those that started with a size: LoRA's zero-initialised factor moves,
+    and has no length to be compared with. It is missing where the parameters are, or are all zero.
     By the triangle inequality |p_t| <= |p_{t-1}| + |u_{t-1}|; more than twice that is corruption.
     """
     norm, nonfinite = norm_and_nonfinite(updates)
@@ -136,7 +140,7 @@ def observe_step(seen: Telemetry, updates: Any, params: Any, scale: jax.Array) -
         parameters_broken=~jnp.isfinite(length) | (known & (length > PARAMETER_JUMP * reach)),
         update_norm=jnp.where(finite, norm, seen.update_norm),
         parameter_norm=jnp.where(has_step, length, seen.parameter_norm),
-        relative_step=_ratio(norm, length, has_step, seen.relative_step),
+        relative_step=_relative(seen, norm, length, has_step),
         nonfinite_updates=nonfinite,
         has_step=has_step,
     )
@@ -145,7 +149,7 @@ def observe_step(seen: Telemetry, updates: Any, params: Any, scale: jax.Array) -
 def observe_moved(seen: Telemetry, last_step: jax.Array, params_probe: jax.Array) -> Telemetry:
     """As `observe_step`, for a guard that does not see the optimizer's step: the last one, probed.
 
-    relative_step = |p_t - p_{t-1}| / |p_t| on the probe.
+    relative_step = |p_t - p_{t-1}| / |p_t| sqrt(sized) on the probe.
     """
     norm, length = _length(last_step), _length(params_probe)
     has_step = jnp.isfinite(norm) & jnp.isfinite(length) & (norm > 0) & (length > 0)
@@ -153,7 +157,7 @@ def observe_moved(seen: Telemetry, last_step: jax.Array, params_probe: jax.Array
         parameters_broken=~jnp.isfinite(length),
         update_norm=jnp.where(has_step, norm, seen.update_norm),
         parameter_norm=jnp.where(has_step, length, seen.parameter_norm),
-        relative_step=_ratio(norm, length, has_step, seen.relative_step),
+        relative_step=_relative(seen, norm, length, has_step),
         has_step=has_step,
     )
 
@@ -194,6 +198,20 @@ def _leaves(tree: Any, kind: Any) -> list[jax.Array]:
 
 def _length(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.vdot(x, x))
+
+
+def _sized(params: Any) -> jax.Array:
+    """Share of the coordinates in leaves that are not all zero; 1 if there are none."""
+    leaves = _leaves(params, jnp.inexact)
+    sizes = [jnp.where(jnp.any(leaf != 0), float(leaf.size), 0.0) for leaf in leaves]
+    share = sum(sizes, jnp.float32(0)) / max(sum(leaf.size for leaf in leaves), 1)
+    return jnp.where(share > 0, share, 1.0)
+
+
+def _relative(
+    seen: Telemetry, norm: jax.Array, length: jax.Array, has_step: jax.Array
+) -> jax.Array:
+    return _ratio(norm * jnp.sqrt(seen.sized), length, has_step, seen.relative_step)
 
 
 def _ratio(top: jax.Array, bottom: jax.Array, valid: jax.Array, otherwise: jax.Array) -> jax.Array:

@@ -169,7 +169,7 @@ class LawReference:
         self.level = RunningReference(statistics.LOSS)
         self.lowest, self.quiet_spread = math.inf, 0.0
         self.rollback_asked = "none"
-        self.inner_steps = self.nonfinite_steps = 0
+        self.inner_steps = 0
         self.loss_excess, self.grace = 0.0, grace
         self.ceiling, self.ceiling_steps = ceiling, ceiling_steps
 
@@ -226,17 +226,14 @@ class LawReference:
         """Whether to ask for a rollback; the first reason stays."""
         grace = self.grace > 0
         if poison is None:
-            self.inner_steps = self.nonfinite_steps = 0
+            self.inner_steps = 0
             self.grace = max(self.grace - 1, 0)
         elif poison in ("nonfinite_updates", "relative_step"):
             self.inner_steps += 1
-        elif poison in ("nonfinite_gradients", "nonfinite_loss"):
-            self.nonfinite_steps += 1
         self._watch_loss(seen, grace)
         signs = {
             "parameters": seen.parameters_broken,
             "inner_state": self.inner_steps >= distress.INNER_STEPS,
-            "nonfinite": not grace and self.nonfinite_steps >= distress.NONFINITE_STEPS,
             "skips": not grace and self.skips_in_a_row >= distress.SKIP_STEPS,
             "loss": self.loss_excess >= distress.ENOUGH_EVIDENCE,
         }
@@ -306,14 +303,19 @@ class LawReference:
 
     def _alarm(self, seen: Signals, overshoot: float) -> float:
         """How much too large the scale is; 0 where nothing was measured."""
-        if self.log_scale == 0:
+        if self._is_full():
             overshoot -= min(max(overshoot, 0), control.TRUST)
         if seen.relative_step is None:
             return 0.0 if seen.overshoot is None else overshoot
         step = control.STEP_WEIGHT * self._log_step(seen)
+        if self._is_full() and seen.relative_step < control.TRUST_STEP * control.KAPPA:
+            step = min(step, 0)
         if step > 0:
             return max(overshoot, -1) + step
         return overshoot - min(-step, control.PROGRESS_WEIGHT * self._progress())
+
+    def _is_full(self) -> bool:
+        return self.log_scale >= math.log(control.FULL)
 
     def _progress(self) -> float:
         """Of the loss since the start, in its own spreads; without a loss, all is granted."""

@@ -50,7 +50,7 @@ def run_law(seen, bounds=BOUNDS) -> tuple[Control, Evidence, Decision]:
 
 def batch(steps: list[Signals]) -> telemetry.Telemetry:
     """Signals as the arrays that the law reads; a missing one keeps its last value."""
-    seen = jax.tree.map(lambda x: np.zeros([len(steps), *x.shape], x.dtype), telemetry.init())
+    seen = jax.tree.map(lambda x: np.zeros([len(steps), *x.shape], x.dtype), telemetry.init(None))
     flags = {
         "gradient_norm": seen.has_gradient,
         "overshoot": seen.has_overshoot,
@@ -200,7 +200,9 @@ STEP_FIELDS = ("gradient_norm", "overshoot", "relative_step", "loss")
 @st.composite
 def any_telemetry(draw):
     """Any floats and any flags, whether or not telemetry would ever produce them."""
-    seen = jax.tree.map(lambda x: np.zeros([PROPERTY_LENGTH, *x.shape], x.dtype), telemetry.init())
+    seen = jax.tree.map(
+        lambda x: np.zeros([PROPERTY_LENGTH, *x.shape], x.dtype), telemetry.init(None)
+    )
     for name in STEP_FIELDS:
         pool = draw(st.lists(ANY_FLOAT, min_size=1, max_size=6))
         values = list(itertools.islice(itertools.cycle(pool), PROPERTY_LENGTH))
@@ -254,7 +256,7 @@ def _decide_all(evidence: Evidence, bounds: Bounds):
 
 def quiet_evidence() -> Evidence:
     """Nothing seen: as the law makes it of telemetry before the first step."""
-    seen, nothing = telemetry.init(), statistics.init()
+    seen, nothing = telemetry.init(None), statistics.init()
     return control.judge(control.init(BOUNDS), seen, nothing, nothing, jnp.int32(0))
 
 
@@ -336,14 +338,17 @@ def test_growth_is_quick_until_the_first_alarm():
     assert state.settled.tolist() == [False, False, False, True, True]
 
 
-@pytest.mark.parametrize(("overshoot", "cut"), [(0.01, False), (0.5, True)])
-def test_the_full_rate_is_cut_by_significant_overshoot_only(overshoot, cut):
-    """Below kappa, without progress, at scale 1: about one standard error holds, fifty cut."""
+@pytest.mark.parametrize(
+    ("overshoot", "share_of_kappa", "cut"),
+    [(0.01, 0.1, False), (0.5, 0.1, True), (0.01, 2.4, False), (0.01, 2.6, True)],
+)
+def test_the_full_rate_is_cut_for_a_significant_reason_only(overshoot, share_of_kappa, cut):
+    """At scale 1: about one standard error of overshoot holds, fifty cut; 2.5 kappa divides."""
     steps = [Signals(relative_step=1e-4, overshoot=-0.5)] * 30
-    steps += [Signals(relative_step=1e-3, overshoot=overshoot, loss=3.0)] * 60
-    state, *_ = run_law(batch(steps))
+    large = Signals(relative_step=share_of_kappa * control.KAPPA, overshoot=overshoot, loss=3.0)
+    state, *_ = run_law(batch(steps + [large] * 60))
     assert state.log_scale[29] == 0
-    assert (state.log_scale[-1] < 0) == cut
+    assert (state.log_scale[-1] < math.log(control.FULL)) == cut
 
 
 def test_growth_without_a_measured_step():

@@ -75,8 +75,8 @@ def test_a_healthy_run_never_asks(seed):
         (DISTRESSED["corrupt_parameters"], "parameters", 0),
         (change(noisy(), range(150, 400), updates_broken=True), "inner_state", 1),
         (change(noisy(), range(150, 400), nonfinite_updates=1), "inner_state", 1),
-        (change(noisy(), range(150, 400), **BAD_GRADIENT), "nonfinite", 4),
-        (change(noisy(), range(150, 400), nonfinite_loss=1, loss=None), "nonfinite", 4),
+        (change(noisy(), range(150, 400), **BAD_GRADIENT), "skips", 19),
+        (change(noisy(), range(150, 400), nonfinite_loss=1, loss=None), "skips", 19),
         (change(noisy(), range(150, 400), gradient_norm=None), "skips", 19),
         (_risen(30.0, start=150), "loss", 3),
     ],
@@ -89,23 +89,23 @@ def test_how_soon_each_reason_asks(steps, reason, after):
 @pytest.mark.parametrize(
     "steps",
     [
-        change(noisy(), range(150, 154), **BAD_GRADIENT),
+        change(noisy(), range(150, 169), **BAD_GRADIENT),
         change(noisy(), [150], nonfinite_updates=1),
         change(noisy(), range(150, 169), gradient_norm=None),
         _risen(30.0, 150, 153),
         change(noisy(), [150, 160, 170], loss=1e30),
         _risen(0.3, 150),
     ],
-    ids=["4_nan", "1_broken_update", "19_skips", "3_loss", "single_losses", "slightly_higher"],
+    ids=["19_nan", "1_broken_update", "19_skips", "3_loss", "single_losses", "slightly_higher"],
 )
 def test_what_passes_by_itself_does_not_ask(steps):
     assert asked_at(steps) == ("none", None)
 
 
 def test_a_row_is_not_ended_by_a_skip_of_another_kind():
-    steps = change(noisy(), range(150, 157), **BAD_GRADIENT)
-    steps[152] = Signals(gradient_norm=None)
-    assert asked_at(steps) == ("nonfinite", 155)
+    steps = change(noisy(), [150, 153], updates_broken=True)
+    steps[151:153] = [Signals(gradient_norm=None), Signals(**BAD_GRADIENT)]
+    assert asked_at(steps) == ("inner_state", 153)
 
 
 def _after_rollback(steps: list[Signals], grace: int) -> list[str]:
@@ -131,7 +131,7 @@ def test_a_lasting_fault_outside_of_the_state_does_not_ask_again():
     steps = change(noisy(), range(300), **BAD_GRADIENT)
     assert set(_after_rollback(steps, distress.GRACE)) == {"none"}
     steps = change(noisy(), range(50, 300), **BAD_GRADIENT)
-    assert _after_rollback(steps, distress.GRACE).index("nonfinite") == 54
+    assert _after_rollback(steps, distress.GRACE).index("skips") == 69
 
 
 def test_certain_signs_ask_within_the_grace():

@@ -340,15 +340,50 @@ print(len(used), rollback.history)
 """
 
 
-def test_a_full_disk_does_not_stop_a_healthy_run(tmp_path):
-    """A file-size limit of 0 makes every write fail, as a full disk does; later there is room."""
-    with child(LIMITED, tmp_path) as process:
+FULL = """
+import contextlib, sys
+from pathlib import Path
+from rollback_loop import run
+filler = Path(sys.argv[1]).parent / "filler"
+def fill(rollback, step, tree):
+    if step == 20:
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(512)):
+                pass
+    if step == 60:
+        filler.unlink()
+tree, rollback, used = run(sys.argv[1], 90, on_step=fill)
+print(len(used), rollback.history)
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def assert_a_healthy_run_goes_on(script: str, directory: Path) -> None:
+    with child(script, directory) as process:
         said, warned = process.communicate(timeout=120)
     assert said == "90 []\n", warned
     assert "could not be written" in warned
-    step, tree = resume(tmp_path)
+    step, tree = resume(directory)
     assert step >= 72
     assert_same_bits(tree, plain(step))
+
+
+def test_writes_that_fail_do_not_stop_a_healthy_run(tmp_path):
+    """A file-size limit of 0 makes every write fail; later there is room."""
+    assert_a_healthy_run_goes_on(LIMITED, tmp_path)
+
+
+def test_a_full_disk_does_not_stop_a_healthy_run(small_disk):
+    assert_a_healthy_run_goes_on(FULL, small_disk / "run")
 
 
 # --- kills -------------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def test_statistics_stay_finite_for_ever_at_the_extremes():
 
 def _seen(**signals) -> telemetry.Telemetry:
     flags = {"has_gradient", "has_overshoot", "has_loss"}
-    return telemetry.init()._replace(
+    return telemetry.init(None)._replace(
         **{name: jnp.float32(x) for name, x in signals.items()},
         **{flag: jnp.array(True) for flag in flags},
     )

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from reference import cosine, curvature, flat, histogram
 from support import (
@@ -258,6 +259,26 @@ def test_signals_that_are_missing_keep_their_last_value():
     assert not (after.has_gradient | after.has_overshoot | after.has_loss | after.has_step)
     assert after.nonfinite_gradients == 16
     assert_all_finite(state)
+
+
+def test_leaves_that_start_at_zero_have_no_length_to_be_compared_with():
+    """LoRA's pair: both factors move by as much a coordinate, one has a size."""
+    tx = lbw_guard(optax.sgd(0.1))
+    params = {"a": jnp.full((2, 6), 3.0), "b": jnp.zeros((6, 2)), "bias": jnp.full(8, -1.0)}
+    state, share = tx.init(params), 20 / 32
+    for _ in range(3):
+        gradients = jax.tree.map(jnp.ones_like, params)
+        scale = math.exp(state.control.log_scale)
+        length = np.linalg.norm(flat(jax.tree.leaves(params)))
+        updates, state = tx.update(gradients, state, params)
+        expected = scale * 0.1 * math.sqrt(32) / length * math.sqrt(share)
+        np.testing.assert_allclose(state.telemetry.relative_step, expected, rtol=1e-5)
+        params = optax.apply_updates(params, updates)
+
+
+@pytest.mark.parametrize("params", [None, {}, jnp.zeros(3), jnp.ones(3)], ids=str)
+def test_where_no_leaf_or_every_leaf_has_a_size_all_coordinates_count(params):
+    assert telemetry.init(params).sized == 1
 
 
 def test_no_parameters_no_relative_step():

@@ -11,8 +11,8 @@ import optax
 import lbw_optax
 from train import loop
 
-LENGTH = 6
-"""Bad batches in a row; the guard asks for a rollback after five."""
+LENGTH = 22
+"""Bad batches in a row; the guard skips them, and asks for a rollback after twenty."""
 
 
 class Mishap(NamedTuple):

@@ -55,7 +55,8 @@ def compiled(adapters, **kinds):
 def test_memory_and_arithmetic_are_near_those_of_the_compiled_step(adapters, remat):
     options = dataclasses.replace(OPTIONS, remat=remat)
     expected = found(options, adapters=adapters)
-    step = compiled(adapters, remat=remat)
+    # XLA may recompute early what stands side by side, and then saves nothing; a scan it cannot.
+    step = compiled(adapters, remat=remat, scan=remat)
     memory = step.memory_analysis()
     held = expected.parts["parameters"] + expected.parts["optimizer state"]
     assert memory.argument_size_in_bytes == pytest.approx(held, rel=0.02)
