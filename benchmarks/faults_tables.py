@@ -64,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def load(records: Iterable[Record]) -> Results:
-    cells = {
-        (r["part"], r["scenario"], r["method"], r["seed"]): r for r in records if "scenario" in r
-    }
+    cells = {(r["part"], r["scenario"], r["method"], r["seed"]): r for r in _of_one_law(records)}
     results = Results({}, {}, {})
     for (part, scenario, method, seed), record in sorted(cells.items()):
         if part == "grid":
@@ -76,6 +74,13 @@ def load(records: Iterable[Record]) -> Results:
         else:
             results.mix.setdefault(method, {})[seed] = record
     return results
+
+
+def _of_one_law(records: Iterable[Record]) -> list[Record]:
+    """Of a guarded method only the cells of its newest code: a table never mixes two laws."""
+    cells = [record for record in records if "scenario" in record]
+    laws = {r["method"]: r.get("law") for r in cells}
+    return [r for r in cells if r.get("law") == laws[r["method"]]]
 
 
 def report(results: Results, records: Sequence[Record], picture: str) -> str:
@@ -131,18 +136,16 @@ _MIX = (
 
 
 def _provenance(records: Sequence[Record]) -> str:
-    records = [record for record in records if "scenario" in record]
+    records = _of_one_law(records)
     newest = records[-1]
     shape, versions = newest["model"], newest["versions"]
     commits = sorted({f"{r['commit']}"[:10] + "*" * bool(r["dirty"]) for r in records})
-    laws = {r["law"] for r in records if r.get("law")}
     return (
         f"Data: {newest['data']}. Model: {shape['num_hidden_layers']} layers, "
         f"{shape['hidden_size']} wide, vocabulary {shape['vocab_size']}; sequences of "
         f"{newest['length']}, batch {newest['batch_size']}. Learning rate of all methods: "
         f"{newest['rate']:g}, AdamW's best on valid, after 20 steps of warm-up. Most faults strike "
-        f"in step 100 of 300. Commit {', '.join(commits)} (* with local changes), "
-        f"{len(laws)} version(s) of the guard; "
+        f"in step 100 of 300. Commit {', '.join(commits)} (* with local changes); "
         + ", ".join(f"{name} {number}" for name, number in versions.items())
         + f"; {newest['machine']}.\n\nMade by `python -m benchmarks.faults` and "
         "`python -m benchmarks.faults_tables`."

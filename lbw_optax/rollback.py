@@ -102,9 +102,9 @@ class RollbackManager:
       ...             w = w.at[0].set(jnp.nan)  # a fault
       ...         step, (w, state) = rollback.step(step + 1, (w, state))
       >>> [(r.from_step, r.to_step, r.reason) for r in rollback.history]
-      [(33, 21, 'parameters')]
-      >>> rollback.data_step(20), rollback.data_step(21), bool(jnp.isfinite(w).all())
-      (20, 33, True)
+      [(33, 25, 'parameters')]
+      >>> rollback.data_step(24), rollback.data_step(25), bool(jnp.isfinite(w).all())
+      (24, 33, True)
     """
 
     def __init__(
