@@ -59,6 +59,18 @@ def rows(text):
     return {line[0].strip(): [entry.strip() for entry in line[1:]] for line in lines}
 
 
+def test_a_table_never_mixes_two_laws():
+    """An older law's cell that the newer one has not run is not there; peers have no law."""
+    older = [record("grid", "nan-gradient", "guard", seed, law="older") for seed in (0, 1)]
+    newer = [record("grid", "nan-gradient", "guard", 1, law="newer")]
+    peers = [record("grid", "nan-gradient", "adamw", 0, law=None)]
+    grid = faults_tables.load(older + peers + newer).grid
+    assert {key: len(found) for key, found in grid.items()} == {
+        ("nan-gradient", "guard"): 1,
+        ("nan-gradient", "adamw"): 1,
+    }
+
+
 def test_targets():
     measured = {t.title: t.measured for t in faults_tables.targets(faults_tables.load(records()))}
     assert measured == {
