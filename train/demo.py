@@ -433,7 +433,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a dozen steps a run, to see that everything works; the numbers mean nothing",
+        help="a few dozen steps a run, to see that everything works; the numbers mean nothing",
     )
     parser.add_argument(
         "--tune",
