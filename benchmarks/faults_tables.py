@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def load(records: Iterable[Record]) -> Results:
-    cells = {(r["part"], r["scenario"], r["method"], r["seed"]): r for r in _of_one_law(records)}
+    cells = {(r["part"], r["scenario"], r["method"], r["seed"]): r for r in _cells(records)}
     results = Results({}, {}, {})
     for (part, scenario, method, seed), record in sorted(cells.items()):
         if part == "grid":
@@ -76,11 +76,9 @@ def load(records: Iterable[Record]) -> Results:
     return results
 
 
-def _of_one_law(records: Iterable[Record]) -> list[Record]:
-    """Of a guarded method only the cells of its newest code: a table never mixes two laws."""
-    cells = [record for record in records if "scenario" in record]
-    laws = {r["method"]: r.get("law") for r in cells}
-    return [r for r in cells if r.get("law") == laws[r["method"]]]
+def _cells(records: Iterable[Record]) -> list[Record]:
+    """Without the tuning, and of one law."""
+    return results_file.newest_law(r for r in records if "scenario" in r)
 
 
 def report(results: Results, records: Sequence[Record], picture: str) -> str:
@@ -136,7 +134,7 @@ _MIX = (
 
 
 def _provenance(records: Sequence[Record]) -> str:
-    records = _of_one_law(records)
+    records = _cells(records)
     newest = records[-1]
     shape, versions = newest["model"], newest["versions"]
     commits = sorted({f"{r['commit']}"[:10] + "*" * bool(r["dirty"]) for r in records})

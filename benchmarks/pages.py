@@ -75,7 +75,8 @@ def demo() -> str:
 
 def _mishap(run: dict[str, Any]) -> list[str]:
     back = ", ".join(f"step {r['from_step']} to {r['to_step']}" for r in run["rollbacks"])
-    title = f"LoRA, 22 batches whose loss is NaN, rollback (from {back})"
+    bad = sum(loss is None for loss in run["history"]["loss"])
+    title = f"LoRA, {bad} batches whose loss is NaN, rollback (from {back})"
     return [title, f"{run['learning_rate']:g}", "–", _perplexity(run)]
 
 
@@ -84,12 +85,11 @@ def overhead() -> str:
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("overhead*.json"))]
     rows = []
     for result in sorted(results, key=lambda result: result["tokens"]):
-        low, high = (100 * q for q in result["time_overhead_quartiles"])
         rows.append(
             [
                 f"{result['tokens']}",
                 f"{result['bare_seconds']:.2f} s",
-                f"{100 * result['time_overhead']:+.1f} % ({low:+.1f} to {high:+.1f} %)",
+                _change(result["time_overhead"], *result["time_overhead_quartiles"]),
                 f"{100 * result['bytes_overhead']:+.2f} %",
             ]
         )
@@ -104,18 +104,25 @@ def overhead() -> str:
 def rollback_cost() -> str:
     """One sentence: both tiers of `RollbackManager`, above the guard."""
     result = json.loads((RESULTS / "rollback_overhead.json").read_text())
-    memory, both = (_share(result, name) for name in ("memory", "both"))
+    memory, both = (
+        _change(result[f"{name}_overhead"], *result[f"{name}_overhead_quartiles"])
+        for name in ("memory", "both")
+    )
     return (
         f"`RollbackManager` at its default cadence, on a step of {result['bare_seconds']:.1f} s of "
         f"the same decoder: {memory} for copies in memory ({result['memory_bytes'] / 1e9:.1f} GB "
-        f"of host memory), {both} with checkpoints on disk too "
-        f"(`python -m benchmarks.rollback_overhead`, {_where(result)})."
+        f"of host memory), {both} with checkpoints on disk too; in brackets the middle "
+        f"half (`python -m benchmarks.rollback_overhead`, {_where(result)})."
     )
 
 
-def _share(result: dict[str, Any], name: str) -> str:
-    low, high = (100 * q for q in result[f"{name}_overhead_quartiles"])
-    return f"{100 * result[f'{name}_overhead']:+.1f} % (middle half {low:+.1f} to {high:+.1f} %)"
+def _change(middle: float, low: float, high: float) -> str:
+    """A share, and its middle half.
+
+    >>> _change(0.025, 0.016, 0.055)
+    '+2.5 % (+1.6 to +5.5 %)'
+    """
+    return f"{100 * middle:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f} %)"
 
 
 def throughput() -> str:
@@ -126,13 +133,12 @@ def throughput() -> str:
         ours = result[part]["tokens_per_second"]["ours"]
         for other, (low, middle, high) in result[part]["ours_over"].items():
             rate = result[part]["tokens_per_second"][other]
-            percent = [f"{100 * (ratio - 1):+.1f}" for ratio in (middle, low, high)]
             rows.append(
                 [
                     f"{title}, against {_AGAINST[other]}",
                     f"{rate:,.0f}",
                     f"{ours:,.0f}",
-                    f"{percent[0]} % ({percent[1]} to {percent[2]} %)",
+                    _change(middle - 1, low - 1, high - 1),
                 ]
             )
     head = ["", "its tokens/s", "ours", "ours over it (middle half)"]

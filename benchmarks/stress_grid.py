@@ -9,6 +9,7 @@ import math
 import statistics
 from typing import Any, NamedTuple
 
+from benchmarks import results_file
 from benchmarks.methods import METHODS
 from benchmarks.regimes import REGIMES
 
@@ -49,12 +50,11 @@ class Grid(NamedTuple):
 def load(records: list[Record], split: str) -> Grid:
     """The newest record of every cell, of the data and model of the newest record of all.
 
-    Of a guarded method only the cells of its newest law count: a table never mixes two laws.
+    Of one law (`results_file.newest_law`).
     """
     same = ("tokens", "size", "model", "base_steps")
     records = [r for r in records if [r[k] for k in same] == [records[-1][k] for k in same]]
-    laws = {r["method"]: r["law"] for r in records}
-    records = [r for r in records if r["law"] == laws[r["method"]] and r["method"] in METHODS]
+    records = [r for r in results_file.newest_law(records) if r["method"] in METHODS]
     tuned = {r["regime"]: r["tuned"] for r in records if r["tuned"] is not None}
     cells = {}
     for record in records:

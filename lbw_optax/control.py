@@ -250,9 +250,9 @@ def _next_scale(control: Control, evidence: Evidence, calm: jax.Array, bounds: B
     """Bounded change of the log-scale; none on a skipped step, no growth until calm.
 
     Growth is quick far below kappa and slow near it: at most GROWTH (1 + log(kappa / r)), and until
-    the first alarm with a gain of GAIN (1 + min(log(kappa / r), QUICK)). The first step
-    that can be measured sets the scale by its relative step. Later, one that is far above kappa, as
-    after a jump of the learning rate, is cut at once: ten such steps would ruin the run.
+    the first alarm with a gain of GAIN (1 + min(log(kappa / r), QUICK)). The first step that can be
+    measured sets the scale by its relative step. Later, one that is far above kappa, as after a
+    jump of the learning rate, is cut at once: ten such steps would ruin the run.
     """
     far_below = jnp.maximum(-evidence.log_step, 0.0)
     most = jnp.clip(GROWTH * (1 + far_below), GROWTH, MOST_GROWTH)

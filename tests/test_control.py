@@ -48,9 +48,13 @@ def run_law(seen, bounds=BOUNDS) -> tuple[Control, Evidence, Decision]:
     return jax.device_get(_scan(seen, bounds))[:3]
 
 
+def nothing_seen(steps: int) -> telemetry.Telemetry:
+    return jax.tree.map(lambda x: np.zeros([steps, *x.shape], x.dtype), telemetry.init(None))
+
+
 def batch(steps: list[Signals]) -> telemetry.Telemetry:
     """Signals as the arrays that the law reads; a missing one keeps its last value."""
-    seen = jax.tree.map(lambda x: np.zeros([len(steps), *x.shape], x.dtype), telemetry.init(None))
+    seen = nothing_seen(len(steps))
     flags = {
         "gradient_norm": seen.has_gradient,
         "overshoot": seen.has_overshoot,
@@ -200,9 +204,7 @@ STEP_FIELDS = ("gradient_norm", "overshoot", "relative_step", "loss")
 @st.composite
 def any_telemetry(draw):
     """Any floats and any flags, whether or not telemetry would ever produce them."""
-    seen = jax.tree.map(
-        lambda x: np.zeros([PROPERTY_LENGTH, *x.shape], x.dtype), telemetry.init(None)
-    )
+    seen = nothing_seen(PROPERTY_LENGTH)
     for name in STEP_FIELDS:
         pool = draw(st.lists(ANY_FLOAT, min_size=1, max_size=6))
         values = list(itertools.islice(itertools.cycle(pool), PROPERTY_LENGTH))

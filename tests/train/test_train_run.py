@@ -11,18 +11,10 @@ from flax import nnx
 
 pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_optax[rollback]'")
 
+from small_model import SMALL
+
 from train import data, logs, loop, model, run
 from train.options import Options
-
-SMALL = model.Config(
-    vocab_size=257,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
 
 
 def build():
