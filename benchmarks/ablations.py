@@ -30,8 +30,8 @@ def step_alone(overshoot: jax.Array, log_step: jax.Array, progress: jax.Array) -
 
 
 def without_progress(overshoot: jax.Array, log_step: jax.Array, progress: jax.Array) -> jax.Array:
-    """All tolerance below kappa is granted at once."""
-    return FULL_LAW(overshoot, log_step, jnp.full_like(progress, jnp.inf))
+    """No credit, as in a run without a loss: overshoot always counts."""
+    return FULL_LAW(overshoot, log_step, jnp.zeros_like(progress))
 
 
 def guard_with(alarm: Alarm, inner: optax.GradientTransformation) -> optax.GradientTransformation:

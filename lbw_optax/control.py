@@ -34,15 +34,15 @@ BROKEN_STATE = (3, 7)
 
 # Spikes: this many spreads above the mean, and for the gradient norm at least this factor.
 SPIKE_SPREADS, SPIKE_FACTOR = 6.0, 10.0
-# The law (see `alarm`): tolerated relative step, its weight, the weight of progress, the gain.
-KAPPA, STEP_WEIGHT, PROGRESS_WEIGHT, GAIN = 0.01, 4.0, 0.5, 0.05
+# The law (see `alarm`): tolerated relative step, its weight, progress that earns credit, the gain.
+KAPPA, STEP_WEIGHT, CREDIT_FROM, GAIN = 0.01, 4.0, 3.0, 0.05
 # Bounds of one step's change of log(scale): a cut, growth at kappa, growth far below it.
 MOST_CUT, GROWTH, MOST_GROWTH = 0.4, 0.1, 0.5
 # A step of more than FAR times kappa is cut to that at once, to a tenth of the scale at most.
 FAR, AT_ONCE = 3.0, 10.0
 # At about the full rate, overshoot of this many standard errors is still no reason to cut, nor is a
 # step of this many times kappa.
-FULL, TRUST, TRUST_STEP = 0.9, 3.0, 1.5
+FULL, TRUST, TRUST_STEP = 0.9, 3.0, 2.5
 # Growth gains up to this much more, e-fold by e-fold below kappa, until the first alarm of one
 # standard error.
 QUICK, FIRST_ALARM = 2.0, 1.0
@@ -153,10 +153,7 @@ def judge(
     spike = seen.has_loss & (before.loss.weight > 0) & (stats.symlog(seen.loss) > loss_threshold)
     overshoot = after.overshoot.mean / stats.standard_error(after.overshoot, stats.OVERSHOOT)
     log_step = jnp.where(seen.has_step, jnp.log(jnp.maximum(seen.relative_step, 1e-30) / KAPPA), 0)
-    full = control.log_scale >= math.log(FULL)
-    doubted = overshoot - jnp.clip(overshoot, 0.0, jnp.where(full, TRUST, 0.0))
-    trusted = full & (log_step < math.log(TRUST_STEP))
-    doubted_step = jnp.where(trusted, jnp.minimum(log_step, 0.0), log_step)
+    against = _without_doubt(control, overshoot, log_step)
     measured = seen.has_step | seen.has_overshoot
     by_step = STEP_WEIGHT * log_step > jnp.maximum(overshoot, 0)
     law = jnp.where(by_step, SIGNALS.index("relative_step"), SIGNALS.index("overshoot"))
@@ -168,7 +165,7 @@ def judge(
     return Evidence(
         poison=why,
         spike=spike,
-        alarm=jnp.where(measured, alarm(doubted, doubted_step, progress(after)), 0.0),
+        alarm=jnp.where(measured, alarm(*against, progress(after)), 0.0),
         log_step=log_step,
         has_step=seen.has_step,
         signal=signal.astype(jnp.int32),
@@ -180,33 +177,47 @@ def judge(
 def alarm(overshoot: jax.Array, log_step: jax.Array, progress: jax.Array) -> jax.Array:
     r"""How much too large the scale is, in standard errors of the overshoot; 0 holds it.
 
-    With z the mean overshoot in standard errors, r the relative step and P the progress,
+    With z the mean overshoot in standard errors, r the relative step, P the progress, and the
+    credit C that progress earns,
 
     .. math::
-      a = \begin{cases}
-        \max(z, -1) + 4 \log(r / \kappa) & r > \kappa \\
-        z - \min(4 \log(\kappa / r),\ P / 2) & r \le \kappa
+      C &= \max(P - 3, 0), \qquad z' = z - \min(\max(z, 0), C) \\
+      a &= \begin{cases}
+        \max(z', -1) + 4 \log(r / \kappa) & r > \kappa \\
+        z' - \min(4 \log(\kappa / r),\ C) & r \le \kappa
       \end{cases}
 
     Overshoot alone holds a run that starts near its goal, as fine-tuning does. A run that has
-    come far learns best at the edge of stability, where a little overshoot is normal: progress
-    earns tolerance for it, as long as the steps are small. Near the full rate, s >= 0.9, the
-    benefit of the doubt is the user's: z is less by min(max(z, 0), 3) there, and r up to 1.5 kappa
-    counts as at most kappa.
+    come far learns best at the edge of stability, where overshoot is normal: its credit forgives
+    that, and lets steps grow to kappa, which alone holds them then.
     """
+    credit = jnp.maximum(progress - CREDIT_FROM, 0.0)
+    overshoot = overshoot - jnp.clip(overshoot, 0.0, credit)
     step = STEP_WEIGHT * log_step
-    small = overshoot + jnp.maximum(step, -PROGRESS_WEIGHT * progress)
+    small = overshoot + jnp.maximum(step, -credit)
     return jnp.where(log_step > 0, jnp.maximum(overshoot, -1.0) + step, small)
 
 
 def progress(statistics: Statistics) -> jax.Array:
     """How far the loss has come from its start, in standard deviations of the loss, at least 0.
 
-    Without a loss nothing is known, and all is granted: infinity.
+    Without a loss nothing is known, and nothing is granted.
     """
     gained = statistics.loss_start.mean - statistics.loss.mean
-    far = jnp.maximum(gained / stats.spread(statistics.loss, stats.LOSS), 0.0)
-    return jnp.where(statistics.loss_start.weight > 0, far, jnp.inf)
+    return jnp.maximum(gained / stats.spread(statistics.loss, stats.LOSS), 0.0)
+
+
+def _without_doubt(
+    control: Control, overshoot: jax.Array, log_step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Near the full rate, s >= 0.9, the benefit of the doubt is the user's.
+
+    z is less by min(max(z, 0), 3) there, and r up to 2.5 kappa counts as at most kappa.
+    """
+    full = control.log_scale >= math.log(FULL)
+    trusted = full & (log_step < math.log(TRUST_STEP))
+    overshoot = overshoot - jnp.clip(overshoot, 0.0, jnp.where(full, TRUST, 0.0))
+    return overshoot, jnp.where(trusted, jnp.minimum(log_step, 0.0), log_step)
 
 
 def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Control, Decision]:

@@ -303,24 +303,26 @@ class LawReference:
 
     def _alarm(self, seen: Signals, overshoot: float) -> float:
         """How much too large the scale is; 0 where nothing was measured."""
-        if self._is_full():
-            overshoot -= min(max(overshoot, 0), control.TRUST)
+        if seen.relative_step is None and seen.overshoot is None:
+            return 0.0
+        credit = max(self._progress() - control.CREDIT_FROM, 0)
+        forgiven = credit + (control.TRUST if self._is_full() else 0)
+        if overshoot > 0:
+            overshoot = max(overshoot - forgiven, 0)
         if seen.relative_step is None:
-            return 0.0 if seen.overshoot is None else overshoot
+            return overshoot
         step = control.STEP_WEIGHT * self._log_step(seen)
         if self._is_full() and seen.relative_step < control.TRUST_STEP * control.KAPPA:
             step = min(step, 0)
         if step > 0:
             return max(overshoot, -1) + step
-        return overshoot - min(-step, control.PROGRESS_WEIGHT * self._progress())
+        return overshoot - min(-step, credit)
 
     def _is_full(self) -> bool:
         return self.log_scale >= math.log(control.FULL)
 
     def _progress(self) -> float:
-        """Of the loss since the start, in its own spreads; without a loss, all is granted."""
-        if not self.loss_start.entered:
-            return math.inf
+        """Of the loss since the start, in its own spreads; without a loss there is none."""
         return max(self.loss_start.mean - self.loss.mean, 0) / self.loss.spread
 
     def _move(self, seen: Signals, overshoot: float) -> None:

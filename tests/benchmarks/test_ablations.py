@@ -45,11 +45,11 @@ def test_only_feedback_keeps_the_scale_down(alarm, at_full_rate):
     [
         (ablations.overshoot_alone, 2.0),
         (ablations.step_alone, -4.0),
-        (ablations.without_progress, -2.0),
+        (ablations.without_progress, 2.0),
     ],
 )
 def test_alarms(alarm, expected):
-    """z = 2, r = kappa / e, no progress; the whole law gives 2."""
-    given = jnp.float32(2), jnp.float32(-1), jnp.float32(0)
+    """z = 2, r = kappa / e; progress of 8 is a credit of 5: the whole law gives 0 - 4."""
+    given = jnp.float32(2), jnp.float32(-1), jnp.float32(8)
     np.testing.assert_allclose(alarm(*given), expected)
-    np.testing.assert_allclose(ablations.FULL_LAW(*given), 2.0)
+    np.testing.assert_allclose(ablations.FULL_LAW(*given), -4.0)
