@@ -127,22 +127,24 @@ def _change(middle: float, low: float, high: float) -> str:
 
 def throughput() -> str:
     """Tokens a second of the scripts' loop, against a bare one and against torch."""
-    result = json.loads((RESULTS / "throughput.json").read_text())
+    results = [json.loads(path.read_text()) for path in RESULTS.glob("throughput*.json")]
+    results.sort(key=lambda result: result["tokens"])
     rows = []
     for part, title in {"loop": "all parameters", "torch": "LoRA"}.items():
-        ours = result[part]["tokens_per_second"]["ours"]
-        for other, (low, middle, high) in result[part]["ours_over"].items():
-            rate = result[part]["tokens_per_second"][other]
-            rows.append(
-                [
-                    f"{title}, against {_AGAINST[other]}",
-                    f"{rate:,.0f}",
-                    f"{ours:,.0f}",
-                    _change(middle - 1, low - 1, high - 1),
-                ]
-            )
-    head = ["", "its tokens/s", "ours", "ours over it (middle half)"]
-    note = f"In turns in one process (`python -m benchmarks.throughput`, {_where(result)})."
+        for result in results:
+            ours = result[part]["tokens_per_second"]["ours"]
+            for other, (low, middle, high) in result[part]["ours_over"].items():
+                rows.append(
+                    [
+                        f"{title}, against {_AGAINST[other]}",
+                        f"{result['tokens']}",
+                        f"{result[part]['tokens_per_second'][other]:,.0f}",
+                        f"{ours:,.0f}",
+                        _change(middle - 1, low - 1, high - 1),
+                    ]
+                )
+    head = ["", "tokens a step", "its tokens/s", "ours", "ours over it (middle half)"]
+    note = f"In turns in one process (`python -m benchmarks.throughput`, {_where(results[0])})."
     return f"{_table(head, rows)}\n\n{note}"
 
 

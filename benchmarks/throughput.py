@@ -53,23 +53,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--size", choices=SIZES, default="small", help="of the model")
+    parser.add_argument("--batch", type=int, help="sequences a step; default: by size")
     parser.add_argument("--rounds", type=int, default=6, help="turns of each loop")
     parser.add_argument("--steps", type=int, default=25, help="steps a turn")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/throughput.json"))
     options = parser.parse_args(arguments)
     result = {**provenance(), **vars(options) | {"out": None}}
-    result["loop"] = compare_loops(options.size, options.rounds, options.steps)
-    result["torch"] = compare_torch(options.size, options.rounds, options.steps)
+    batch = options.batch or SIZES[options.size][1]
+    result["tokens"] = batch * SIZES[options.size][2]
+    result["loop"] = compare_loops(options.size, batch, options.rounds, options.steps)
+    result["torch"] = compare_torch(options.size, batch, options.rounds, options.steps)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     for name in ("loop", "torch"):
         print(describe(name, result[name], result["device"]))
 
 
-def compare_loops(size: str, rounds: int, steps: int) -> dict[str, Any]:
+def compare_loops(size: str, batch: int, rounds: int, steps: int) -> dict[str, Any]:
     """All parameters trained: a bare loop, a guarded bare loop, and ours."""
     with contextlib.ExitStack() as opened:
         place = opened.enter_context(tempfile.TemporaryDirectory())
-        options = _options(size, Path(place), steps * (rounds + 1))
+        options = _options(size, batch, Path(place), steps * (rounds + 1))
         decoder = _decoder(size, options)
         stretches = {
             "plain": _plain(decoder, nnx.Param, options, optax.adamw(1e-4), steps),
@@ -81,7 +84,7 @@ def compare_loops(size: str, rounds: int, steps: int) -> dict[str, Any]:
         return _measured(stretches, options, steps, rounds, decoder.config, trains_all=True)
 
 
-def compare_torch(size: str, rounds: int, steps: int) -> dict[str, Any] | None:
+def compare_torch(size: str, batch: int, rounds: int, steps: int) -> dict[str, Any] | None:
     """Adapters trained: ours, and `transformers` with `peft` on the same weights and batches."""
     try:
         import peft
@@ -91,7 +94,7 @@ def compare_torch(size: str, rounds: int, steps: int) -> dict[str, Any] | None:
         return None
     with contextlib.ExitStack() as opened:
         place = opened.enter_context(tempfile.TemporaryDirectory())
-        options = _options(size, Path(place) / "run", steps * (rounds + 1))
+        options = _options(size, batch, Path(place) / "run", steps * (rounds + 1))
         decoder = _decoder(size, options)
         weights.save(decoder, Path(place) / "model")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(place) / "model")
@@ -113,15 +116,14 @@ def _named(*modules: Any) -> Iterator[tuple[str, Any]]:
     return ((module.__name__, module) for module in modules)
 
 
-def _options(size: str, out: Path, steps: int) -> Options:
-    _, batch_size, length = SIZES[size]
+def _options(size: str, batch: int, out: Path, steps: int) -> Options:
     on_gpu = jax.default_backend() == "gpu"
     return Options(
         model=size,
         out=out,
         steps=steps,
-        batch_size=batch_size,
-        length=length,
+        batch_size=batch,
+        length=SIZES[size][2],
         schedule="constant",
         warmup=0.0,
         dtype="bfloat16" if on_gpu else "float32",
