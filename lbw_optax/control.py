@@ -42,7 +42,7 @@ MOST_CUT, GROWTH, MOST_GROWTH = 0.4, 0.1, 0.5
 FAR, AT_ONCE = 3.0, 10.0
 # At about the full rate, overshoot of this many standard errors is still no reason to cut, nor is a
 # step of this many times kappa.
-FULL, TRUST, TRUST_STEP = 0.9, 3.0, 2.5
+FULL, TRUST, TRUST_STEP = 0.9, 3.0, 1.5
 # Growth gains up to this much more, e-fold by e-fold below kappa, until the first alarm of one
 # standard error.
 QUICK, FIRST_ALARM = 2.0, 1.0
@@ -212,7 +212,7 @@ def _without_doubt(
 ) -> tuple[jax.Array, jax.Array]:
     """Near the full rate, s >= 0.9, the benefit of the doubt is the user's.
 
-    z is less by min(max(z, 0), 3) there, and r up to 2.5 kappa counts as at most kappa.
+    z is less by min(max(z, 0), 3) there, and r up to 1.5 kappa counts as at most kappa.
     """
     full = control.log_scale >= math.log(FULL)
     trusted = full & (log_step < math.log(TRUST_STEP))

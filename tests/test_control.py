@@ -342,10 +342,10 @@ def test_growth_is_quick_until_the_first_alarm():
 
 @pytest.mark.parametrize(
     ("overshoot", "share_of_kappa", "cut"),
-    [(0.01, 0.1, False), (0.5, 0.1, True), (0.01, 2.4, False), (0.01, 2.7, True)],
+    [(0.01, 0.1, False), (0.5, 0.1, True), (0.01, 1.4, False), (0.01, 1.7, True)],
 )
 def test_the_full_rate_is_cut_for_a_significant_reason_only(overshoot, share_of_kappa, cut):
-    """At scale 1: about one standard error of overshoot holds, fifty cut; 2.5 kappa divides."""
+    """At scale 1: about one standard error of overshoot holds, fifty cut; 1.5 kappa divides."""
     steps = [Signals(relative_step=1e-4, overshoot=-0.5)] * 30
     large = Signals(relative_step=share_of_kappa * control.KAPPA, overshoot=overshoot, loss=3.0)
     state, *_ = run_law(batch(steps + [large] * 60))
