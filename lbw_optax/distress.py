@@ -5,6 +5,7 @@ evidence of several, and none within a grace after a rollback. What asks stays a
 somebody answers (:class:`lbw_optax.RollbackManager`, or :func:`lbw_optax.override`).
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from lbw_optax import statistics as stats
-from lbw_optax.control import BROKEN_STATE
-from lbw_optax.statistics import Running
+from lbw_optax.control import BROKEN_STATE, SPIKE_FACTOR
+from lbw_optax.statistics import Running, Statistics
 from lbw_optax.telemetry import Telemetry
 
 REASONS = ("none", "parameters", "inner_state", "skips", "loss", "request")
@@ -25,7 +26,10 @@ UNCERTAIN = ("skips", "loss")
 # kind. Skipping keeps the state whole and costs a step each time; when that has come to what a
 # rollback costs, the state is suspected. A lasting shift of level is accepted after 18.
 INNER_STEPS, SKIP_STEPS = 2, 20
-# The loss (see `_excess`): least margin above its lowest mean in symlog, in spreads, evidence of
+# A broken first gradient cannot be told from a sound one, and an inner state remembers it: it is
+# known by the norm of the next ones, as many as this, that falls by the square of SPIKE_FACTOR.
+FIRST_STEPS = 2
+# The loss (see `_watch_loss`): least margin above its lowest mean in symlog, in spreads, evidence of
 # one step at most, and evidence that asks.
 LEAST_MARGIN, MARGIN_SPREADS, MOST_EVIDENCE, ENOUGH_EVIDENCE = 0.1, 6.0, 2.0, 8.0
 # Sound steps after a rollback in which only certain signs ask, and the level of the loss is learned
@@ -60,13 +64,18 @@ def init() -> Distress:
 
 
 def assess(
-    distress: Distress, seen: Telemetry, why: jax.Array, skips_in_a_row: jax.Array
+    distress: Distress,
+    seen: Telemetry,
+    before: Statistics,
+    why: jax.Array,
+    skips_in_a_row: jax.Array,
 ) -> Distress:
     """Take the signals of one step in.
 
     Args:
       distress: before the step.
       seen: what the step showed.
+      before: of the steps before it.
       why: int32, index into SIGNALS, why the step is poisoned, or 0.
       skips_in_a_row: int32, this step included.
     """
@@ -78,7 +87,7 @@ def assess(
     watched = _watch_loss(distress, seen, in_grace)
     signs = [
         (seen.parameters_broken, PARAMETERS),
-        (inner >= INNER_STEPS, INNER_STATE),
+        ((inner >= INNER_STEPS) | _first_was_broken(seen, before), INNER_STATE),
         (~in_grace & (skips_in_a_row >= SKIP_STEPS), TOO_MANY_SKIPS),
         (watched.loss_excess >= ENOUGH_EVIDENCE, LOSS),
     ]
@@ -89,6 +98,14 @@ def assess(
         inner_steps=inner,
         grace=jnp.where(in_grace & sound, distress.grace - 1, distress.grace),
     )
+
+
+def _first_was_broken(seen: Telemetry, before: Statistics) -> jax.Array:
+    """In the first steps, each of which is small, log |g| falls below m - 2 log 10."""
+    few = before.gradient.weight < 1 - stats.GRADIENT.decay ** (FIRST_STEPS + 0.5)
+    few = few & (before.gradient.weight > 0) & seen.has_gradient & (seen.gradient_norm > 0)
+    log_norm = jnp.log(jnp.where(few, seen.gradient_norm, 1.0))
+    return few & (log_norm < before.gradient.mean - 2 * math.log(SPIKE_FACTOR))
 
 
 def _watch_loss(distress: Distress, seen: Telemetry, in_grace: jax.Array) -> Distress:

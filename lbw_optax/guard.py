@@ -129,7 +129,9 @@ def lbw_guard(
             probe=_select(decision.skip, telemetry.forget(probe, wrapped), probe),
             statistics=new_statistics,
             control=new_control,
-            distress=distress.assess(state.distress, seen, why, new_control.skips_in_a_row),
+            distress=distress.assess(
+                state.distress, seen, state.statistics, why, new_control.skips_in_a_row
+            ),
             ring=ring.record(state.ring, state.guard_steps, new_control, evidence, decision),
         )
 

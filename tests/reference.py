@@ -178,6 +178,7 @@ class LawReference:
         poison = self._poison(seen)
         spike = self._loss_spikes(seen)
         thresholds = {"gradient_norm": self.gradient_threshold(), "loss": self.loss_threshold()}
+        fell = self._first_was_broken(seen)
         self._absorb(seen, poison)
         overshoot = self.overshoot.mean / self.overshoot.standard_error
         large = seen.relative_step is not None and control.STEP_WEIGHT * self._log_step(seen)
@@ -192,7 +193,7 @@ class LawReference:
             self.ceiling_steps -= 1
         action = self._turn(trouble)
         self._account(bool(poison), action)
-        self._assess(seen, poison)
+        self._assess(seen, poison, fell)
         values = vars(seen) | {
             "gradient_norm": self.last_norm,
             "loss": self.last_loss,
@@ -222,7 +223,13 @@ class LawReference:
             self.grace,
         )
 
-    def _assess(self, seen: Signals, poison: str | None) -> None:
+    def _first_was_broken(self, seen: Signals) -> bool:
+        """A hundredth of what the first one or two gradients were."""
+        if not 1 <= len(self.gradient.entered) <= distress.FIRST_STEPS or not seen.gradient_norm:
+            return False
+        return math.log(seen.gradient_norm) < self.gradient.mean - 2 * math.log(control.SPIKE_FACTOR)
+
+    def _assess(self, seen: Signals, poison: str | None, fell: bool) -> None:
         """Whether to ask for a rollback; the first reason stays."""
         grace = self.grace > 0
         if poison is None:
@@ -233,7 +240,7 @@ class LawReference:
         self._watch_loss(seen, grace)
         signs = {
             "parameters": seen.parameters_broken,
-            "inner_state": self.inner_steps >= distress.INNER_STEPS,
+            "inner_state": self.inner_steps >= distress.INNER_STEPS or fell,
             "skips": not grace and self.skips_in_a_row >= distress.SKIP_STEPS,
             "loss": self.loss_excess >= distress.ENOUGH_EVIDENCE,
         }

@@ -34,7 +34,7 @@ def law(carry, seen, bounds):
     after = statistics.absorb(remembered, seen, why > 0)
     evidence = control.judge(state, seen, remembered, after, why)
     state, decision = control.decide(state, evidence, bounds)
-    asking = distress.assess(asking, seen, why, state.skips_in_a_row)
+    asking = distress.assess(asking, seen, remembered, why, state.skips_in_a_row)
     return (after, state, asking), (state, evidence, decision, asking)
 
 

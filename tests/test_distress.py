@@ -8,7 +8,7 @@ import pytest
 from reference import LawReference, Signals
 from test_control import BOUNDS, TRAJECTORIES, _scan, batch, change, noisy
 
-from lbw_optax import distress
+from lbw_optax import distress, statistics
 from lbw_optax.distress import REASONS, Distress
 
 BAD_GRADIENT = {"nonfinite_gradients": 3, "gradient_norm": None}
@@ -45,6 +45,8 @@ DISTRESSED = TRAJECTORIES | {
         for i, s in enumerate(noisy())
     ],
     "skips_in_a_row": change(noisy(), range(100, 400), gradient_norm=None),
+    "first_gradient": change(noisy(), [0], gradient_norm=1e4),
+    "zero_after_the_first": change(noisy(), [1, 2], gradient_norm=0.0),
 }
 
 
@@ -87,6 +89,17 @@ def test_how_soon_each_reason_asks(steps, reason, after):
 
 
 @pytest.mark.parametrize(
+    ("at", "norm", "asks"),
+    [([0], 1e3, 1), ([0], 50.0, None), ([0, 1], 1e3, 2), ([0, 1, 2], 1e3, None), ([1], 1e-3, 1)],
+)
+def test_a_broken_first_gradient_is_known_by_the_next(at, norm, asks):
+    """Which of the first ones is the sound one cannot be told: both mean to begin again."""
+    steps = [Signals(gradient_norm=1.0) for _ in range(20)]
+    reason = "none" if asks is None else "inner_state"
+    assert asked_at(change(steps, at, gradient_norm=norm)) == (reason, asks)
+
+
+@pytest.mark.parametrize(
     "steps",
     [
         change(noisy(), range(150, 169), **BAD_GRADIENT),
@@ -114,7 +127,7 @@ def _after_rollback(steps: list[Signals], grace: int) -> list[str]:
 
     def one(state, seen_why):
         seen, why, skips = seen_why
-        state = distress.assess(state, seen, why, skips)
+        state = distress.assess(state, seen, statistics.init(), why, skips)
         return state, state
 
     bad = np.array([bool(s.nonfinite_gradients or s.nonfinite_loss) for s in steps])
