@@ -227,7 +227,8 @@ class LawReference:
         """A hundredth of what the first one or two gradients were."""
         if not 1 <= len(self.gradient.entered) <= distress.FIRST_STEPS or not seen.gradient_norm:
             return False
-        return math.log(seen.gradient_norm) < self.gradient.mean - 2 * math.log(control.SPIKE_FACTOR)
+        least = self.gradient.mean - 2 * math.log(control.SPIKE_FACTOR)
+        return math.log(seen.gradient_norm) < least
 
     def _assess(self, seen: Signals, poison: str | None, fell: bool) -> None:
         """Whether to ask for a rollback; the first reason stays."""
