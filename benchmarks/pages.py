@@ -96,7 +96,7 @@ def overhead() -> str:
     head = ["tokens a step", "a step of AdamW", "with the guard (middle half)", "optimizer bytes"]
     note = (
         f"A decoder of {results[0]['parameters'] / 1e6:.0f} M parameters, paired steps "
-        f"(`python -m benchmarks.overhead`, {_where(results[0])})."
+        f"(`python -m benchmarks.overhead`, {_where(*results)})."
     )
     return f"{_table(head, rows)}\n\n{note}"
 
@@ -144,7 +144,7 @@ def throughput() -> str:
                     ]
                 )
     head = ["", "tokens a step", "its tokens/s", "ours", "ours over it (middle half)"]
-    note = f"In turns in one process (`python -m benchmarks.throughput`, {_where(results[0])})."
+    note = f"In turns in one process (`python -m benchmarks.throughput`, {_where(*results)})."
     return f"{_table(head, rows)}\n\n{note}"
 
 
@@ -185,7 +185,7 @@ def sensitivity() -> str:
         ]
         rows.append([f"`{knob}={value:g}`", *cells])
     head = ["", "LoRA ×1", "LoRA ×100", "from scratch ×1", "from scratch ×30"]
-    note = f"Valid perplexity (`python -m benchmarks.sensitivity`, {_where(records[0])})."
+    note = f"Valid perplexity (`python -m benchmarks.sensitivity`, {_where(*records)})."
     return f"{_table(head, rows)}\n\n{note}"
 
 
@@ -203,6 +203,8 @@ def stress() -> str:
 def generality() -> str:
     """Other models and other inner optimizers: loss, bare and guarded, at both rates."""
     records = results_file.read(RESULTS / "generality.jsonl")
+    newest = [r["law"] for r in records if r["guarded"]][-1]
+    records = [r for r in records if r["law"] in (None, newest)]
     rows = []
     for task, inner in dict.fromkeys((r["task"], r["inner"]) for r in records):
         runs = [r for r in records if (r["task"], r["inner"]) == (task, inner)]
@@ -214,7 +216,7 @@ def generality() -> str:
         ]
         rows.append([task, inner, f"{tuned:g}", *cells])
     head = ["model", "inner", "tuned rate", "bare ×1", "guarded ×1", "bare ×30", "guarded ×30"]
-    where = _where(records[0])
+    where = _where(*records)
     note = f"Held-out loss, median of three seeds (`python -m benchmarks.generality`, {where})."
     return f"{_table(head, rows)}\n\n{note}"
 
@@ -298,9 +300,11 @@ def _moved(share: float | None) -> str:
     return "all weights NaN" if share is None else f"weights move by {100 * share:.2f} %"
 
 
-def _where(result: dict[str, Any]) -> str:
-    versions = result["versions"]
-    return f"commit {result['commit'][:9]}, {result['machine']}, jax {versions['jax']}"
+def _where(*results: dict[str, Any]) -> str:
+    """Of which commits, and on which machine."""
+    commits = list(dict.fromkeys(result["commit"][:9] for result in results))
+    machine, versions = results[-1]["machine"], results[-1]["versions"]
+    return f"commit {', '.join(commits)}, {machine}, jax {versions['jax']}"
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> str:
