@@ -16,6 +16,7 @@ from benchmarks import results_file
 from benchmarks.faults import RESULTS
 from benchmarks.faults_figure import draw
 from benchmarks.faults_methods import METHODS, MIX_EVERY, MIX_STEPS, SCENARIOS
+from benchmarks.provenance import commits
 
 Record = dict[str, Any]
 RESTART = 250
@@ -137,13 +138,12 @@ def _provenance(records: Sequence[Record]) -> str:
     records = _cells(records)
     newest = records[-1]
     shape, versions = newest["model"], newest["versions"]
-    commits = sorted({f"{r['commit']}"[:10] + "*" * bool(r["dirty"]) for r in records})
     return (
         f"Data: {newest['data']}. Model: {shape['num_hidden_layers']} layers, "
         f"{shape['hidden_size']} wide, vocabulary {shape['vocab_size']}; sequences of "
         f"{newest['length']}, batch {newest['batch_size']}. Learning rate of all methods: "
         f"{newest['rate']:g}, AdamW's best on valid, after 20 steps of warm-up. Most faults strike "
-        f"in step 100 of 300. Commit {', '.join(commits)} (* with local changes); "
+        f"in step 100 of 300. Commit {commits(records)} (* with local changes); "
         + ", ".join(f"{name} {number}" for name, number in versions.items())
         + f"; {newest['machine']}.\n\nMade by `python -m benchmarks.faults` and "
         "`python -m benchmarks.faults_tables`."

@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks import faults_tables, results_file, stress_grid, stress_tables
 from benchmarks import generality as generality_run
 from benchmarks import stress as stress_run
+from benchmarks.provenance import commits
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -202,9 +203,7 @@ def stress() -> str:
 
 def generality() -> str:
     """Other models and other inner optimizers: loss, bare and guarded, at both rates."""
-    records = results_file.read(RESULTS / "generality.jsonl")
-    newest = [r["law"] for r in records if r["guarded"]][-1]
-    records = [r for r in records if r["law"] in (None, newest)]
+    records = results_file.newest_law(results_file.read(RESULTS / "generality.jsonl"), by="guarded")
     rows = []
     for task, inner in dict.fromkeys((r["task"], r["inner"]) for r in records):
         runs = [r for r in records if (r["task"], r["inner"]) == (task, inner)]
@@ -302,9 +301,8 @@ def _moved(share: float | None) -> str:
 
 def _where(*results: dict[str, Any]) -> str:
     """Of which commits, and on which machine."""
-    commits = list(dict.fromkeys(result["commit"][:9] for result in results))
     machine, versions = results[-1]["machine"], results[-1]["versions"]
-    return f"commit {', '.join(commits)}, {machine}, jax {versions['jax']}"
+    return f"commit {commits(results)}, {machine}, jax {versions['jax']}"
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> str:

@@ -14,6 +14,7 @@ from flax import nnx
 
 from benchmarks import paper_rows, results_file
 from benchmarks.paper_rows import CASES, LARGE_RATES, METHODS, Case
+from benchmarks.provenance import commits
 from train import estimate, lora, qwen_lora, recipes, run, tinyllama_full
 from train.model import Decoder, split
 from train.options import Options
@@ -105,16 +106,17 @@ def _seconds(record: dict[str, Any] | None) -> str:
 def _notes(records: Sequence[dict[str, Any]]) -> str:
     if not records:
         return "Not run yet: `python -m benchmarks.paper --preset tiny`."
-    first = next(r for r in reversed(records) if "commit" in r)
+    known = [r for r in records if "commit" in r]
+    newest = known[-1]
     rates = {kind: tuned(records, kind) for kind in ("lora", "full")}
     return (
         "Test perplexity over all tokens of the held-out text, in windows of "
-        f"{first.get('context')} tokens that begin every {first.get('stride')}. Reference rates "
+        f"{newest.get('context')} tokens that begin every {newest.get('stride')}. Reference rates "
         f"here: {', '.join(f'{rate:g} ({kind})' for kind, rate in rates.items())}. Seconds are of "
         "the whole run with its compilation and evaluation; the AdamW runs are watched by a guard "
         "that does not act, so the two differ by what it does and not by what it costs. "
-        f"`python -m benchmarks.paper --preset tiny` at commit {first['commit'][:9]}, "
-        f"{first['machine']}, jax {first['versions']['jax']}."
+        f"`python -m benchmarks.paper --preset tiny` at commit {commits(known)}, "
+        f"{newest['machine']}, jax {newest['versions']['jax']}."
     )
 
 

@@ -4,6 +4,7 @@ import functools
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ def _provenance() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
     }
+
+
+def commits(records: Iterable[dict[str, Any]]) -> str:
+    """Which ones the records were made at; a * stands for local changes.
+
+    >>> commits([{"commit": "a0" * 20, "dirty": False}, {"commit": "10" * 20, "dirty": True}])
+    '1010101010*, a0a0a0a0a0'
+    """
+    return ", ".join(sorted({f"{r['commit']}"[:10] + "*" * bool(r["dirty"]) for r in records}))
 
 
 def machine() -> str:

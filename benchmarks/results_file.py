@@ -35,16 +35,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict)]
 
 
-def newest_law(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def newest_law(records: Iterable[dict[str, Any]], by: str = "method") -> list[dict[str, Any]]:
     """Of a guarded method only the cells of its newest code: a table never mixes two laws.
+
+    `by` is the field that tells guarded records from others.
 
     >>> cells = [{"method": "guard", "law": law} for law in ("old", "new")]
     >>> newest_law([*cells, {"method": "adamw", "law": None}])
     [{'method': 'guard', 'law': 'new'}, {'method': 'adamw', 'law': None}]
     """
     records = list(records)
-    laws = {r["method"]: r["law"] for r in records}
-    return [r for r in records if r["law"] == laws[r["method"]]]
+    laws = {r[by]: r["law"] for r in records}
+    return [r for r in records if r["law"] == laws[r[by]]]
 
 
 def _is_torn(file: BinaryIO) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks import results_file
 from benchmarks.methods import METHODS
+from benchmarks.provenance import commits
 from benchmarks.regimes import REGIMES
 from benchmarks.stress import RESULTS
 from benchmarks.stress_figure import draw
@@ -63,7 +64,6 @@ _INTERVENTIONS = (
 def _provenance(grid: Grid) -> str:
     newest = max(grid.cells.values(), key=lambda record: len(record["versions"]))
     seeds = sorted({key[3] for key in grid.cells})
-    commits = sorted({f"{r['commit']}"[:10] + "*" * bool(r["dirty"]) for r in grid.cells.values()})
     shape = newest["model"]
     versions = ", ".join(f"{name} {number}" for name, number in newest["versions"].items())
     return (
@@ -71,7 +71,7 @@ def _provenance(grid: Grid) -> str:
         f"{shape['num_hidden_layers']} layers, {shape['hidden_size']} wide; sequences of "
         f"{newest['length']}, batch {newest['batch_size']}. Medians over seeds (here "
         f"{', '.join(map(str, seeds))}); ± is half the range; **bold** is the best of a column. "
-        f"{len(grid.cells)} cells at commit {', '.join(commits)} (* with local changes); "
+        f"{len(grid.cells)} cells at commit {commits(grid.cells.values())} (* with local changes); "
         f"{versions}; {newest['machine']}.\n\nMade by `python -m benchmarks.stress` and "
         "`python -m benchmarks.stress_tables`. Every peer runs at its published constants, which "
         "are made for longer runs (see `benchmarks/methods.py`)."

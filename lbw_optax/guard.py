@@ -47,7 +47,7 @@ def lbw_guard(
     undoes a constant gradient scale, and its momentum and weight decay move the weights on a
     zero gradient, so that this placement keeps NaN out but does not cure a learning rate that is
     too high. Measured in LoRA at 100 times the tuned rate (``benchmarks/results/placements.json``):
-    perplexity 435 for bare AdamW, 425 chained, 53 wrapped, and 53 at the tuned rate; after one NaN
+    perplexity 435 for bare AdamW, 422 chained, 53 wrapped, and 53 at the tuned rate; after one NaN
     gradient the weights are all NaN, move by 0.1 %, and do not move.
 
     Args:
