@@ -37,7 +37,8 @@ def save(path: Path, snapshot: Snapshot) -> Callable[[], None]:
     """
     leaves = {name: x for name, x in snapshot.leaves.items() if x.size}  # Orbax writes no empty one
     sums = np.asarray(snapshot.sums)
-    return ocp.save_async(path, {"leaves": leaves, "sums": sums}, overwrite=True).result
+    with _uncompressed():
+        return ocp.save_async(path, {"leaves": leaves, "sums": sums}, overwrite=True).result
 
 
 def load(path: Path, like: Any) -> Any:
@@ -75,6 +76,16 @@ def clear_unfinished(directory: Path) -> None:
     """Remove what killed saves have left."""
     for path in directory.glob("*tmp*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _uncompressed() -> ocp.Context:
+    """Compression takes a tenth off the size of trained floats, at five times the processor time.
+
+    That time is the training step's where the step runs on the same cores.
+    """
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    return context
 
 
 def _abstract(x: Any) -> Any:

@@ -347,6 +347,15 @@ def test_memory_bytes(tmp_path):
     assert set(off) == {0}
 
 
+def test_checkpoints_are_not_compressed(tmp_path):
+    """Zeros would shrink to nothing: the bytes on disk tell."""
+    zeros = jnp.zeros(100_000), lbw_optax.lbw_guard(optax.sgd(0.1)).init(jnp.zeros(100_000))
+    with RollbackManager(tmp_path) as rollback:
+        rollback.resume(zeros)
+    written = sum(path.stat().st_size for path in tmp_path.glob("checkpoints/0/**/*"))
+    assert written >= 400_000
+
+
 # --- what a user may get wrong -----------------------------------------------------------------
 
 
