@@ -129,7 +129,7 @@ def _change(middle: float, low: float, high: float) -> str:
 def throughput() -> str:
     """Tokens a second of the scripts' loop, against a bare one and against torch."""
     results = [json.loads(path.read_text()) for path in RESULTS.glob("throughput*.json")]
-    results.sort(key=lambda result: result["tokens"])
+    results.sort(key=lambda result: (result["tokens"], bool(result.get("glibc"))))
     rows = []
     for part, title in {"loop": "all parameters", "torch": "LoRA"}.items():
         for result in results:
@@ -139,14 +139,39 @@ def throughput() -> str:
                     [
                         f"{title}, against {_AGAINST[other]}",
                         f"{result['tokens']}",
+                        "yes" if result.get("glibc") else "no",
                         f"{result[part]['tokens_per_second'][other]:,.0f}",
                         f"{ours:,.0f}",
                         _change(middle - 1, low - 1, high - 1),
                     ]
                 )
-    head = ["", "tokens a step", "its tokens/s", "ours", "ours over it (middle half)"]
+    head = [
+        "",
+        "tokens a step",
+        "memory kept",
+        "its tokens/s",
+        "ours",
+        "ours over it (middle half)",
+    ]
     note = f"In turns in one process (`python -m benchmarks.throughput`, {_where(*results)})."
-    return f"{_table(head, rows)}\n\n{note}"
+    return f"{_table(head, rows)}\n\n{note}{_kept(results)}{_product(results)}"
+
+
+def _kept(results: list[dict[str, Any]]) -> str:
+    settings = {result["glibc"] for result in results if result.get("glibc")}
+    return "".join(f" Memory kept: with `GLIBC_TUNABLES={setting}`." for setting in settings)
+
+
+def _product(results: list[dict[str, Any]]) -> str:
+    """What of the difference to torch is the product of matrices itself."""
+    seconds = [r["torch"]["product_seconds"] for r in results if "product_seconds" in r["torch"]]
+    if not seconds:
+        return ""
+    longer = sorted(s["jax"] / s["torch"] - 1 for s in seconds)
+    return (
+        " The largest product of matrices in the step, alone, takes XLA "
+        f"{100 * longer[0]:+.0f} to {100 * longer[-1]:+.0f} % of torch's time more."
+    )
 
 
 _AGAINST = {
