@@ -10,12 +10,6 @@ Run ``python -m benchmarks.throughput``. Two comparisons, each on one model and 
 
 All are compiled and warmed up first, then run in turns, a stretch of steps each; reported are
 medians, and median and middle half of the paired ratio.
-
-On a CPU a good part of a large step is the system's, which clears the pages that glibc gave back
-after the step before. To have glibc keep them, and the result file say so, run
-
-    export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1
-    GLIBC_TUNABLES=$GLIBC_TUNABLES:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000
 """
 
 import argparse
@@ -69,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = {**provenance(), **vars(options) | {"out": None}}
     batch = options.batch or SIZES[options.size][1]
     result["tokens"] = batch * SIZES[options.size][2]
-    result["glibc"] = os.environ.get("GLIBC_TUNABLES")
     result["loop"] = compare_loops(options.size, batch, options.rounds, options.steps)
     result["torch"] = compare_torch(options.size, batch, options.rounds, options.steps)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
