@@ -139,23 +139,15 @@ def throughput() -> str:
                     [
                         f"{title}, against {_AGAINST[other]}",
                         f"{result['tokens']}",
+                        f"{result['commit'][:7]}",
                         f"{result[part]['tokens_per_second'][other]:,.0f}",
                         f"{ours:,.0f}",
                         _change(middle - 1, low - 1, high - 1),
                     ]
                 )
-    head = ["", "tokens a step", "its tokens/s", "ours", "ours over it (middle half)"]
+    head = ["", "tokens a step", "commit", "its tokens/s", "ours", "ours over it (middle half)"]
     note = f"In turns in one process (`python -m benchmarks.throughput`, {_where(*results)})."
-    return f"{_table(head, rows)}\n\n{note}{_product(results)}"
-
-
-def _product(results: list[dict[str, Any]]) -> str:
-    """What of the difference to torch is the product of matrices itself."""
-    seconds = [s for result in results if (s := result["torch"].get("product_seconds"))]
-    ratios = " and ".join(f"{s['jax'] / s['torch']:.2f}" for s in seconds)
-    if not seconds:
-        return ""
-    return f" The largest product of matrices in a step, alone, takes XLA {ratios} of torch's time."
+    return f"{_table(head, rows)}\n\n{note}"
 
 
 _AGAINST = {

@@ -5,8 +5,7 @@ Run ``python -m benchmarks.throughput``. Two comparisons, each on one model and 
 - the loop of `train.run` (guard, checkpoints, log, progress) against a plain loop of ``jax.jit``
   without any of it, and against a plain loop whose optimizer is guarded;
 - LoRA on a model in Hugging Face's format, in our loop, in a plain loop of ``jax.jit``, and in
-  `transformers` with `peft` (extra ``parity``; left out where they are not installed); and the
-  step's largest product of matrices alone, which says how much of the difference is XLA's.
+  `transformers` with `peft` (extra ``parity``; left out where they are not installed).
 
 All are compiled and warmed up first, then run in turns, a stretch of steps each; reported are
 medians, and median and middle half of the paired ratio.
@@ -25,7 +24,6 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads must not spin in our turns
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -111,31 +109,8 @@ def compare_torch(size: str, batch: int, rounds: int, steps: int) -> dict[str, A
             "ours": _ours(decoder, nnx.LoRAParam, options, steps, opened),
         }
         result = _measured(stretches, options, steps, rounds, decoder.config, trains_all=False)
-        result["product_seconds"] = _product_seconds(torch, decoder.config, batch * options.length)
     versions = {name: m.__version__ for name, m in _named(torch, transformers, peft)}
     return {**result, "versions": versions, "threads": torch.get_num_threads()}
-
-
-def _product_seconds(torch: Any, config: model.Config, rows: int) -> dict[str, float] | None:
-    """Median of the product of all rows with the kernel of `up_proj`, on the CPU, in float32."""
-    if jax.default_backend() != "cpu":
-        return None
-    draw = np.random.default_rng(0)
-    shapes = (rows, config.hidden_size), (config.hidden_size, config.intermediate_size)
-    factors = [draw.standard_normal(shape, np.float32) for shape in shapes]
-    in_jax, in_torch = jax.device_put(factors), [torch.from_numpy(x) for x in factors]
-    multiply = jax.jit(jnp.matmul)
-    products: dict[str, Callable[[], Any]] = {
-        "jax": lambda: multiply(*in_jax).block_until_ready(),
-        "torch": lambda: torch.matmul(*in_torch),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in products}
-    for _ in range(101):
-        for name, product in products.items():
-            began = time.perf_counter()
-            product()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: float(np.median(s[1:])) for name, s in seconds.items()}
 
 
 def _named(*modules: Any) -> Iterator[tuple[str, Any]]:
