@@ -55,8 +55,9 @@ class RollbackManager:
 
     Only a state that has proven healthy is gone back to: after it, the guard must have seen
     ``probation`` steps without a skip, a jump of the loss, or a loss above its level. Copies are
-    held in two tiers: host memory (pinned, where the backend has it), and Orbax checkpoints,
-    written while the run goes on.
+    held in two tiers: at most three in host memory (pinned, where the backend has it), and at most
+    four Orbax checkpoints (five with :meth:`save`), written while the run goes on. Each is as large
+    as the state.
 
     After a rollback the batches since the target are not used again and newer checkpoints are
     gone. For 20 steps the scale stays under half of what it was at the target. The guard learns the

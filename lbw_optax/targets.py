@@ -1,7 +1,7 @@
 """States to go back to: taken now and then, on probation until proven, in memory and on disk."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from lbw_optax import checkpoints, snapshots
@@ -139,11 +139,19 @@ class Targets:
             self._save(snapshot)
 
     def save(self, step: int, tree: Any) -> None:
-        """Write this state, after what is being written; it is complete when this returns."""
+        """Write this state, after what is being written; it is complete when this returns.
+
+        It goes on probation, unless another checkpoint is: then that one's goes on.
+        """
+        trials = [self._saving]
         self.settle(proven=False)
         if step not in self.journal.checkpoints:
             self._save(snapshots.take(step, tree, for_disk=True))
+            trials.append(self._saving)
             self.settle(proven=False)
+        kept = [t for t in trials if t is not None and t.step in self.journal.checkpoints]
+        self._saving = kept[0]._replace(wait=lambda: None) if kept else None
+        self._drop(self._candidates(but=[step, *(t.step for t in kept)]))
 
     def _save(self, snapshot: Snapshot) -> None:
         step = snapshot.step
@@ -204,7 +212,8 @@ class Targets:
         good = named and not bool(saving.has_nan)
         if good:
             self.journal.checkpoints[saving.step] = GOOD
-        self._drop(self._on_disk()[:-ON_DISK] if good else [saving.step])
+        older = [s for s in self._candidates() if s < saving.step]
+        self._drop([*older, *self._on_disk()[:-ON_DISK]] if good else [saving.step])
         return good
 
     def _lose(self, step: int, error: Exception) -> None:
@@ -254,6 +263,11 @@ class Targets:
         self._trial = None
         self._copied_at = self._saved_at = step
         self._drop([s for s in self.journal.checkpoints if s > step])
+
+    def _candidates(self, but: Collection[int] = ()) -> list[int]:
+        """Checkpoints that have not proven healthy."""
+        states = self.journal.checkpoints.items()
+        return [s for s, state in states if state == CANDIDATE and s not in but]
 
     def _on_disk(self) -> list[int]:
         return sorted(s for s, state in self.journal.checkpoints.items() if state == GOOD)

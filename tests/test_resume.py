@@ -115,6 +115,24 @@ def test_what_is_saved_by_hand_is_where_it_goes_on(tmp_path):
     assert_same_bits(found, tree)
 
 
+@pytest.mark.parametrize("every", [4, 15])
+def test_saves_by_hand_prove_themselves_and_do_not_pile_up(tmp_path, every):
+    """Also when they come before the one before has proven healthy, after six steps."""
+    with RollbackManager(tmp_path, snapshot_every=None) as rollback:
+        step, tree = rollback.resume(start())
+        while step < 60:
+            tree = update(tree, batch(rollback.data_step(step)))
+            step, tree = rollback.step(step + 1, tree)
+            if step % every == 0:
+                rollback.save(step, tree)
+                rollback.save(step, tree)
+                assert newest(tmp_path) == step
+        assert len(list(tmp_path.glob("checkpoints/*"))) <= 5
+        rollback.request("to see where it goes")
+        step, _ = rollback.step(step, tree)
+    assert step == {4: 52, 15: 45}[every]
+
+
 def test_the_audit_log_goes_on(tmp_path):
     """Resumed behind what it has written: no line twice, none missing."""
     bad = {i: (batch(0)[0] * np.float32("nan"), batch(0)[1]) for i in (12, 35)}
