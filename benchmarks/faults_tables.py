@@ -102,7 +102,7 @@ def summary(results: Results) -> str:
         crashes = f"{sum(not r['survived'] for r in mixed)} of {len(mixed)}" if mixed else "–"
         spent = "–" if wasted is None else f"{wasted:.0f}"
         title = METHODS[method].title
-        rows.append([title, f"{sum(known) * faults / len(known):.1f}", crashes, spent])
+        rows.append([title, f"{math.fsum(known) * faults / len(known):.1f}", crashes, spent])
     head = ["", f"faults survived, of {faults}", "episodes of the mix lost"]
     table = _markdown([*head, "steps wasted per crash of AdamW"], rows)
     said = "; ".join(f"{t.title}: {t.measured}" for t in targets(results)[1:6])

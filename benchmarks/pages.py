@@ -283,7 +283,7 @@ def _mean(values: list[float] | None) -> str:
     if not values:
         return "–"
     seeds = f" ({len(values)})" if len(values) > 1 else ""
-    return f"{math.exp(sum(map(math.log, values)) / len(values)):.2f}{seeds}"
+    return f"{math.exp(math.fsum(map(math.log, values)) / len(values)):.2f}{seeds}"
 
 
 def faults() -> str:
