@@ -1,7 +1,7 @@
 """States to go back to: taken now and then, on probation until proven, in memory and on disk."""
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lbw_optax import checkpoints, snapshots
@@ -88,7 +88,7 @@ class Targets:
         self.folder.tidy(self.journal)
         self._saved_at = step
         if self.journal.checkpoints[step] == CANDIDATE:
-            self._saving = _Saving(step, False, lambda: None)
+            self._saving = _Saving(step, False, _is_written)
         if self.plan.snapshot_every is not None:
             self._trial, self._copied_at = snapshots.take(step, tree), step
         return step, tree
@@ -143,15 +143,14 @@ class Targets:
 
         It goes on probation, unless another checkpoint is: then that one's goes on.
         """
-        trials = [self._saving]
         self.settle(proven=False)
+        trial = self._saving
         if step not in self.journal.checkpoints:
             self._save(snapshots.take(step, tree, for_disk=True))
-            trials.append(self._saving)
             self.settle(proven=False)
-        kept = [t for t in trials if t is not None and t.step in self.journal.checkpoints]
-        self._saving = kept[0]._replace(wait=lambda: None) if kept else None
-        self._drop(self._candidates(but=[step, *(t.step for t in kept)]))
+        self._saving = trial or self._saving
+        kept = step, self._saving.step if self._saving else step
+        self._drop([s for s in self._candidates() if s not in kept])
 
     def _save(self, snapshot: Snapshot) -> None:
         step = snapshot.step
@@ -197,7 +196,10 @@ class Targets:
         return health.step >= step + self.plan.probation and not health.suspected
 
     def settle(self, *, proven: bool) -> bool:
-        """Wait for the checkpoint that is being written; True if it is a target now."""
+        """Wait for the checkpoint that is being written; True if it is a target now.
+
+        One that is not proven yet stays on probation: a run that is killed may resume there.
+        """
         saving, self._saving = self._saving, None
         if saving is None:
             return False
@@ -208,7 +210,8 @@ class Targets:
             return False
         named = saving.step in self.journal.checkpoints
         if named and not proven:
-            return False  # it stays a candidate: a run that is killed may resume there
+            self._saving = saving._replace(wait=_is_written)
+            return False
         good = named and not bool(saving.has_nan)
         if good:
             self.journal.checkpoints[saving.step] = GOOD
@@ -259,18 +262,21 @@ class Targets:
         """Forget everything after this step: it belongs to a run that is not continued."""
         if self._saving is not None:  # what lies before a proven state is proven with it
             self.settle(proven=self._saving.step <= step)
+            self._saving = None
         self._memory = [snapshot for snapshot in self._memory if snapshot.step <= step]
         self._trial = None
         self._copied_at = self._saved_at = step
         self._drop([s for s in self.journal.checkpoints if s > step])
 
-    def _candidates(self, but: Collection[int] = ()) -> list[int]:
-        """Checkpoints that have not proven healthy."""
-        states = self.journal.checkpoints.items()
-        return [s for s, state in states if state == CANDIDATE and s not in but]
+    def _candidates(self) -> list[int]:
+        return [s for s, state in self.journal.checkpoints.items() if state == CANDIDATE]
 
     def _on_disk(self) -> list[int]:
         return sorted(s for s, state in self.journal.checkpoints.items() if state == GOOD)
+
+
+def _is_written() -> None:
+    """There is nothing to wait for."""
 
 
 def _first_line(error: BaseException) -> str:
