@@ -31,6 +31,8 @@ import lbw_optax
 from benchmarks.bench import Bench, Size, start
 from train import data, loop, model
 
+LONGER = 5
+"""How many times as long the size `long` trains as the default."""
 CHECKPOINTS = 25
 """Points of the two loss curves; the last one is the end of the run."""
 
@@ -118,6 +120,8 @@ SIZES = {
         ),
     )
 }
+_STEPS = {name: LONGER * steps for name, steps in SIZES["default"].steps.items()}
+SIZES["long"] = SIZES["default"]._replace(name="long", steps=_STEPS)
 
 
 def run_cell(

@@ -2,6 +2,7 @@
 
     python -m benchmarks.stress --data-dir wikitext-2        # the full grid: hours, in pieces
     python -m benchmarks.stress --quick                      # minutes
+    python -m benchmarks.stress --long --methods adamw guard --lrs 1 10    # five times as long
     python -m benchmarks.stress_tables                       # tables and figure of what is there
 
 Regimes: LoRA (`lora`) and full-parameter fine-tuning (`full`) of a base that is trained first
@@ -34,7 +35,7 @@ from benchmarks.bench import Bench, prepare
 from benchmarks.command import check_names, digest, refuse
 from benchmarks.methods import METHODS, QUICK
 from benchmarks.provenance import provenance
-from benchmarks.regimes import REGIMES, SIZES, TO_300, perplexity_before, run_cell
+from benchmarks.regimes import LONGER, REGIMES, SIZES, TO_300, perplexity_before, run_cell
 from train.data import DataError
 
 RESULTS = Path(__file__).resolve().parent / "results" / "stress.jsonl"
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     provenance()  # now, before anything is edited
     try:
-        bench = prepare(options.data_dir, SIZES["quick" if options.quick else "default"])
+        bench = prepare(options.data_dir, SIZES[options.size])
     except DataError as error:
         refuse(str(error))
     result, is_done = _memory(bench, options.out)
@@ -78,6 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = _progress(sum(bench.size.steps[cell.regime] for cell in pending), options.split)
     for cell in pending:
         report(cell, result(cell))
+
+
+def long_results(results: Path) -> Path:
+    """The file of the long runs beside that of the others."""
+    return results.with_stem(f"{results.stem}_long")
 
 
 def tune(loss: Callable[[float], float], regime: str) -> float:
@@ -251,10 +257,18 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", metavar="NAME", help=" ".join(METHODS))
     add("--lrs", nargs="+", metavar="K", help="multiples of the tuned rate: 1 3 10 30 100 300")
     add("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2")
-    add("--quick", action="store_true", help="a small model, few methods and rates, one seed")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--quick", action="store_true", help="a small model, few methods and rates, one seed"
+    )
+    size.add_argument(
+        "--long", action="store_true", help=f"train {LONGER} times as long, results in a file apart"
+    )
     add("--split", choices=("valid", "test"), default="test", help="what the progress shows")
-    add("--out", type=Path, default=RESULTS, help="result file, JSON Lines")
+    add("--out", type=Path, help="result file, JSON Lines")
     options = parser.parse_args(arguments)
+    options.size = "quick" if options.quick else "long" if options.long else "default"
+    options.out = options.out or (long_results(RESULTS) if options.long else RESULTS)
     multiples = [str(k) for k in TO_300]
     lrs = options.lrs or (QUICK_LRS if options.quick else multiples)
     options.seeds = options.seeds or (SEEDS[:1] if options.quick else SEEDS)

@@ -14,10 +14,19 @@ from pathlib import Path
 from benchmarks import results_file
 from benchmarks.methods import METHODS
 from benchmarks.provenance import commits
-from benchmarks.regimes import REGIMES
-from benchmarks.stress import RESULTS
+from benchmarks.regimes import LONGER, REGIMES
+from benchmarks.stress import RESULTS, long_results
 from benchmarks.stress_figure import draw
-from benchmarks.stress_grid import Grid, load, pace, perplexity, ratio, sensitivity
+from benchmarks.stress_grid import (
+    Grid,
+    Record,
+    false_interventions,
+    load,
+    pace,
+    perplexity,
+    ratio,
+    sensitivity,
+)
 from benchmarks.stress_targets import peers, targets
 
 
@@ -32,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(2, f"{options.results} holds no cell: run python -m benchmarks.stress first\n")
     grid = load(records, options.split)
     picture = options.out.with_suffix(".png")
-    options.out.write_text(report(grid, picture.name), encoding="utf-8")
+    parts = [report(grid, picture.name)]
+    if longer := results_file.read(long_results(options.results)):
+        parts.append(longer_runs(load(longer, options.split)))
+    options.out.write_text("\n".join(parts), encoding="utf-8")
     draw(grid, picture)
     print(f"wrote {options.out} and {picture}")
 
@@ -59,23 +71,39 @@ _INTERVENTIONS = (
     "Events the guard reports; cuts of the scale below 0.9 after the soft start, which ends at "
     "0.9 or half way; skips; share of steps below 0.9; smallest and last scale."
 )
+_LONGER = (
+    "The last two targets above count by the run, not by the step: a soft start of some steps puts "
+    "the guard so many behind AdamW, and one cut at the peak of a warm-up is one however long the "
+    "run is. This is what they come to in longer runs "
+    "(`python -m benchmarks.stress --long --methods adamw guard --lrs 1 10`)."
+)
 
 
 def _provenance(grid: Grid) -> str:
-    newest = max(grid.cells.values(), key=lambda record: len(record["versions"]))
-    seeds = sorted({key[3] for key in grid.cells})
+    newest = _newest(grid)
     shape = newest["model"]
-    versions = ", ".join(f"{name} {number}" for name, number in newest["versions"].items())
     return (
         f"Data: {newest['data']}; tokenizer: {newest['tokenizer']}. Model: "
         f"{shape['num_hidden_layers']} layers, {shape['hidden_size']} wide; sequences of "
-        f"{newest['length']}, batch {newest['batch_size']}. Medians over seeds (here "
-        f"{', '.join(map(str, seeds))}); ± is half the range; **bold** is the best of a column. "
-        f"{len(grid.cells)} cells at commit {commits(grid.cells.values())} (* with local changes); "
-        f"{versions}; {newest['machine']}.\n\nMade by `python -m benchmarks.stress` and "
+        f"{newest['length']}, batch {newest['batch_size']}. ± is half the range; **bold** is the "
+        f"best of a column. {_made_at(grid)}\n\nMade by `python -m benchmarks.stress` and "
         "`python -m benchmarks.stress_tables`. Every peer runs at its published constants, which "
         "are made for longer runs (see `benchmarks/methods.py`)."
     )
+
+
+def _made_at(grid: Grid) -> str:
+    newest = _newest(grid)
+    seeds = ", ".join(str(seed) for seed in sorted({key[3] for key in grid.cells}))
+    versions = ", ".join(f"{name} {number}" for name, number in newest["versions"].items())
+    return (
+        f"Medians over seeds (here {seeds}); {len(grid.cells)} cells at commit "
+        f"{commits(grid.cells.values())} (* with local changes); {versions}; {newest['machine']}."
+    )
+
+
+def _newest(grid: Grid) -> Record:
+    return max(grid.cells.values(), key=lambda record: len(record["versions"]))
 
 
 def _about(grid: Grid, regime: str) -> str:
@@ -85,6 +113,32 @@ def _about(grid: Grid, regime: str) -> str:
         f"Final {grid.split} perplexity after {records[0]['steps']} steps, from {before:.2f} "
         f"before the first. ×1 is AdamW's tuned learning rate, {grid.tuned[regime]:g}."
     )
+
+
+def longer_runs(grid: Grid) -> str:
+    """AdamW and the guard in runs of more steps, whose tuned rates are their own."""
+    parts = [f"## {LONGER} times as many steps", _LONGER, longer_table(grid), _made_at(grid)]
+    return "\n\n".join(parts) + "\n"
+
+
+def longer_table(grid: Grid) -> str:
+    rows = []
+    for regime in grid.regimes():
+        records = grid.records(regime, "guard", 1)
+        ratios = [_number(ratio(grid, regime, "guard", k), 3) for k in grid.multiples(regime)]
+        rows.append(
+            [
+                REGIMES[regime].title,
+                str(next(iter(records.values()))["steps"]),
+                f"{grid.tuned[regime]:g}",
+                *ratios,
+                _number(pace(grid, regime, "guard", 1), 2),
+                _number(false_interventions(grid, "guard", [regime]), 2),
+            ]
+        )
+    multiples = [f"guard ÷ tuned AdamW ×{k}" for k in grid.multiples(grid.regimes()[0])]
+    last = ["steps to AdamW's final loss, over its own", "false interventions per 1000"]
+    return _markdown(["", "steps", "tuned rate", *multiples, *last], rows)
 
 
 def target_table(grid: Grid) -> str:

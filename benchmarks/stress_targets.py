@@ -108,7 +108,7 @@ def _pace(grid: Grid) -> float | None:
 
 def _false(grid: Grid) -> float | None:
     complete = all(grid.records(regime, "guard", 1) for regime in REGIMES)
-    return false_interventions(grid, "guard") if complete else None
+    return false_interventions(grid, "guard", REGIMES) if complete else None
 
 
 def _worst(values: Iterable[float | None]) -> float | None:

@@ -181,6 +181,21 @@ def test_tables_and_figure_come_from_the_result_file(place, finished):
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_the_tables_have_the_long_runs_when_there_are_any(place, finished):
+    results, out = place / "some.jsonl", place / "SOME.md"
+    results_file.append(results, finished[0] | {"tuned": finished[0]["lr"]})
+    stress_tables.main(["--results", str(results), "--out", str(out)])
+    assert "5 times as many steps" not in out.read_text()
+    for record in finished:
+        results_file.append(stress.long_results(results), record)
+    stress_tables.main(["--results", str(results), "--out", str(out)])
+    (row,) = [line for line in out.read_text().split("5 times")[1].splitlines() if "LoRA" in line]
+    name, steps, _, at_tuned, *_ = [field.strip() for field in row.strip("|").split("|")]
+    grid = stress_tables.load(finished, "test")
+    assert (name, steps) == ("LoRA", "50")
+    assert float(at_tuned) == pytest.approx(stress_tables.ratio(grid, "lora", "guard", 1), abs=1e-3)
+
+
 SCRIPT = """
 import sys
 import pytest
