@@ -42,12 +42,12 @@ RESULTS = Path(__file__).resolve().parent / "results" / "stress.jsonl"
 SEEDS = (0, 1, 2)
 TUNING_SEED = 0  # whatever the seeds of this run, so that runs in pieces share one tuned rate
 QUICK_LRS = ("1", "10", "100")
-HOST_SIDE = (
+APART = (
     *("__init__.py", "audit.py", "report.py", "testing.py"),
     *("rollback.py", "targets.py", "snapshots.py", "checkpoints.py", "folder.py", "journal.py"),
-    "agreement.py",
+    *("agreement.py", "distress.py"),
 )
-"""Modules of the guard that run on the host and decide no number."""
+"""Modules of the guard that decide no number of a run that nothing rolls back."""
 
 
 class Cell(NamedTuple):
@@ -155,7 +155,7 @@ def _law(method: str) -> str | None:
     return GUARD_CODE if METHODS[method].guarded else None
 
 
-def code_digest(package: Path, without: Collection[str] = HOST_SIDE) -> str:
+def code_digest(package: Path, without: Collection[str] = APART) -> str:
     """A digest of the guard's modules but for these, without comments, docstrings and layout."""
     code = hashlib.sha256()
     for path in sorted(package.glob("*.py")):

@@ -29,9 +29,9 @@ INNER_STEPS, SKIP_STEPS = 2, 20
 # A broken first gradient cannot be told from a sound one, and an inner state remembers it: it is
 # known by the norm of the next ones, as many as this, that falls by the square of SPIKE_FACTOR.
 FIRST_STEPS = 2
-# The loss (see `_watch_loss`): least margin above its lowest mean in symlog, in spreads, evidence
-# of one step at most, and evidence that asks.
-LEAST_MARGIN, MARGIN_SPREADS, MOST_EVIDENCE, ENOUGH_EVIDENCE = 0.1, 6.0, 2.0, 8.0
+# The loss (see `_watch_loss`): margin above its lowest mean in spreads, evidence of one step at most,
+# and evidence that asks.
+MARGIN_SPREADS, MOST_EVIDENCE, ENOUGH_EVIDENCE = 3.0, 2.0, 8.0
 # Sound steps after a rollback in which only certain signs ask, and the level of the loss is learned
 # anew: a lasting shift of the data's level asks once.
 GRACE = 10
@@ -111,19 +111,19 @@ def _first_was_broken(seen: Telemetry, before: Statistics) -> jax.Array:
 def _watch_loss(distress: Distress, seen: Telemetry, in_grace: jax.Array) -> Distress:
     r"""Page's test (CUSUM) for a loss that has risen above its lowest mean and stays there.
 
-    With y = symlog(loss), y* its lowest fast mean and s the spread before it rose,
+    With y = symlog(loss), y* its lowest fast mean and s >= 0.02 the spread before it rose,
 
     .. math::
-      e_t = \mathrm{clip}\big(e_{t-1} + \mathrm{clip}\big(\tfrac{y_t - y^*}{\max(6 s,\ 0.1)} - 1,
-      -1,\ 2\big),\ 0,\ 8\big)
+      e_t = \mathrm{clip}\big(e_{t-1} + \mathrm{clip}\big(\tfrac{y_t - y^*}{3 s} - 1, -1,\ 2\big),
+      0,\ 8\big)
 
-    and 8 asks: at least four steps, far above; sixteen at one and a half margins; a single
+    and 8 asks: at least four steps, far above; sixteen at one and a half times 3 s; a single
     outlier of any size adds 2, and every step at the old level takes 1 back.
     """
     y = stats.symlog(seen.loss)
     level = stats.update(distress.level, y, seen.has_loss, stats.LOSS)
     known = (distress.lowest < stats.LARGEST) & ~in_grace
-    margin = jnp.maximum(MARGIN_SPREADS * distress.quiet_spread, LEAST_MARGIN)
+    margin = MARGIN_SPREADS * jnp.maximum(distress.quiet_spread, stats.LOSS.floor)
     evidence = jnp.clip((y - distress.lowest) / margin - 1, -1.0, MOST_EVIDENCE)
     excess = jnp.clip(distress.loss_excess + evidence, 0.0, ENOUGH_EVIDENCE)
     excess = jnp.where(seen.has_loss & known, excess, distress.loss_excess)

@@ -103,9 +103,9 @@ class RollbackManager:
       ...             w = w.at[0].set(jnp.nan)  # a fault
       ...         step, (w, state) = rollback.step(step + 1, (w, state))
       >>> [(r.from_step, r.to_step, r.reason) for r in rollback.history]
-      [(33, 25, 'parameters')]
-      >>> rollback.data_step(24), rollback.data_step(25), bool(jnp.isfinite(w).all())
-      (24, 33, True)
+      [(33, 28, 'parameters')]
+      >>> rollback.data_step(27), rollback.data_step(28), bool(jnp.isfinite(w).all())
+      (27, 33, True)
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class RollbackManager:
         *,
         max_distance: int = 50,
         save_every: int = 25,
-        snapshot_every: int | None = 10,
-        probation: int = 6,
+        snapshot_every: int | None = 7,
+        probation: int = 3,
         max_rollbacks: int = 5,
     ):
         plan = Plan(save_every, snapshot_every, probation)

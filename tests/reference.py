@@ -252,7 +252,7 @@ class LawReference:
         """Page's test against the lowest mean since the start or the last rollback."""
         y = None if seen.loss is None else symlog(seen.loss)
         if y is not None and not grace and math.isfinite(self.lowest):
-            margin = max(distress.MARGIN_SPREADS * self.quiet_spread, distress.LEAST_MARGIN)
+            margin = distress.MARGIN_SPREADS * self.quiet_spread
             evidence = min(max((y - self.lowest) / margin - 1, -1), distress.MOST_EVIDENCE)
             self.loss_excess = min(max(self.loss_excess + evidence, 0), distress.ENOUGH_EVIDENCE)
         self.level.add(y)

@@ -118,7 +118,7 @@ def test_what_is_saved_by_hand_is_where_it_goes_on(tmp_path):
 @pytest.mark.parametrize("every", [4, 15])
 def test_saves_by_hand_prove_themselves_and_do_not_pile_up(tmp_path, every):
     """Also when they come before the one before has proven healthy, after six steps."""
-    with RollbackManager(tmp_path, snapshot_every=None) as rollback:
+    with RollbackManager(tmp_path, snapshot_every=None, probation=6) as rollback:
         step, tree = rollback.resume(start())
         while step < 60:
             tree = update(tree, batch(rollback.data_step(step)))
