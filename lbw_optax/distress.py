@@ -29,8 +29,8 @@ INNER_STEPS, SKIP_STEPS = 2, 20
 # A broken first gradient cannot be told from a sound one, and an inner state remembers it: it is
 # known by the norm of the next ones, as many as this, that falls by the square of SPIKE_FACTOR.
 FIRST_STEPS = 2
-# The loss (see `_watch_loss`): margin above its lowest mean in spreads, evidence of one step at most,
-# and evidence that asks.
+# The loss (see `_watch_loss`): margin above its lowest mean in spreads, evidence of one step at
+# most, and evidence that asks.
 MARGIN_SPREADS, MOST_EVIDENCE, ENOUGH_EVIDENCE = 3.0, 2.0, 8.0
 # Sound steps after a rollback in which only certain signs ask, and the level of the loss is learned
 # anew: a lasting shift of the data's level asks once.

@@ -6,12 +6,13 @@ import pytest
 
 pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_optax[rollback]'")
 
-from benchmarks import throughput
+from benchmarks import throughput, throughput_loops
 from train import model
-from train.options import Options
+
+SMALL = throughput_loops.Shape(model.Config(300, 32, 64, 1, 4, 2, 8), 4, 16)
 
 
-def test_turns_alternate_and_ratios_are_paired(tmp_path):
+def test_turns_alternate_and_ratios_are_paired():
     """Each loop's seconds are given; the first turn of each warms up and does not count."""
     turns = []
 
@@ -28,9 +29,8 @@ def test_turns_alternate_and_ratios_are_paired(tmp_path):
         "plain": loop("plain", [9.0, 1.0, 2.0, 3.0]),
         "ours": loop("ours", [99.0, 2.0, 2.0, 2.0]),
     }
-    options = Options("small", tmp_path, batch_size=2, length=10)
-    config = model.PRESETS["tiny"]
-    result = throughput._measured(loops, options, 5, 3, config, trains_all=True)
+    shape = throughput_loops.Shape(model.PRESETS["tiny"], batch_size=2, length=10)
+    result = throughput_loops.measured(loops, shape, 5, 3, trains_all=True)
     assert turns == ["plain", "ours", "plain", "ours", "ours", "plain", "plain", "ours"]
     assert result["tokens_per_second"] == {"plain": 50.0, "ours": 50.0}
     assert result["ours_over"] == {"plain": [0.75, 1.0, 1.25]}
@@ -41,8 +41,7 @@ def test_turns_alternate_and_ratios_are_paired(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
 def test_all_loops_run_and_the_file_says_where(tmp_path, monkeypatch):
-    small = model.Config(300, 32, 64, 1, 4, 2, 8)
-    monkeypatch.setitem(throughput.SIZES, "small", (small, 4, 16))
+    monkeypatch.setitem(throughput.SIZES, "small", SMALL)
     path = tmp_path / "throughput.json"
     throughput.main(["--rounds", "2", "--steps", "3", "--out", str(path)])
     result = json.loads(path.read_text())
