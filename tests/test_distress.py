@@ -81,6 +81,7 @@ def test_a_healthy_run_never_asks(seed):
         (change(noisy(), range(150, 400), nonfinite_loss=1, loss=None), "skips", 19),
         (change(noisy(), range(150, 400), gradient_norm=None), "skips", 19),
         (_risen(30.0, start=150), "loss", 3),
+        (_risen(0.8, start=150), "loss", 6),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )
