@@ -77,7 +77,8 @@ class RollbackManager:
       max_distance: no rollback is longer, in steps.
       save_every: steps between checkpoints on disk.
       snapshot_every: steps between copies in host memory; None switches that tier off.
-      probation: steps without trouble that prove a state healthy.
+      probation: steps without trouble that prove a state healthy; certain signs show within two,
+        and while the loss is suspected nothing is proven.
       max_rollbacks: in 1000 calls of `step`; one more raises.
 
     Raises:
@@ -115,7 +116,7 @@ class RollbackManager:
         max_distance: int = 50,
         save_every: int = 25,
         snapshot_every: int | None = 7,
-        probation: int = 3,
+        probation: int = 2,
         max_rollbacks: int = 5,
     ):
         plan = Plan(save_every, snapshot_every, probation)

@@ -362,8 +362,8 @@ def test_checkpoints_are_not_compressed(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"max_distance": 28}, "max_distance=28 is too small for save_every=25 and probation=3"),
-        ({"snapshot_every": 47}, "max_distance=50 is too small for snapshot_every=47"),
+        ({"max_distance": 27}, "max_distance=27 is too small for save_every=25 and probation=2"),
+        ({"snapshot_every": 48}, "max_distance=50 is too small for snapshot_every=48"),
         ({"probation": 0}, "probation must be at least 1, got 0"),
         ({"max_rollbacks": 0}, "max_rollbacks must be at least 1, got 0"),
     ],
