@@ -146,7 +146,7 @@ def throughput() -> str:
                     ]
                 )
     head = ["", "tokens a step", "commit", "its tokens/s", "ours", "ours over it (middle half)"]
-    note = f"In turns in one process (`python -m benchmarks.throughput`, {_where(*results)})."
+    note = f"In turns (`python -m benchmarks.throughput`, {_where(*results)})."
     return f"{_table(head, rows)}\n\n{note}"
 
 
