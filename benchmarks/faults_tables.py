@@ -248,6 +248,7 @@ def mix_table(results: Results) -> str:
             [
                 METHODS[method].title,
                 f"{len(records)}",
+                _spans(results.mix[method]),
                 f"{sum(r['steps'] for r in records)}",
                 f"{sum(len(r['kinds']) for r in records)}",
                 f"{sum(not r['survived'] for r in records)}",
@@ -256,8 +257,23 @@ def mix_table(results: Results) -> str:
                 f"{sum(len(r['rollbacks']) for r in records)}",
             ]
         )
-    head = ["", "episodes", "steps", "faults", "crashes", "steps to recover, median"]
+    head = ["", "episodes", "seeds", "steps", "faults", "crashes", "steps to recover, median"]
     return _markdown([*head, "steps wasted per crash of AdamW", "rollbacks"], rows) if rows else ""
+
+
+def _spans(seeds: Iterable[int]) -> str:
+    """Seeds in short.
+
+    >>> _spans([3, 0, 1, 2, 7])
+    '0–3, 7'
+    """
+    spans: list[list[int]] = []
+    for seed in sorted(seeds):
+        if spans and seed == spans[-1][-1] + 1:
+            spans[-1].append(seed)
+        else:
+            spans.append([seed])
+    return ", ".join(f"{s[0]}–{s[-1]}" if len(s) > 1 else f"{s[0]}" for s in spans)
 
 
 def paired(results: Results, method: str = OURS) -> list[tuple[Record, Record]]:
