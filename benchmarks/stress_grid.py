@@ -33,6 +33,9 @@ class Grid(NamedTuple):
     def multiples(self, regime: str) -> list[int]:
         return sorted({key[2] for key in self.cells if key[0] == regime and key[2] is not None})
 
+    def steps(self, regime: str) -> int:
+        return next(record["steps"] for key, record in self.cells.items() if key[0] == regime)
+
     def records(self, regime: str, method: str, multiple: int) -> dict[int, Record]:
         """The records of one cell by seed."""
         key = (regime, method, multiple if METHODS[method].takes_lr else None)
@@ -54,7 +57,7 @@ def load(records: list[Record], split: str) -> Grid:
     Of one law (`results_file.newest_law`).
     """
     same = ("tokens", "size", "model", "base_steps")
-    records = [r for r in records if [r[k] for k in same] == [records[-1][k] for k in same]]
+    records = [r for r in records if all(r[k] == records[-1][k] for k in same)]
     records = [r for r in results_file.newest_law(records) if r["method"] in METHODS]
     tuned = {r["regime"]: r["tuned"] for r in records if r["tuned"] is not None}
     cells = {}

@@ -36,14 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS.parent.parent / "STRESS.md")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     options = parser.parse_args(arguments)
-    records = results_file.read(options.results)
-    if not records:
+    grid = load(results_file.read(options.results), options.split)
+    if not grid.cells:
         parser.exit(2, f"{options.results} holds no cell: run python -m benchmarks.stress first\n")
-    grid = load(records, options.split)
     picture = options.out.with_suffix(".png")
     parts = [report(grid, picture.name)]
-    if longer := results_file.read(long_results(options.results)):
-        parts.append(longer_runs(load(longer, options.split)))
+    longer = load(results_file.read(long_results(options.results)), options.split)
+    if longer.cells:
+        parts.append(longer_runs(longer))
     options.out.write_text("\n".join(parts), encoding="utf-8")
     draw(grid, picture)
     print(f"wrote {options.out} and {picture}")
@@ -110,7 +110,7 @@ def _about(grid: Grid, regime: str) -> str:
     records = [record for key, record in grid.cells.items() if key[0] == regime]
     before = statistics.median(record["before"][grid.split] for record in records)
     return (
-        f"Final {grid.split} perplexity after {records[0]['steps']} steps, from {before:.2f} "
+        f"Final {grid.split} perplexity after {grid.steps(regime)} steps, from {before:.2f} "
         f"before the first. ×1 is AdamW's tuned learning rate, {grid.tuned[regime]:g}."
     )
 
@@ -122,23 +122,23 @@ def longer_runs(grid: Grid) -> str:
 
 
 def longer_table(grid: Grid) -> str:
+    multiples = sorted({k for regime in grid.regimes() for k in grid.multiples(regime)})
     rows = []
     for regime in grid.regimes():
-        records = grid.records(regime, "guard", 1)
-        ratios = [_number(ratio(grid, regime, "guard", k), 3) for k in grid.multiples(regime)]
+        ratios = [_number(ratio(grid, regime, "guard", k), 3) for k in multiples]
         rows.append(
             [
                 REGIMES[regime].title,
-                str(next(iter(records.values()))["steps"]),
+                f"{grid.steps(regime)}",
                 f"{grid.tuned[regime]:g}",
                 *ratios,
                 _number(pace(grid, regime, "guard", 1), 2),
                 _number(false_interventions(grid, "guard", [regime]), 2),
             ]
         )
-    multiples = [f"guard ÷ tuned AdamW ×{k}" for k in grid.multiples(grid.regimes()[0])]
+    head = ["", "steps", "tuned rate", *(f"guard ÷ tuned AdamW ×{k}" for k in multiples)]
     last = ["steps to AdamW's final loss, over its own", "false interventions per 1000"]
-    return _markdown(["", "steps", "tuned rate", *multiples, *last], rows)
+    return _markdown([*head, *last], rows)
 
 
 def target_table(grid: Grid) -> str:

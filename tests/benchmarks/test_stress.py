@@ -186,6 +186,13 @@ def test_the_tables_have_the_long_runs_when_there_are_any(place, finished):
     results_file.append(results, finished[0] | {"tuned": finished[0]["lr"]})
     stress_tables.main(["--results", str(results), "--out", str(out)])
     assert "5 times as many steps" not in out.read_text()
+    results_file.append(stress.long_results(results), finished[0])  # killed while it was tuning
+    stress_tables.main(["--results", str(results), "--out", str(out)])
+    assert "5 times as many steps" not in out.read_text()
+    for record in (r for r in finished if r["method"] == "adamw"):  # and before the guard's turn
+        results_file.append(stress.long_results(results), record)
+    stress_tables.main(["--results", str(results), "--out", str(out)])
+    assert "| LoRA | 50 |" in out.read_text().split("5 times")[1]
     for record in finished:
         results_file.append(stress.long_results(results), record)
     stress_tables.main(["--results", str(results), "--out", str(out)])
