@@ -2,7 +2,7 @@
 
     python -m benchmarks.stress --data-dir wikitext-2        # the full grid: hours, in pieces
     python -m benchmarks.stress --quick                      # minutes
-    python -m benchmarks.stress --long --methods adamw guard --lrs 1 10    # five times as long
+    python -m benchmarks.stress --long --methods adamw guard --lrs 1  # five times as long
     python -m benchmarks.stress_tables                       # tables and figure of what is there
 
 Regimes: LoRA (`lora`) and full-parameter fine-tuning (`full`) of a base that is trained first
