@@ -45,7 +45,7 @@ QUICK_LRS = ("1", "10", "100")
 APART = (
     *("__init__.py", "audit.py", "report.py", "testing.py"),
     *("rollback.py", "targets.py", "snapshots.py", "checkpoints.py", "folder.py", "journal.py"),
-    *("agreement.py", "distress.py"),
+    *("agreement.py", "distress.py", "state.py"),
 )
 """Modules of the guard that decide no number of a run that nothing rolls back."""
 
