@@ -31,7 +31,7 @@ INNER_STEPS, SKIP_STEPS = 2, 20
 FIRST_STEPS = 2
 # The loss (see `_watch_loss`): margin above its lowest mean in spreads, evidence of one step at
 # most, and evidence that asks.
-MARGIN_SPREADS, MOST_EVIDENCE, ENOUGH_EVIDENCE = 3.0, 2.0, 8.0
+MARGIN_SPREADS, MOST_EVIDENCE, ENOUGH_EVIDENCE = 3.0, 2.0, 7.0
 # Sound steps after a rollback in which only certain signs ask, and the level of the loss is learned
 # anew: a lasting shift of the data's level asks once.
 GRACE = 10
@@ -44,21 +44,24 @@ class Distress(NamedTuple):
     inner_steps: jax.Array  # int32, in a row: sound gradients, broken updates
     loss_excess: jax.Array  # float32, evidence that the loss has risen for good
     level: Running  # of symlog(loss) since the start or the last rollback
-    lowest: jax.Array  # float32, the lowest mean of that
-    quiet_spread: jax.Array  # float32, spread of the loss before it rose
+    surprise: Running  # of symlog(loss) less the level before it
+    lowest: jax.Array  # float32, the lowest mean of the level
+    quiet_spread: jax.Array  # float32, spread of the surprise before the loss rose
     grace: jax.Array  # int32, sound steps to go
 
 
 def init() -> Distress:
     """Nothing speaks for a rollback, nothing is known of the loss."""
     whole, real = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)
+    nothing = Running(real, real, real)
     return Distress(
         rollback_asked=whole,
         inner_steps=whole,
         loss_excess=real,
-        level=Running(real, real, real),
+        level=nothing,
+        surprise=nothing,
         lowest=jnp.float32(stats.LARGEST),
-        quiet_spread=real,
+        quiet_spread=jnp.float32(stats.LOSS.floor),
         grace=whole,
     )
 
@@ -111,28 +114,36 @@ def _first_was_broken(seen: Telemetry, before: Statistics) -> jax.Array:
 def _watch_loss(distress: Distress, seen: Telemetry, in_grace: jax.Array) -> Distress:
     r"""Page's test (CUSUM) for a loss that has risen above its lowest mean and stays there.
 
-    With y = symlog(loss), y* its lowest fast mean and s >= 0.02 the spread before it rose,
+    With y = symlog(loss), l its fast mean, l* the lowest l, and s the spread of y_t - l_{t-1}
+    before the loss rose, at least 0.02,
 
     .. math::
-      e_t = \mathrm{clip}\big(e_{t-1} + \mathrm{clip}\big(\tfrac{y_t - y^*}{3 s} - 1, -1,\ 2\big),
-      0,\ 8\big)
+      e_t = \mathrm{clip}\big(e_{t-1} + \mathrm{clip}\big(\tfrac{y_t - l^*}{3 s} - 1, -1,\ 2\big),
+      0,\ 7\big)
 
-    and 8 asks: at least four steps, far above; sixteen at one and a half times 3 s; a single
-    outlier of any size adds 2, and every step at the old level takes 1 back.
+    and 7 asks: at least four steps, far above; fourteen at one and a half times 3 s; a single
+    outlier of any size adds 2, and every step at the old level takes 1 back. While a loss falls,
+    y_t - l_{t-1} has a mean, the trend, but no more spread than the noise.
     """
     y = stats.symlog(seen.loss)
     level = stats.update(distress.level, y, seen.has_loss, stats.LOSS)
+    has_level = distress.level.weight > 0
+    surprise = stats.update(
+        distress.surprise, y - distress.level.mean, seen.has_loss & has_level, stats.LOSS
+    )
     known = (distress.lowest < stats.LARGEST) & ~in_grace
-    margin = MARGIN_SPREADS * jnp.maximum(distress.quiet_spread, stats.LOSS.floor)
-    evidence = jnp.clip((y - distress.lowest) / margin - 1, -1.0, MOST_EVIDENCE)
-    excess = jnp.clip(distress.loss_excess + evidence, 0.0, ENOUGH_EVIDENCE)
-    excess = jnp.where(seen.has_loss & known, excess, distress.loss_excess)
+    evidence = (y - distress.lowest) / (MARGIN_SPREADS * distress.quiet_spread) - 1
+    excess = distress.loss_excess + jnp.clip(evidence, -1.0, MOST_EVIDENCE)
+    excess = jnp.where(
+        seen.has_loss & known, jnp.clip(excess, 0.0, ENOUGH_EVIDENCE), distress.loss_excess
+    )
     # A loss that is rising must not be taken for the level it is compared with.
     learning = (excess == 0) & (level.weight > 1 - stats.LOSS.decay ** (stats.START_STEPS - 0.5))
-    spread = jnp.sqrt(level.variance + stats.LOSS.floor**2)
+    spread = jnp.sqrt(surprise.variance + stats.LOSS.floor**2)
     return distress._replace(
         loss_excess=excess,
         level=level,
+        surprise=surprise,
         lowest=jnp.where(learning, jnp.minimum(distress.lowest, level.mean), distress.lowest),
         quiet_spread=jnp.where(learning, spread, distress.quiet_spread),
     )

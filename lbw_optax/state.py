@@ -167,6 +167,9 @@ def _plain(guard: GuardState) -> GuardState:
         probe=unwrap(Probe, guard.probe),
         statistics=Statistics(*running),
         control=unwrap(Control, guard.control),
-        distress=distress._replace(level=unwrap(Running, guard.distress.level)),
+        distress=distress._replace(
+            level=unwrap(Running, guard.distress.level),
+            surprise=unwrap(Running, guard.distress.surprise),
+        ),
         ring=unwrap(Ring, guard.ring),
     )

@@ -167,7 +167,8 @@ class LawReference:
     def rolled_back(self, grace: int, ceiling: float = 0.0, ceiling_steps: int = 0) -> None:
         """What the law forgets and holds after a return to an earlier state."""
         self.level = RunningReference(statistics.LOSS)
-        self.lowest, self.quiet_spread = math.inf, 0.0
+        self.surprise = RunningReference(statistics.LOSS)
+        self.lowest, self.quiet_spread = math.inf, statistics.LOSS.floor
         self.rollback_asked = "none"
         self.inner_steps = 0
         self.loss_excess, self.grace = 0.0, grace
@@ -255,10 +256,12 @@ class LawReference:
             margin = distress.MARGIN_SPREADS * self.quiet_spread
             evidence = min(max((y - self.lowest) / margin - 1, -1), distress.MOST_EVIDENCE)
             self.loss_excess = min(max(self.loss_excess + evidence, 0), distress.ENOUGH_EVIDENCE)
+        if y is not None and self.level.entered:
+            self.surprise.add(y - self.level.mean)
         self.level.add(y)
         if self.loss_excess == 0 and len(self.level.entered) >= statistics.START_STEPS:
             self.lowest = min(self.lowest, self.level.mean)
-            self.quiet_spread = math.sqrt(self.level.variance + statistics.LOSS.floor**2)
+            self.quiet_spread = math.sqrt(self.surprise.variance + statistics.LOSS.floor**2)
 
     def _remember(self, seen: Signals) -> None:
         """What an event reports of a signal that is missing is its last value."""

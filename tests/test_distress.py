@@ -33,12 +33,21 @@ def _risen(to: float, start=200, end=400, seed=0) -> list[Signals]:
     return steps
 
 
+def _falling(to: float, start: int, seed=0) -> list[Signals]:
+    """Risen while it falls by more than its noise in three steps."""
+    steps = _risen(to, start=start, seed=seed)
+    for i, step in enumerate(steps):
+        step.loss += 0.02 * (len(steps) - i)
+    return steps
+
+
 DISTRESSED = TRAJECTORIES | {
     "corrupt_parameters": change(noisy(), [150], parameters_broken=True),
     "corrupt_moment": change(noisy(), range(150, 160), updates_broken=True),
     "nonfinite_updates_only": change(noisy(), range(80, 90), nonfinite_updates=1),
     "loss_up_3": _risen(3.0),
     "loss_up_1": _risen(1.0),
+    "loss_up_while_it_falls": _falling(2.0, start=60),
     "loss_up_for_a_while": _risen(2.0, 200, 203),
     "loss_drifts_up": [
         Signals(**vars(s) | {"loss": s.loss + 0.01 * max(0, i - 150)})
@@ -81,12 +90,20 @@ def test_a_healthy_run_never_asks(seed):
         (change(noisy(), range(150, 400), nonfinite_loss=1, loss=None), "skips", 19),
         (change(noisy(), range(150, 400), gradient_norm=None), "skips", 19),
         (_risen(30.0, start=150), "loss", 3),
-        (_risen(0.8, start=150), "loss", 6),
+        (_risen(0.8, start=150), "loss", 4),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )
 def test_how_soon_each_reason_asks(steps, reason, after):
     assert asked_at(steps) == (reason, 150 + after)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_loss_that_rises_out_of_a_steep_fall_asks_as_soon(seed):
+    """By a spread that holds the trend too, no rise of this size would stand out."""
+    steps = _falling(2.0, start=60, seed=seed)
+    assert asked_at(steps) == ("loss", pytest.approx(68, abs=1))
+    assert asked_at(_falling(0.0, start=60, seed=seed)) == ("none", None)
 
 
 @pytest.mark.parametrize(
