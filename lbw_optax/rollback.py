@@ -67,10 +67,10 @@ class RollbackManager:
     back, and halves the ceiling again.
 
     The guard's verdict on a step is read one call later, so that the loop never waits for the step
-    that was just dispatched. A checkpoint that is still being written when its probation is over is
-    waited for. One that cannot be written is a warning, and the run goes on with the targets that
-    it has. So is an uncertain ask (skips, loss) while nothing has proven healthy. With several
-    processes all make the same calls, over one shared directory.
+    that was just dispatched. A checkpoint that is still being written is waited for when the next
+    one is due, and when it is to be gone back to. One that cannot be written is a warning, and the
+    run goes on with the targets that it has. So is an uncertain ask (skips, loss) while nothing has
+    proven healthy. With several processes all make the same calls, over one shared directory.
 
     Args:
       directory: for the checkpoints, made if it is missing; one run at a time.
@@ -197,7 +197,7 @@ class RollbackManager:
     def close(self) -> None:
         """Wait for the checkpoint that is being written, and free the directory."""
         try:
-            self._targets.settle(proven=False)
+            self._targets.settle()
         finally:
             self._targets.folder.release()
 

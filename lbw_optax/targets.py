@@ -38,11 +38,12 @@ class Plan(NamedTuple):
 
 
 class _Saving(NamedTuple):
-    """A checkpoint on probation, perhaps still being written."""
+    """A checkpoint that is on probation, or still being written when that is over."""
 
     step: int
     has_nan: Any
     wait: Callable[[], None]
+    over: bool = False  # the probation
 
 
 class Targets:
@@ -129,9 +130,12 @@ class Targets:
         """Copy what is due: to memory, to disk, or once for both."""
         every = self.plan.snapshot_every
         to_memory = every is not None and self._trial is None and step - self._copied_at >= every
-        to_disk = self._saving is None and step - self._saved_at >= self.plan.save_every
+        free = self._saving is None or self._saving.over
+        to_disk = free and step - self._saved_at >= self.plan.save_every
         if not (to_memory or to_disk):
             return
+        if to_disk:
+            self.settle()
         snapshot = snapshots.take(step, tree, for_disk=to_disk)
         if to_memory:
             self._trial, self._copied_at = snapshot, step
@@ -143,11 +147,11 @@ class Targets:
 
         It goes on probation, unless another checkpoint is: then that one's goes on.
         """
-        self.settle(proven=False)
+        self.settle()
         trial = self._saving
         if step not in self.journal.checkpoints:
             self._save(snapshots.take(step, tree, for_disk=True))
-            self.settle(proven=False)
+            self.settle()
         self._saving = trial or self._saving
         kept = step, self._saving.step if self._saving else step
         self._drop([s for s in self._candidates() if s not in kept])
@@ -185,39 +189,44 @@ class Targets:
 
     def _learn_disk(self, health: Health) -> bool:
         saving = self._saving
-        if saving is None or health.step < saving.step:
+        if saving is None or saving.over or health.step < saving.step:
             return False
         if health.is_trouble:
             self.journal.checkpoints.pop(saving.step, None)
             self._saved_at = LONG_AGO
-        return self._is_over(saving.step, health) and self.settle(proven=True)
+        if not self._is_over(saving.step, health):
+            return False
+        self._saving = saving._replace(over=True)
+        proven = saving.step in self.journal.checkpoints and not bool(saving.has_nan)
+        if not proven:
+            self.settle()
+        return proven
 
     def _is_over(self, step: int, health: Health) -> bool:
         return health.step >= step + self.plan.probation and not health.suspected
 
-    def settle(self, *, proven: bool) -> bool:
-        """Wait for the checkpoint that is being written; True if it is a target now.
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written: if it has proven healthy, it is a target.
 
-        One that is not proven yet stays on probation: a run that is killed may resume there.
+        One that is still on probation stays there: a run that is killed may resume from it.
         """
         saving, self._saving = self._saving, None
         if saving is None:
-            return False
+            return
         try:
             saving.wait()
         except Exception as error:
             self._lose(saving.step, error)
-            return False
+            return
         named = saving.step in self.journal.checkpoints
-        if named and not proven:
+        if named and not saving.over:
             self._saving = saving._replace(wait=_is_written)
-            return False
+            return
         good = named and not bool(saving.has_nan)
         if good:
             self.journal.checkpoints[saving.step] = GOOD
         older = [s for s in self._candidates() if s < saving.step]
         self._drop([*older, *self._on_disk()[:-ON_DISK]] if good else [saving.step])
-        return good
 
     def _lose(self, step: int, error: Exception) -> None:
         """A checkpoint could not be written: the run goes on as long as it has a target."""
@@ -242,7 +251,12 @@ class Targets:
     # --- a rollback -----------------------------------------------------------------------------
 
     def proven(self) -> list[tuple[int, str]]:
-        """Steps and tiers, newest first; memory before disk."""
+        """Steps and tiers, newest first; memory before disk.
+
+        A proven checkpoint that is still being written is waited for.
+        """
+        if self._saving is not None and self._saving.over:
+            self.settle()
         in_memory = [(snapshot.step, "memory") for snapshot in self._memory]
         on_disk = [(step, "disk") for step in self._on_disk()]
         return sorted(in_memory + on_disk, key=lambda t: (t[0], t[1] == "memory"), reverse=True)
@@ -261,7 +275,8 @@ class Targets:
     def return_to(self, step: int) -> None:
         """Forget everything after this step: it belongs to a run that is not continued."""
         if self._saving is not None:  # what lies before a proven state is proven with it
-            self.settle(proven=self._saving.step <= step)
+            self._saving = self._saving._replace(over=self._saving.step <= step)
+            self.settle()
             self._saving = None
         self._memory = [snapshot for snapshot in self._memory if snapshot.step <= step]
         self._trial = None

@@ -25,7 +25,7 @@ from rollback_loop import (
 from support import assert_all_finite, assert_same_bits, guard_in
 
 import lbw_optax
-from lbw_optax import AuditLog, GuardExhausted, RollbackManager
+from lbw_optax import AuditLog, GuardExhausted, RollbackManager, checkpoints
 from lbw_optax.rollback import CEILING, CEILING_STEPS
 
 TIERS = {"memory": {}, "disk": {"snapshot_every": None}}
@@ -345,6 +345,25 @@ def test_memory_bytes(tmp_path):
     off = []
     run(tmp_path / "off", 60, snapshot_every=None, on_step=lambda r, *_: off.append(r.memory_bytes))
     assert set(off) == {0}
+
+
+def test_a_write_may_take_until_the_next_is_due(tmp_path, monkeypatch):
+    """The loop waits for a checkpoint no sooner, unless it is to be gone back to."""
+    waits, calls, save = [], [0], checkpoints.save
+
+    def watched(path, snapshot):
+        wait = save(path, snapshot)
+        return lambda: (waits.append((snapshot.step, calls[0])), wait())
+
+    def on_step(rollback, step, tree):
+        calls[0] += 1
+        if calls[0] == 28:
+            rollback.request("by hand")
+
+    monkeypatch.setattr(checkpoints, "save", watched)
+    _, rollback, _ = run(tmp_path, 30, on_step=on_step, snapshot_every=None)
+    assert waits == [(0, 0), (8, 15), (16, 23), (24, 28)]
+    assert [(r.to_step, r.tier) for r in rollback.history] == [(24, "disk")]
 
 
 def test_checkpoints_are_not_compressed(tmp_path):
