@@ -154,6 +154,7 @@ _AGAINST = {
     "plain": "a bare jitted loop",
     "plain, guarded": "the same, guarded",
     "torch": "torch, transformers and peft",
+    "torch, memory kept": "the same, its memory kept by `train.memory` as ours is",
 }
 
 

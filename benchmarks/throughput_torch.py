@@ -28,7 +28,7 @@ from benchmarks.throughput_loops import (
     ours,
     plain,
 )
-from train import lora, model, weights
+from train import lora, memory, model, weights
 from train.options import Options
 
 PACKAGES = ("torch", "transformers", "peft")
@@ -45,7 +45,7 @@ def compare(shape: Shape, rounds: int, steps: int) -> dict[str, Any] | None:
         weights.save(decoder(shape, options), place / "model")
         stretches = {
             name: opened.enter_context(_apart(loop, shape, options, steps))
-            for name, loop in {"plain": _plain, "torch": _torch, "ours": _ours}.items()
+            for name, loop in LOOPS.items()
         }
         result = measured(stretches, shape, steps, rounds, trains_all=False)
     return {**result, "versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
@@ -87,6 +87,8 @@ def _plain(shape: Shape, options: Options, steps: int, _: contextlib.ExitStack) 
 
 
 def _ours(shape: Shape, options: Options, steps: int, opened: contextlib.ExitStack) -> Stretch:
+    """As the scripts have it, which keep their memory."""
+    memory.keep_freed()
     return ours(_adapted(shape, options), nnx.LoRAParam, options, steps, opened)
 
 
@@ -125,3 +127,11 @@ def _torch(shape: Shape, options: Options, steps: int, _: contextlib.ExitStack) 
         return time.perf_counter() - began
 
     return stretch
+
+
+def _torch_kept(*arguments: Any) -> Stretch:
+    memory.keep_freed()
+    return _torch(*arguments)
+
+
+LOOPS = {"plain": _plain, "torch": _torch, "torch, memory kept": _torch_kept, "ours": _ours}

@@ -26,7 +26,7 @@ import lbw_optax
 from benchmarks.provenance import provenance
 from benchmarks.results_file import finite
 from lbw_optax import report
-from train import data, loop, lora, mishap
+from train import data, loop, lora, memory, mishap
 from train.model import PRESETS, Config, Decoder, next_token_loss, split
 from train.progress import Progress
 
@@ -452,4 +452,5 @@ def _seed(text: str) -> int:
 
 
 if __name__ == "__main__":
+    memory.keep_freed()
     raise SystemExit(main())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from train import data, hub, run, weights
+from train import data, hub, memory, run, weights
 from train.model import Decoder
 from train.options import Options, guarded_main, parse
 
@@ -80,4 +80,5 @@ def base(options: Options, steps: int) -> str:
 
 
 if __name__ == "__main__":
+    memory.keep_freed()
     raise SystemExit(main())

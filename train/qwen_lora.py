@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from train import data, lora, pretrain, run, weights
+from train import data, lora, memory, pretrain, run, weights
 from train.model import Decoder
 from train.options import Options, guarded_main, parse
 
@@ -105,4 +105,5 @@ def finetune(options: LoraOptions) -> run.Result:
 
 
 if __name__ == "__main__":
+    memory.keep_freed()
     raise SystemExit(main())

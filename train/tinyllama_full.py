@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from train import data, hub, pretrain, run, weights
+from train import data, hub, memory, pretrain, run, weights
 from train.model import Decoder
 from train.options import Options, guarded_main, parse
 
@@ -84,4 +84,5 @@ def finetune(options: FullOptions) -> run.Result:
 
 
 if __name__ == "__main__":
+    memory.keep_freed()
     raise SystemExit(main())
