@@ -136,8 +136,8 @@ def longer_table(grid: Grid) -> str:
                 f"{grid.tuned[regime]:g}",
                 *ratios,
                 _number(pace(grid, regime, "guard", 1), 2),
-                _middle(guard["soft_start"] for guard in tuned) if tuned else "–",
-                _middle(guard["share_below"] for guard in tuned) if tuned else "–",
+                _middle(guard["soft_start"] for guard in tuned),
+                _middle(guard["share_below"] for guard in tuned),
                 _number(false_interventions(grid, "guard", [regime]), 2),
             ]
         )
@@ -265,12 +265,13 @@ def time_table(grid: Grid) -> str:
             for regime in grid.regimes()
         ]
         if any(times):
-            rows.append([method.title, *(_middle(column) if column else "–" for column in times)])
+            rows.append([method.title, *(_middle(column) for column in times)])
     return _markdown(["", *(REGIMES[regime].title for regime in grid.regimes())], rows)
 
 
 def _middle(values: Iterable[float]) -> str:
-    return f"{statistics.median(values):.3g}"
+    found = list(values)
+    return f"{statistics.median(found):.3g}" if found else "–"
 
 
 def _number(value: float | None, digits: int) -> str:

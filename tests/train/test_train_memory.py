@@ -10,10 +10,7 @@ import resource
 import numpy as np
 from train import memory
 
-if {keep}:
-    print(memory.keep_freed())
-else:
-    print(None)
+print(memory.keep_freed() if {keep} else None)
 
 def step():
     return [np.full(2**22, float(i)) for i in range(3)]  # 32 MiB each, all touched, then freed
