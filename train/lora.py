@@ -14,7 +14,7 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 class LoRALinear(nnx.Module):
-    """``y = base(x) + (alpha / rank) * (drop(x) @ A) @ B``; A is random, B starts at zero.
+    """``y = base(x) + (drop(x) @ A) @ ((alpha / rank) * B)``; A is random, B starts at zero.
 
     A has shape (inputs, rank) and is drawn from U(-1/sqrt(inputs), 1/sqrt(inputs)), as in PEFT.
     Both are float32 whatever the base is, and used in the type of x. Dropout is off until
@@ -42,8 +42,10 @@ class LoRALinear(nnx.Module):
             )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        low, high = self.lora_A[...].astype(x.dtype), self.lora_B[...].astype(x.dtype)
-        return self.base(x) + self.scaling * ((self._dropped(x) @ low) @ high)
+        low = self.lora_A[...].astype(x.dtype)
+        # B is small and what comes of it is not: scaled here, it saves a pass over every output.
+        high = (self.scaling * self.lora_B[...]).astype(x.dtype)
+        return self.base(x) + (self._dropped(x) @ low) @ high
 
     def _dropped(self, x: jax.Array) -> jax.Array:
         if self.deterministic or not self.dropout.rate:
