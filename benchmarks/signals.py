@@ -1,0 +1,98 @@
+"""What could tell a rate that is too high: each candidate signal on bare AdamW, regime by regime.
+
+Run ``python -m benchmarks.signals --data-dir DIR``; it writes ``benchmarks/results/signals.jsonl``,
+a line a run, and goes on where it stopped. AdamW trains at its tuned rate (where the stress
+benchmark's search starts) and above it, watched by a guard that does not act. A law needs a signal
+with one threshold for all regimes: below it at the tuned rate, above it at ten times that.
+
+Of a window of steps, with p the parameters, u the last step, g the gradients before and h the
+gradient after it:
+
+- relative step: median of |u| / |p|, in units of kappa;
+- overshoot: mean of cos(h, u), in standard errors of that mean;
+- secant curvature: sum of <h - g, u> over sum of <-g, u>, which is 1 at the minimum along the step
+  and 2 where gradient descent begins to diverge, in the optimizer's own metric: for a step
+  u = -lr g / P it is lr times the curvature of P^-1 H along u. Less 1 it is the overshoot ratio
+  <h, u> / |<g, u>|;
+- norm growth: log(|p| at the end / |p| at the start) a step, in units of 10^-4.
+
+Source of the limit: Cohen et al., Adaptive gradient methods at the edge of stability
+(arXiv:2207.14484).
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import results_file
+from benchmarks.bench import Bench, prepare
+from benchmarks.methods import METHODS
+from benchmarks.provenance import provenance
+from benchmarks.regimes import REGIMES, SIZES, run_cell
+from lbw_optax.control import FIRST_SCALE, KAPPA
+
+RESULTS = Path(__file__).resolve().parent / "results" / "signals.jsonl"
+SEEDS, MULTIPLES = (0, 1, 2), (1, 3, 10)
+WINDOW = slice(20, 80)
+"""The first steps of AdamW are long whatever the rate; the warm-up's peak is at step 40."""
+KEPT = (
+    *("overshoot", "curvature", "gradient_norm"),
+    *("update_norm", "parameter_norm", "relative_step"),
+)
+
+
+def main() -> None:
+    """Run the cells that the result file lacks."""
+    parser = argparse.ArgumentParser(description="Signals of bare AdamW below and above its rate.")
+    parser.add_argument("--data-dir", type=Path, help="as for benchmarks.stress")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
+    options = parser.parse_args()
+    done = {_key(record) for record in results_file.read(options.out)}
+    bench = prepare(options.data_dir, SIZES["default"])
+    for regime in REGIMES:
+        for multiple in MULTIPLES:
+            for seed in SEEDS:
+                cell = {"regime": regime, "multiple": multiple, "seed": seed}
+                if _key(cell) not in done:
+                    print(results_file.append(options.out, _run(bench, cell)))
+
+
+def signals(metrics: dict[str, list[float]]) -> dict[str, float]:
+    """The four signals of one run, from what a guard in `observe` mode saw in every step."""
+    seen = {name: np.asarray(values) for name, values in metrics.items()}
+    # An observing guard measures the step at the scale that it would have held.
+    held = np.concatenate([[FIRST_SCALE], seen["scale"][:-1]])
+    last = np.concatenate([[np.nan], (seen["update_norm"] / held)[:-1]])
+    after = (seen["overshoot"] * seen["gradient_norm"] * last)[WINDOW]
+    change = (seen["curvature"] * last**2)[WINDOW]
+    cosine, norm = seen["overshoot"][WINDOW], seen["parameter_norm"][WINDOW]
+    return {
+        "relative_step": float(np.median((seen["relative_step"] / held)[WINDOW]) / KAPPA),
+        "overshoot": float(cosine.mean() / (cosine.std(ddof=1) / np.sqrt(cosine.size))),
+        "secant": float(change.sum() / (change - after).sum()),
+        "norm_growth": float(1e4 * np.log(norm[-1] / norm[0]) / (norm.size - 1)),
+    }
+
+
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("regime", "multiple", "seed"))
+
+
+def _run(bench: Bench, cell: dict[str, Any]) -> dict[str, Any]:
+    regime = REGIMES[cell["regime"]]
+    rate = cell["multiple"] * regime.guess
+    result = run_cell(bench, regime, METHODS["guard-observe"].build, rate, cell["seed"], keep=KEPT)
+    return {
+        **cell,
+        "learning_rate": rate,
+        "perplexity": result["perplexity"]["valid"],
+        **signals(result["metrics"]),
+        **bench.facts,
+        **provenance(),
+    }
+
+
+if __name__ == "__main__":
+    main()
