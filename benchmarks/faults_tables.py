@@ -16,7 +16,7 @@ from benchmarks import results_file
 from benchmarks.faults import RESULTS
 from benchmarks.faults_figure import draw
 from benchmarks.faults_methods import METHODS, MIX_EVERY, MIX_STEPS, SCENARIOS
-from benchmarks.provenance import commits
+from benchmarks.provenance import commits, machines
 
 Record = dict[str, Any]
 RESTART = 250
@@ -145,7 +145,7 @@ def _provenance(records: Sequence[Record]) -> str:
         f"{newest['rate']:g}, AdamW's best on valid, after 20 steps of warm-up. Most faults strike "
         f"in step 100 of 300. Commit {commits(records)} (* with local changes); "
         + ", ".join(f"{name} {number}" for name, number in versions.items())
-        + f"; {newest['machine']}.\n\nMade by `python -m benchmarks.faults` and "
+        + f"; {machines(records)}.\n\nMade by `python -m benchmarks.faults` and "
         "`python -m benchmarks.faults_tables`."
     )
 

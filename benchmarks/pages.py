@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import faults_tables, results_file, stress_grid, stress_tables
 from benchmarks import generality as generality_run
 from benchmarks import stress as stress_run
-from benchmarks.provenance import commits
+from benchmarks.provenance import commits, machines
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -139,13 +139,20 @@ def throughput() -> str:
                     [
                         f"{title}, against {_AGAINST[other]}",
                         f"{result['tokens']}",
-                        f"{result['commit'][:7]}",
+                        f"{result['machine'].split(',')[0]}, {result['commit'][:7]}",
                         f"{result[part]['tokens_per_second'][other]:,.0f}",
                         f"{ours:,.0f}",
                         _change(middle - 1, low - 1, high - 1),
                     ]
                 )
-    head = ["", "tokens a step", "commit", "its tokens/s", "ours", "ours over it (middle half)"]
+    head = [
+        "",
+        "tokens a step",
+        "machine, commit",
+        "its tokens/s",
+        "ours",
+        "ours over it (middle half)",
+    ]
     note = f"In turns (`python -m benchmarks.throughput`, {_where(*results)})."
     return f"{_table(head, rows)}\n\n{note}"
 
@@ -287,6 +294,35 @@ def _mean(values: list[float] | None) -> str:
     return f"{math.exp(math.fsum(map(math.log, values)) / len(values)):.2f}{seeds}"
 
 
+def signals() -> str:
+    """Each candidate signal of bare AdamW, median over seeds, and whether one threshold does."""
+    records = results_file.read(RESULTS / "signals.jsonl")
+    titles = {
+        "relative_step": "relative step, in κ",
+        "overshoot": "overshoot, standard errors",
+        "secant": "secant curvature",
+        "norm_growth": "growth of the norm, 10⁻⁴ a step",
+    }
+    columns = list(dict.fromkeys((r["regime"], r["multiple"]) for r in records))
+
+    def middle(name: str, column: tuple[str, int]) -> float:
+        return statistics.median(r[name] for r in records if (r["regime"], r["multiple"]) == column)
+
+    rows = [
+        [f"{regime} ×{multiple}", *(f"{middle(n, (regime, multiple)):.2f}" for n in titles)]
+        for regime, multiple in columns
+    ]
+    healthy = [max(middle(n, c) for c in columns if c[1] == 1) for n in titles]
+    harmful = [min(middle(n, c) for c in columns if c[1] == 10) for n in titles]
+    rows.append(["**largest at ×1**", *(f"**{x:.2f}**" for x in healthy)])
+    rows.append(["**smallest at ×10**", *(f"**{x:.2f}**" for x in harmful)])
+    note = (
+        "Bare AdamW, steps 20 to 79, median of three seeds "
+        f"(`python -m benchmarks.signals`, {_where(*records)})."
+    )
+    return f"{_table(['', *titles.values()], rows)}\n\n{note}"
+
+
 def faults() -> str:
     """What each method survives of the faults that are put into its runs."""
     records = results_file.read(RESULTS / "faults.jsonl")
@@ -309,6 +345,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "attempts": functools.partial(attempts, 64),
         "attempts at the benchmark's size": functools.partial(attempts, 96),
         "generality": generality,
+        "signals": signals,
         "sensitivity": sensitivity,
     },
 }
@@ -327,9 +364,8 @@ def _moved(share: float | None) -> str:
 
 
 def _where(*results: dict[str, Any]) -> str:
-    """Of which commits, and on which machine."""
-    machine, versions = results[-1]["machine"], results[-1]["versions"]
-    return f"commit {commits(results)}, {machine}, jax {versions['jax']}"
+    """Of which commits, and on which machines."""
+    return f"commit {commits(results)}, {machines(results)}, jax {results[-1]['versions']['jax']}"
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> str:

@@ -47,6 +47,15 @@ def commits(records: Iterable[dict[str, Any]]) -> str:
     return ", ".join(sorted({f"{r['commit']}"[:10] + "*" * bool(r["dirty"]) for r in records}))
 
 
+def machines(records: Iterable[dict[str, Any]]) -> str:
+    """Which ones the records were made on.
+
+    >>> machines([{"machine": "Xeon, 2 cores"}, {"machine": "EPYC, 2 cores"}])
+    'EPYC, 2 cores; Xeon, 2 cores'
+    """
+    return "; ".join(sorted({r["machine"] for r in records}))
+
+
 def machine() -> str:
     """Processor, usable cores and system, e.g. ``Intel(R) Xeon(R) Processor, 2 cores, Linux``."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import results_file
 from benchmarks.methods import METHODS
-from benchmarks.provenance import commits
+from benchmarks.provenance import commits, machines
 from benchmarks.regimes import LONGER, REGIMES
 from benchmarks.stress import RESULTS, long_results
 from benchmarks.stress_figure import draw
@@ -100,7 +100,8 @@ def _made_at(grid: Grid) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in newest["versions"].items())
     return (
         f"Medians over seeds (here {seeds}); {len(grid.cells)} cells at commit "
-        f"{commits(grid.cells.values())} (* with local changes); {versions}; {newest['machine']}."
+        f"{commits(grid.cells.values())} (* with local changes); {versions}; "
+        f"{machines(grid.cells.values())}."
     )
 
 
