@@ -263,11 +263,11 @@ def _median(losses: list[float | None]) -> str:
     return "diverged" if math.isinf(middle) else f"{middle:.3f}"
 
 
-def attempts(hidden: int) -> str:
-    """Every law that was tried on a model of this width: geometric mean over seeds."""
+def attempts(model: str) -> str:
+    """Every law that was tried on a model so described: geometric mean over seeds."""
     cells: dict[str, dict[tuple[str, float], list[float]]] = {}
     for r in results_file.read(RESULTS / "law_attempts.jsonl"):
-        if r["model"].startswith(f"hidden {hidden},"):
+        if r["model"].startswith(model):
             found = cells.setdefault(r["law"], {})
             found.setdefault((r["regime"], r["learning_rate"]), []).append(r["perplexity"])
     parts = []
@@ -278,6 +278,8 @@ def attempts(hidden: int) -> str:
         "recipe": "From scratch, warm-up + cosine, b2 0.95",
     }.items():
         rates = sorted({key[1] for law in cells.values() for key in law if key[0] == regime})
+        if not rates:
+            continue
         rows = [
             [law, *(_mean(of_law.get((regime, rate))) for rate in rates)]
             for law, of_law in cells.items()
@@ -342,8 +344,9 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "benchmarks/LAW.md": {
         "more seeds": more_seeds,
-        "attempts": functools.partial(attempts, 64),
-        "attempts at the benchmark's size": functools.partial(attempts, 96),
+        "attempts": functools.partial(attempts, "hidden 64,"),
+        "attempts at the benchmark's size": functools.partial(attempts, "hidden 96,"),
+        "attempts on a base that knows the text": functools.partial(attempts, "known text,"),
         "generality": generality,
         "signals": signals,
         "sensitivity": sensitivity,
