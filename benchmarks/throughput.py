@@ -28,6 +28,7 @@ from benchmarks import throughput_torch
 from benchmarks.provenance import provenance
 from benchmarks.throughput_loops import SIZES, Shape, decoder, measured, options_of, ours, plain
 from lbw_optax import lbw_guard
+from train import memory
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=25, help="steps a turn")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/throughput.json"))
     options = parser.parse_args(arguments)
-    # Before JAX starts: the processes of the second comparison share one GPU.
+    # Before JAX starts: the processes of the second comparison share one GPU, and the loops of the
+    # first keep their memory, as the scripts do.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    memory.keep_freed()
     shape = SIZES[options.size]
     shape = shape._replace(batch_size=options.batch or shape.batch_size)
     result = {**provenance(), **vars(options) | {"out": None}}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -74,13 +75,15 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
     with logs.Logs(tmp_path, track=("tensorboard",)) as log:
-        log.write(1, {"loss": 2.5})
-        log.write(2, {"loss": 1.25})
+        log.write(1, {"loss": 2.5, "scale": 0.5})
+        log.write(2, {"loss": math.nan, "regime": 3})
     (path,) = (tmp_path / "tensorboard").iterdir()
-    assert [(e.step, e.summary.value[0].simple_value) for e in events(path, Event) if e.step] == [
-        (1, 2.5),
-        (2, 1.25),
-    ]
+    steps = {event.step: event.summary.value for event in events(path, Event) if event.step}
+    found = {step: {v.tag: v.simple_value for v in values} for step, values in steps.items()}
+    assert found == {
+        1: {"loss": 2.5, "scale": 0.5},
+        2: {"loss": pytest.approx(math.nan, nan_ok=True), "regime": 3},
+    }
 
 
 def events(path, kind):
