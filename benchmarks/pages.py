@@ -133,6 +133,8 @@ def throughput() -> str:
     rows = []
     for part, title in {"loop": "all parameters", "torch": "LoRA"}.items():
         for result in results:
+            if not result.get(part):
+                continue
             ours = result[part]["tokens_per_second"]["ours"]
             for other, (low, middle, high) in result[part]["ours_over"].items():
                 rows.append(

@@ -28,7 +28,6 @@ from benchmarks import throughput_torch
 from benchmarks.provenance import provenance
 from benchmarks.throughput_loops import SIZES, Shape, decoder, measured, options_of, ours, plain
 from lbw_optax import lbw_guard
-from train import memory
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,22 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, help="sequences a step; default: by size")
     parser.add_argument("--rounds", type=int, default=6, help="turns of each loop")
     parser.add_argument("--steps", type=int, default=25, help="steps a turn")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/throughput.json"))
     options = parser.parse_args(arguments)
-    # Before JAX starts: the processes of the second comparison share one GPU, and the loops of the
-    # first keep their memory, as the scripts do.
+    # Before JAX starts: the processes of the second comparison share one GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    memory.keep_freed()
     shape = SIZES[options.size]
     shape = shape._replace(batch_size=options.batch or shape.batch_size)
     result = {**provenance(), **vars(options) | {"out": None}}
     result["tokens"] = shape.batch_size * shape.length
     result["malloc"] = os.environ.get("GLIBC_TUNABLES")
-    result["loop"] = compare_loops(shape, options.rounds, options.steps)
-    result["torch"] = throughput_torch.compare(shape, options.rounds, options.steps)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    for name in ("loop", "torch"):
-        print(describe(name, result[name], result["device"]))
+    for part in options.parts:
+        result[part] = PARTS[part](shape, options.rounds, options.steps)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")  # the next may need too much
+        print(describe(part, result[part], result["device"]))
 
 
 def compare_loops(shape: Shape, rounds: int, steps: int) -> dict[str, Any]:
@@ -72,6 +69,9 @@ def compare_loops(shape: Shape, rounds: int, steps: int) -> dict[str, Any]:
             "ours": ours(model, nnx.Param, options, steps, opened),
         }
         return measured(stretches, shape, steps, rounds, trains_all=True)
+
+
+PARTS = {"loop": compare_loops, "torch": throughput_torch.compare}
 
 
 def describe(name: str, result: dict[str, Any] | None, device: str) -> str:
