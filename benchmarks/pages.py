@@ -348,6 +348,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "more seeds": more_seeds,
         "attempts": functools.partial(attempts, "hidden 64,"),
         "attempts at the benchmark's size": functools.partial(attempts, "hidden 96,"),
+        "attempts over ten seeds": functools.partial(attempts, "seeds 10 to 19,"),
         "attempts on a base that knows the text": functools.partial(attempts, "known text,"),
         "generality": generality,
         "signals": signals,
