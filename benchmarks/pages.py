@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import faults_tables, results_file, stress_grid, stress_tables
 from benchmarks import generality as generality_run
 from benchmarks import stress as stress_run
-from benchmarks.provenance import commits, machines
+from benchmarks.provenance import made_at
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -70,7 +70,7 @@ def demo() -> str:
     table = _table(["", "learning rate", "AdamW", "guarded AdamW"], rows)
     return (
         f"{table}\n\nTest perplexity, and its ratio to AdamW at its tuned rate. "
-        f"`make demo` at {_where(result)}; {result['seconds']:.0f} s."
+        f"`make demo` at {made_at([result])}; {result['seconds']:.0f} s."
     )
 
 
@@ -97,7 +97,7 @@ def overhead() -> str:
     head = ["tokens a step", "a step of AdamW", "with the guard (middle half)", "optimizer bytes"]
     note = (
         f"A decoder of {results[0]['parameters'] / 1e6:.0f} M parameters, paired steps "
-        f"(`python -m benchmarks.overhead`, {_where(*results)})."
+        f"(`python -m benchmarks.overhead`, {made_at(results)})."
     )
     return f"{_table(head, rows)}\n\n{note}"
 
@@ -113,7 +113,7 @@ def rollback_cost() -> str:
         f"`RollbackManager` at its default cadence, on a step of {result['bare_seconds']:.1f} s of "
         f"the same decoder: {memory} for copies in memory ({result['memory_bytes'] / 1e9:.1f} GB "
         f"of host memory), {both} with checkpoints on disk too; in brackets the middle "
-        f"half (`python -m benchmarks.rollback_overhead`, {_where(result)})."
+        f"half (`python -m benchmarks.rollback_overhead`, {made_at([result])})."
     )
 
 
@@ -132,9 +132,7 @@ def throughput() -> str:
     results.sort(key=lambda result: result["tokens"])
     rows = []
     for part, title in {"loop": "all parameters", "torch": "LoRA"}.items():
-        for result in results:
-            if not result.get(part):
-                continue
+        for result in (result for result in results if result.get(part)):
             ours = result[part]["tokens_per_second"]["ours"]
             for other, (low, middle, high) in result[part]["ours_over"].items():
                 rows.append(
@@ -155,7 +153,7 @@ def throughput() -> str:
         "ours",
         "ours over it (middle half)",
     ]
-    note = f"In turns (`python -m benchmarks.throughput`, {_where(*results)})."
+    note = f"In turns (`python -m benchmarks.throughput`, {made_at(results)})."
     return f"{_table(head, rows)}\n\n{note}"
 
 
@@ -180,7 +178,7 @@ def placements() -> str:
         for row in result["rows"]
     ]
     head = ["", "tuned rate", "100 × tuned", "one NaN gradient after 20 steps"]
-    note = f"LoRA, valid perplexity (`python -m benchmarks.placements`, {_where(result)})."
+    note = f"LoRA, valid perplexity (`python -m benchmarks.placements`, {made_at([result])})."
     return f"{_table(head, rows)}\n\n{note}"
 
 
@@ -197,7 +195,7 @@ def sensitivity() -> str:
         ]
         rows.append([f"`{knob}={value:g}`", *cells])
     head = ["", "LoRA ×1", "LoRA ×100", "from scratch ×1", "from scratch ×30"]
-    note = f"Valid perplexity (`python -m benchmarks.sensitivity`, {_where(*records)})."
+    note = f"Valid perplexity (`python -m benchmarks.sensitivity`, {made_at(records)})."
     return f"{_table(head, rows)}\n\n{note}"
 
 
@@ -226,7 +224,7 @@ def more_seeds() -> str:
     return (
         "Warm-up + cosine at the tuned rate, test perplexity over AdamW's, geometric mean of the "
         f"paired ratios ± its standard error: {'; '.join(said)} "
-        f"(`results/stress_more_seeds.jsonl`, {_where(*records)})."
+        f"(`results/stress_more_seeds.jsonl`, {made_at(records)})."
     )
 
 
@@ -250,7 +248,7 @@ def generality() -> str:
         ]
         rows.append([task, inner, f"{tuned:g}", *cells])
     head = ["model", "inner", "tuned rate", "bare ×1", "guarded ×1", "bare ×30", "guarded ×30"]
-    where = _where(*records)
+    where = made_at(records)
     note = f"Held-out loss, median of three seeds (`python -m benchmarks.generality`, {where})."
     return f"{_table(head, rows)}\n\n{note}"
 
@@ -307,22 +305,27 @@ def signals() -> str:
         "secant": "secant curvature",
         "norm_growth": "growth of the norm, 10⁻⁴ a step",
     }
-    columns = list(dict.fromkeys((r["regime"], r["multiple"]) for r in records))
-
-    def middle(name: str, column: tuple[str, int]) -> float:
-        return statistics.median(r[name] for r in records if (r["regime"], r["multiple"]) == column)
-
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for r in records:
+        runs.setdefault((r["regime"], r["multiple"]), []).append(r)
+    medians = {
+        column: [statistics.median(r[name] for r in found) for name in titles]
+        for column, found in runs.items()
+    }
     rows = [
-        [f"{regime} ×{multiple}", *(f"{middle(n, (regime, multiple)):.2f}" for n in titles)]
-        for regime, multiple in columns
+        [f"{regime} ×{multiple}", *(f"{x:.2f}" for x in values)]
+        for (regime, multiple), values in medians.items()
     ]
-    healthy = [max(middle(n, c) for c in columns if c[1] == 1) for n in titles]
-    harmful = [min(middle(n, c) for c in columns if c[1] == 10) for n in titles]
-    rows.append(["**largest at ×1**", *(f"**{x:.2f}**" for x in healthy)])
-    rows.append(["**smallest at ×10**", *(f"**{x:.2f}**" for x in harmful)])
+
+    def at(multiple: int) -> Iterable[tuple[float, ...]]:
+        """A signal's medians in all regimes, one signal after the other."""
+        return zip(*(values for (_, k), values in medians.items() if k == multiple), strict=True)
+
+    rows.append(["**largest at ×1**", *(f"**{max(values):.2f}**" for values in at(1))])
+    rows.append(["**smallest at ×10**", *(f"**{min(values):.2f}**" for values in at(10))])
     note = (
         "Bare AdamW, steps 20 to 79, median of three seeds "
-        f"(`python -m benchmarks.signals`, {_where(*records)})."
+        f"(`python -m benchmarks.signals`, {made_at(records)})."
     )
     return f"{_table(['', *titles.values()], rows)}\n\n{note}"
 
@@ -330,7 +333,7 @@ def signals() -> str:
 def faults() -> str:
     """What each method survives of the faults that are put into its runs."""
     records = results_file.read(RESULTS / "faults.jsonl")
-    where = f"`python -m benchmarks.faults`, {_where(records[-1])}"
+    where = f"`python -m benchmarks.faults`, {made_at([records[-1]])}"
     return f"{faults_tables.summary(faults_tables.load(records))}\n\n({where}.)"
 
 
@@ -367,11 +370,6 @@ def _perplexity(run: dict[str, Any]) -> str:
 
 def _moved(share: float | None) -> str:
     return "all weights NaN" if share is None else f"weights move by {100 * share:.2f} %"
-
-
-def _where(*results: dict[str, Any]) -> str:
-    """Of which commits, and on which machines."""
-    return f"commit {commits(results)}, {machines(results)}, jax {results[-1]['versions']['jax']}"
 
 
 def _table(head: list[str], rows: Iterable[list[str]]) -> str:

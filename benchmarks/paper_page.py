@@ -14,7 +14,7 @@ from flax import nnx
 
 from benchmarks import paper_rows, results_file
 from benchmarks.paper_rows import CASES, LARGE_RATES, METHODS, Case
-from benchmarks.provenance import commits, machines
+from benchmarks.provenance import made_at
 from train import estimate, lora, qwen_lora, recipes, run, tinyllama_full
 from train.model import Decoder, split
 from train.options import Options
@@ -115,8 +115,7 @@ def _notes(records: Sequence[dict[str, Any]]) -> str:
         f"here: {', '.join(f'{rate:g} ({kind})' for kind, rate in rates.items())}. Seconds are of "
         "the whole run with its compilation and evaluation; the AdamW runs are watched by a guard "
         "that does not act, so the two differ by what it does and not by what it costs. "
-        f"`python -m benchmarks.paper --preset tiny` at commit {commits(known)}, "
-        f"{machines(known)}, jax {newest['versions']['jax']}."
+        f"`python -m benchmarks.paper --preset tiny` at {made_at(known)}."
     )
 
 

@@ -4,7 +4,7 @@ import functools
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,11 @@ def machines(records: Iterable[dict[str, Any]]) -> str:
     'EPYC, 2 cores; Xeon, 2 cores'
     """
     return "; ".join(sorted({r["machine"] for r in records}))
+
+
+def made_at(records: Sequence[dict[str, Any]]) -> str:
+    """Of which commits, on which machines, and with which jax the newest."""
+    return f"commit {commits(records)}, {machines(records)}, jax {records[-1]['versions']['jax']}"
 
 
 def machine() -> str:

@@ -21,6 +21,7 @@ Source of the limit: Cohen et al., Adaptive gradient methods at the edge of stab
 """
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,12 @@ SEEDS, MULTIPLES = (0, 1, 2), (1, 3, 10)
 WINDOW = slice(20, 80)
 """The first steps of AdamW are long whatever the rate; the warm-up's peak is at step 40."""
 KEPT = (
-    *("overshoot", "curvature", "gradient_norm"),
-    *("update_norm", "parameter_norm", "relative_step"),
+    "overshoot",
+    "curvature",
+    "gradient_norm",
+    "update_norm",
+    "parameter_norm",
+    "relative_step",
 )
 
 
@@ -51,12 +56,10 @@ def main() -> None:
     options = parser.parse_args()
     done = {_key(record) for record in results_file.read(options.out)}
     bench = prepare(options.data_dir, SIZES["default"])
-    for regime in REGIMES:
-        for multiple in MULTIPLES:
-            for seed in SEEDS:
-                cell = {"regime": regime, "multiple": multiple, "seed": seed}
-                if _key(cell) not in done:
-                    print(results_file.append(options.out, _run(bench, cell)))
+    for regime, multiple, seed in itertools.product(REGIMES, MULTIPLES, SEEDS):
+        cell = {"regime": regime, "multiple": multiple, "seed": seed}
+        if _key(cell) not in done:
+            print(results_file.append(options.out, _run(bench, cell)))
 
 
 def signals(metrics: dict[str, list[float]]) -> dict[str, float]:
