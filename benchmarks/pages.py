@@ -237,20 +237,27 @@ _LAWS = {
 def generality() -> str:
     """Other models and other inner optimizers: loss, bare and guarded, at both rates."""
     records = results_file.newest_law(results_file.read(RESULTS / "generality.jsonl"), by="guarded")
-    rows = []
-    for task, inner in dict.fromkeys((r["task"], r["inner"]) for r in records):
-        runs = [r for r in records if (r["task"], r["inner"]) == (task, inner)]
-        tuned = min(r["lr"] for r in runs if r["guarded"])
-        cells = [
-            _median([r["loss"] for r in runs if _is_cell(r, guarded, tuned * multiple)])
-            for multiple in (1, 30)
-            for guarded in (False, True)
-        ]
-        rows.append([task, inner, f"{tuned:g}", *cells])
     head = ["model", "inner", "tuned rate", "bare ×1", "guarded ×1", "bare ×30", "guarded ×30"]
+    parts = []
+    for schedule in dict.fromkeys(r["schedule"] for r in records):
+        runs = [r for r in records if r["schedule"] == schedule]
+        pairs = dict.fromkeys((r["task"], r["inner"]) for r in runs)
+        rows = [_generality_row(runs, task, inner) for task, inner in pairs]
+        parts.append(f"**{schedule.capitalize()}**\n\n{_table(head, rows)}")
     where = made_at(records)
     note = f"Held-out loss, median of three seeds (`python -m benchmarks.generality`, {where})."
-    return f"{_table(head, rows)}\n\n{note}"
+    return "\n\n".join([*parts, note])
+
+
+def _generality_row(records: list[dict[str, Any]], task: str, inner: str) -> list[str]:
+    runs = [r for r in records if (r["task"], r["inner"]) == (task, inner)]
+    tuned = min(r["lr"] for r in runs if r["guarded"])
+    cells = [
+        _median([r["loss"] for r in runs if _is_cell(r, guarded, tuned * multiple)])
+        for multiple in (1, 30)
+        for guarded in (False, True)
+    ]
+    return [task, inner, f"{tuned:g}", *cells]
 
 
 def _is_cell(record: dict[str, Any], guarded: bool, lr: float) -> bool:

@@ -54,10 +54,19 @@ def test_patches_fit_together_again():
     np.testing.assert_array_equal(tasks._picture(patches), pictures.astype(np.float32))
 
 
-@pytest.mark.parametrize("name", ["experts", "recurrence", "diffusion", "decoder"])
-def test_each_task_starts_at_chance_and_learns(known, name, monkeypatch):
-    monkeypatch.setattr(generality, "STEPS", 8)
-    found = generality.run(known[name], generality.INNER["AdamW"], True, 3e-3, seed=0)
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        ("experts", "constant rate"),
+        ("recurrence", "constant rate"),
+        ("diffusion", "constant rate"),
+        ("decoder", "warm-up + cosine"),
+    ],
+)
+def test_each_task_starts_at_chance_and_learns(known, name, schedule, monkeypatch):
+    monkeypatch.setattr(generality, "STEPS", 10)
+    adamw = generality.INNER["AdamW"]
+    found = generality.run(known[name], adamw, schedule, True, 3e-3, seed=0)
     chance = 1.0 if name == "diffusion" else np.log(tasks.VOCABULARY)
     assert found["before"] == pytest.approx(chance, rel=0.6)
     assert found["loss"] < found["before"]
