@@ -126,25 +126,37 @@ def _change(middle: float, low: float, high: float) -> str:
     return f"{100 * middle:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f} %)"
 
 
+def throughput_short() -> str:
+    """How much faster the scripts' loop is than each other one: a row a size, a column a machine."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for part, other, result in _compared():
+        if other in ("plain", "torch"):
+            title = f"{_PARTS[part]}, against {_AGAINST[other]}"
+            row = found.setdefault((title, str(result["tokens"])), {})
+            middle = result[part]["ours_over"][other][1] - 1
+            row.setdefault(_processor(result), []).append(f"{100 * middle:+.1f} %")
+    machines = sorted({name for row in found.values() for name in row})
+    rows = [
+        [title, tokens, *(", ".join(row.get(machine, ["–"])) for machine in machines)]
+        for (title, tokens), row in found.items()
+    ]
+    return _table(["", "tokens a step", *machines], rows)
+
+
 def throughput() -> str:
-    """Tokens a second of the scripts' loop, against a bare one and against torch."""
-    results = [json.loads(path.read_text()) for path in RESULTS.glob("throughput*.json")]
-    results.sort(key=lambda result: result["tokens"])
-    rows = []
-    for part, title in {"loop": "all parameters", "torch": "LoRA"}.items():
-        for result in (result for result in results if result.get(part)):
-            ours = result[part]["tokens_per_second"]["ours"]
-            for other, (low, middle, high) in result[part]["ours_over"].items():
-                rows.append(
-                    [
-                        f"{title}, against {_AGAINST[other]}",
-                        f"{result['tokens']}",
-                        f"{result['machine'].split(',')[0]}, {result['commit'][:7]}",
-                        f"{result[part]['tokens_per_second'][other]:,.0f}",
-                        f"{ours:,.0f}",
-                        _change(middle - 1, low - 1, high - 1),
-                    ]
-                )
+    """Tokens a second of the scripts' loop, against a bare one and against torch: every run."""
+    rows = [
+        [
+            f"{_PARTS[part]}, against {_AGAINST[other]}",
+            f"{result['tokens']}",
+            f"{_processor(result)}, {result['commit'][:7]}",
+            f"{result[part]['tokens_per_second'][other]:,.0f}",
+            f"{result[part]['tokens_per_second']['ours']:,.0f}",
+            _change(middle - 1, low - 1, high - 1),
+        ]
+        for part, other, result in _compared()
+        for low, middle, high in [result[part]["ours_over"][other]]
+    ]
     head = [
         "",
         "tokens a step",
@@ -153,10 +165,27 @@ def throughput() -> str:
         "ours",
         "ours over it (middle half)",
     ]
-    note = f"In turns (`python -m benchmarks.throughput`, {made_at(results)})."
-    return f"{_table(head, rows)}\n\n{note}"
+    where = made_at([result for _, _, result in _compared()])
+    return f"{_table(head, rows)}\n\nIn turns (`python -m benchmarks.throughput`, {where})."
 
 
+def _compared() -> list[tuple[str, str, dict[str, Any]]]:
+    """Every comparison that was measured: which part, with what, and the result that holds it."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("throughput*.json"))]
+    results.sort(key=lambda result: result["tokens"])
+    return [
+        (part, other, result)
+        for part in _PARTS
+        for result in results
+        for other in result.get(part, {}).get("ours_over", {})
+    ]
+
+
+def _processor(result: dict[str, Any]) -> str:
+    return result["machine"].split(",")[0]
+
+
+_PARTS = {"loop": "all parameters", "torch": "LoRA"}
 _AGAINST = {
     "plain": "a bare jitted loop",
     "plain, guarded": "the same, guarded",
@@ -349,11 +378,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "demo": demo,
         "overhead": overhead,
         "rollback cost": rollback_cost,
-        "throughput": throughput,
+        "throughput": throughput_short,
         "placements": placements,
         "stress": stress,
         "faults": faults,
     },
+    "benchmarks/THROUGHPUT.md": {"throughput": throughput},
     "benchmarks/LAW.md": {
         "more seeds": more_seeds,
         "attempts": functools.partial(attempts, "hidden 64,"),
