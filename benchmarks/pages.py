@@ -127,7 +127,7 @@ def _change(middle: float, low: float, high: float) -> str:
 
 
 def throughput_short() -> str:
-    """How much faster the scripts' loop is than each other one: a row a size, a column a machine."""
+    """How much faster the scripts' loop is: a row a rival and size, a column a machine."""
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for part, other, result in _compared():
         if other in ("plain", "torch"):
