@@ -337,6 +337,8 @@ def signals() -> str:
     records = results_file.read(RESULTS / "signals.jsonl")
     titles = {
         "relative_step": "relative step, in κ",
+        "median_leaf": "of the median leaf",
+        "largest_leaf": "of the largest",
         "overshoot": "overshoot, standard errors",
         "secant": "secant curvature",
         "norm_growth": "growth of the norm, 10⁻⁴ a step",

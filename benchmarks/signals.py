@@ -8,7 +8,8 @@ with one threshold for all regimes: below it at the tuned rate, above it at ten 
 Of a window of steps, with p the parameters, u the last step, g the gradients before and h the
 gradient after it:
 
-- relative step: median of |u| / |p|, in units of kappa;
+- relative step: median of |u| / |p|, in units of kappa; the same of the median leaf and of the
+  leaf where it is largest, without leaves that start at zero;
 - overshoot: mean of cos(h, u), in standard errors of that mean;
 - secant curvature: sum of <h - g, u> over sum of <-g, u>, which is 1 at the minimum along the step
   and 2 where gradient descent begins to diverge, in the optimizer's own metric: for a step
@@ -25,14 +26,18 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from benchmarks import results_file
-from benchmarks.bench import Bench, prepare
-from benchmarks.methods import METHODS
+from benchmarks.bench import Bench, prepare, start
+from benchmarks.methods import METHODS, adamw
 from benchmarks.provenance import provenance
-from benchmarks.regimes import REGIMES, SIZES, run_cell
+from benchmarks.regimes import REGIMES, SIZES, Regime, recipe, run_cell
 from lbw_optax.control import FIRST_SCALE, KAPPA
+from train import data
 
 RESULTS = Path(__file__).resolve().parent / "results" / "signals.jsonl"
 SEEDS, MULTIPLES = (0, 1, 2), (1, 3, 10)
@@ -79,6 +84,20 @@ def signals(metrics: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
+def by_leaf(updates: np.ndarray, params: np.ndarray) -> dict[str, float]:
+    """The relative step of the median leaf and of the largest, from lengths of (steps, leaves).
+
+    >>> by_leaf(np.full((80, 3), 0.01), np.ones((80, 1)) * [1.0, 2.0, 4.0])
+    {'median_leaf': 0.5, 'largest_leaf': 1.0}
+    """
+    has_length = params[0] > 0
+    ratios = updates[WINDOW][:, has_length] / params[WINDOW][:, has_length] / KAPPA
+    return {
+        "median_leaf": float(np.median(np.median(ratios, axis=1))),
+        "largest_leaf": float(np.median(np.max(ratios, axis=1))),
+    }
+
+
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(record[name] for name in ("regime", "multiple", "seed"))
 
@@ -92,9 +111,38 @@ def _run(bench: Bench, cell: dict[str, Any]) -> dict[str, Any]:
         "learning_rate": rate,
         "perplexity": result["perplexity"]["valid"],
         **signals(result["metrics"]),
+        **by_leaf(*_leaf_lengths(bench, regime, rate, cell["seed"])),
         **bench.facts,
         **provenance(),
     }
+
+
+def _leaf_lengths(
+    bench: Bench, regime: Regime, rate: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each leaf's update and parameters, in every step to the end of the window, bare AdamW."""
+    size, loss_fn = bench.size, bench.losses[regime.adapters]
+    params, frozen = start(bench, seed, from_base=regime.from_base, adapters=regime.adapters)
+    tokens = bench.tokens["finetune" if regime.from_base else "scratch"]
+    shape = {"batch_size": size.batch_size, "length": size.length}
+    batches = np.stack([data.sample(tokens, seed, i, **shape) for i in range(WINDOW.stop)])
+    tx = optax.with_extra_args_support(
+        adamw(recipe(regime, jnp.float32(rate), size.steps[regime.name]))
+    )
+
+    def lengths(tree: Any) -> jax.Array:
+        return jnp.stack([jnp.linalg.norm(leaf) for leaf in jax.tree.leaves(tree)])
+
+    def step(carry: Any, batch: jax.Array) -> tuple[Any, Any]:
+        params, state = carry
+        loss, grads = jax.value_and_grad(loss_fn)(params, frozen, batch)
+        updates, state = tx.update(grads, state, params, value=loss)
+        seen = lengths(updates), lengths(params)
+        return (optax.apply_updates(params, updates), state), seen
+
+    run = jax.jit(lambda carry, batches: jax.lax.scan(step, carry, batches)[1])
+    updates, norms = run((params, tx.init(params)), batches)
+    return np.asarray(updates), np.asarray(norms)
 
 
 if __name__ == "__main__":
