@@ -337,8 +337,8 @@ def signals() -> str:
     records = results_file.read(RESULTS / "signals.jsonl")
     titles = {
         "relative_step": "relative step, in κ",
-        "median_leaf": "of the median leaf",
-        "largest_leaf": "of the largest",
+        "median_leaf": "the same, median leaf",
+        "largest_leaf": "the same, largest leaf",
         "overshoot": "overshoot, standard errors",
         "secant": "secant curvature",
         "norm_growth": "growth of the norm, 10⁻⁴ a step",
