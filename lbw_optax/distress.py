@@ -32,6 +32,11 @@ FIRST_STEPS = 2
 # The loss (see `_watch_loss`): margin above its lowest mean in spreads, evidence of one step at
 # most, and evidence that asks.
 MARGIN_SPREADS, MOST_EVIDENCE, ENOUGH_EVIDENCE = 3.0, 2.0, 7.0
+# The correlation of the loss's noise from step to step (see `_echo`): share of the newest step in
+# it, its standard error where the noise is independent, how far a surprise counts, in spreads, and
+# the most that is believed.
+ECHO_SHARE, FARTHEST, MOST_ECHO = 0.01, 3.0, 0.6
+ECHO_ERROR = math.sqrt(ECHO_SHARE / (2 - ECHO_SHARE))
 # Sound steps after a rollback in which only certain signs ask, and the level of the loss is learned
 # anew: a lasting shift of the data's level asks once.
 GRACE = 10
@@ -46,7 +51,9 @@ class Distress(NamedTuple):
     level: Running  # of symlog(loss) since the start or the last rollback
     surprise: Running  # of symlog(loss) less the level before it
     lowest: jax.Array  # float32, the lowest mean of the level
-    quiet_spread: jax.Array  # float32, spread of the surprise before the loss rose
+    last_surprise: jax.Array  # float32, in spreads
+    echo: jax.Array  # float32, correlation of a surprise with the one before it
+    quiet_spread: jax.Array  # float32, spread of the loss's noise before the loss rose
     grace: jax.Array  # int32, sound steps to go
 
 
@@ -60,10 +67,17 @@ def init() -> Distress:
         loss_excess=real,
         level=nothing,
         surprise=nothing,
+        last_surprise=real,
+        echo=real,
         lowest=jnp.float32(stats.LARGEST),
         quiet_spread=jnp.float32(stats.LOSS.floor),
         grace=whole,
     )
+
+
+def after_rollback(distress: Distress) -> Distress:
+    """Nothing speaks for another one yet; how the data's noise echoes stays known."""
+    return init()._replace(echo=distress.echo, grace=jnp.int32(GRACE))
 
 
 def assess(
@@ -114,16 +128,20 @@ def _first_was_broken(seen: Telemetry, before: Statistics) -> jax.Array:
 def _watch_loss(distress: Distress, seen: Telemetry, in_grace: jax.Array) -> Distress:
     r"""Page's test (CUSUM) for a loss that has risen above its lowest mean and stays there.
 
-    With y = symlog(loss), l its fast mean, l* the lowest l, and s the spread of y_t - l_{t-1}
-    before the loss rose, at least 0.02,
+    With y = symlog(loss), l its fast mean, l* the lowest l, σ the spread of the surprise
+    y_t - l_{t-1} before the loss rose, at least 0.02, and ρ the correlation of a surprise with the
+    one before it, less its standard error, in [0, 0.6],
 
     .. math::
+      s = \sigma \sqrt{\frac{1 + \rho}{1 - \rho}}, \qquad
       e_t = \mathrm{clip}\big(e_{t-1} + \mathrm{clip}\big(\tfrac{y_t - l^*}{3 s} - 1, -1,\ 2\big),
       0,\ 7\big)
 
     and 7 asks: at least four steps, far above; fourteen at one and a half times 3 s; a single
     outlier of any size adds 2, and every step at the old level takes 1 back. While a loss falls,
-    y_t - l_{t-1} has a mean, the trend, but no more spread than the noise.
+    y_t - l_{t-1} has a mean, the trend, but no more spread than the noise. The root is by how much
+    a mean of such noise wanders more than one of independent values: text that is read in its order
+    has stretches that are harder than others.
     """
     y = stats.symlog(seen.loss)
     level = stats.update(distress.level, y, seen.has_loss, stats.LOSS)
@@ -137,13 +155,37 @@ def _watch_loss(distress: Distress, seen: Telemetry, in_grace: jax.Array) -> Dis
     excess = jnp.where(
         seen.has_loss & known, jnp.clip(excess, 0.0, ENOUGH_EVIDENCE), distress.loss_excess
     )
+    last_surprise, echo = _echo(distress, y, seen.has_loss)
     # A loss that is rising must not be taken for the level it is compared with.
-    learning = (excess == 0) & (level.weight > 1 - stats.LOSS.decay ** (stats.START_STEPS - 0.5))
-    spread = jnp.sqrt(surprise.variance + stats.LOSS.floor**2)
+    learning = (excess == 0) & _is_warm(level)
+    correlation = jnp.clip(echo - ECHO_ERROR, 0.0, MOST_ECHO)
+    spread = _spread(surprise) * jnp.sqrt((1 + correlation) / (1 - correlation))
     return distress._replace(
         loss_excess=excess,
         level=level,
         surprise=surprise,
+        last_surprise=last_surprise,
+        echo=echo,
         lowest=jnp.where(learning, jnp.minimum(distress.lowest, level.mean), distress.lowest),
         quiet_spread=jnp.where(learning, spread, distress.quiet_spread),
     )
+
+
+def _echo(distress: Distress, y: jax.Array, has_loss: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The surprise in its spreads, and the mean product of neighbours: 0 before anything is known.
+
+    The mean is slow, so that a rise of the loss does not pass for noise before it has asked.
+    """
+    keep = has_loss & _is_warm(distress.level)
+    missed = y - distress.level.mean - distress.surprise.mean
+    u = jnp.clip(missed / _spread(distress.surprise), -FARTHEST, FARTHEST)
+    echo = distress.echo + ECHO_SHARE * (u * distress.last_surprise - distress.echo)
+    return jnp.where(keep, u, distress.last_surprise), jnp.where(keep, echo, distress.echo)
+
+
+def _is_warm(level: Running) -> jax.Array:
+    return level.weight > 1 - stats.LOSS.decay ** (stats.START_STEPS - 0.5)
+
+
+def _spread(surprise: Running) -> jax.Array:
+    return jnp.sqrt(surprise.variance + stats.LOSS.floor**2)

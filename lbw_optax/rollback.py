@@ -13,7 +13,7 @@ from lbw_optax import distress, ring
 from lbw_optax.agreement import largest
 from lbw_optax.audit import GuardExhausted
 from lbw_optax.checkpoints import Unreadable
-from lbw_optax.distress import GRACE, REASONS, REQUEST, UNCERTAIN
+from lbw_optax.distress import REASONS, REQUEST, UNCERTAIN
 from lbw_optax.folder import Folder
 from lbw_optax.state import MODES, GuardState, find_all, map_guards
 from lbw_optax.targets import Health, Plan, Targets
@@ -339,18 +339,14 @@ def _back(
     return guard._replace(
         inner_state=None,
         control=control._replace(log_ceiling=log_ceiling, ceiling_steps=jnp.int32(CEILING_STEPS)),
-        distress=_after_distress(),
+        distress=distress.after_rollback(guard.distress),
         ring=ring.record_rollback(events, guard.guard_steps, event),
     )
 
 
 @jax.jit
 def _calm_down(guard: GuardState) -> GuardState:
-    return guard._replace(inner_state=None, distress=_after_distress())
-
-
-def _after_distress() -> distress.Distress:
-    return distress.init()._replace(grace=jnp.int32(GRACE))
+    return guard._replace(inner_state=None, distress=distress.after_rollback(guard.distress))
 
 
 def _place(guard: GuardState, like: GuardState) -> GuardState:

@@ -197,10 +197,14 @@ class Targets:
         if not self._is_over(saving.step, health):
             return False
         self._saving = saving._replace(over=True)
-        proven = saving.step in self.journal.checkpoints and not bool(saving.has_nan)
+        proven = self._is_good(saving)
         if not proven:
             self.settle()
         return proven
+
+    def _is_good(self, saving: _Saving) -> bool:
+        """No trouble has struck it from the journal, and it has no NaN."""
+        return saving.step in self.journal.checkpoints and not bool(saving.has_nan)
 
     def _is_over(self, step: int, health: Health) -> bool:
         return health.step >= step + self.plan.probation and not health.suspected
@@ -218,11 +222,10 @@ class Targets:
         except Exception as error:
             self._lose(saving.step, error)
             return
-        named = saving.step in self.journal.checkpoints
-        if named and not saving.over:
+        if saving.step in self.journal.checkpoints and not saving.over:
             self._saving = saving._replace(wait=_is_written)
             return
-        good = named and not bool(saving.has_nan)
+        good = self._is_good(saving)
         if good:
             self.journal.checkpoints[saving.step] = GOOD
         older = [s for s in self._candidates() if s < saving.step]

@@ -162,6 +162,7 @@ class LawReference:
         self.exhausted = False
         self.last_norm = self.last_loss = self.last_step = 0.0
         self.ceiling, self.ceiling_steps = 0.0, 0
+        self.echo = 0.0
         self.rolled_back(grace=0)
 
     def rolled_back(self, grace: int, ceiling: float = 0.0, ceiling_steps: int = 0) -> None:
@@ -169,6 +170,7 @@ class LawReference:
         self.level = RunningReference(statistics.LOSS)
         self.surprise = RunningReference(statistics.LOSS)
         self.lowest, self.quiet_spread = math.inf, statistics.LOSS.floor
+        self.last_surprise = 0.0
         self.rollback_asked = "none"
         self.inner_steps = 0
         self.loss_excess, self.grace = 0.0, grace
@@ -251,17 +253,27 @@ class LawReference:
 
     def _watch_loss(self, seen: Signals, grace: bool) -> None:
         """Page's test against the lowest mean since the start or the last rollback."""
+        share = distress.ECHO_SHARE
         y = None if seen.loss is None else symlog(seen.loss)
         if y is not None and not grace and math.isfinite(self.lowest):
             margin = distress.MARGIN_SPREADS * self.quiet_spread
             evidence = min(max((y - self.lowest) / margin - 1, -1), distress.MOST_EVIDENCE)
             self.loss_excess = min(max(self.loss_excess + evidence, 0), distress.ENOUGH_EVIDENCE)
+        if y is not None and len(self.level.entered) >= statistics.START_STEPS:
+            missed = (y - self.level.mean - self.surprise.mean) / self._surprise_spread()
+            missed = min(max(missed, -distress.FARTHEST), distress.FARTHEST)
+            self.echo = (1 - share) * self.echo + share * missed * self.last_surprise
+            self.last_surprise = missed
         if y is not None and self.level.entered:
             self.surprise.add(y - self.level.mean)
         self.level.add(y)
         if self.loss_excess == 0 and len(self.level.entered) >= statistics.START_STEPS:
             self.lowest = min(self.lowest, self.level.mean)
-            self.quiet_spread = math.sqrt(self.surprise.variance + statistics.LOSS.floor**2)
+            rho = min(max(self.echo - math.sqrt(share / (2 - share)), 0), distress.MOST_ECHO)
+            self.quiet_spread = self._surprise_spread() * math.sqrt((1 + rho) / (1 - rho))
+
+    def _surprise_spread(self) -> float:
+        return math.sqrt(self.surprise.variance + statistics.LOSS.floor**2)
 
     def _remember(self, seen: Signals) -> None:
         """What an event reports of a signal that is missing is its last value."""

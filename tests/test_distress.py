@@ -106,6 +106,46 @@ def test_a_loss_that_rises_out_of_a_steep_fall_asks_as_soon(seed):
     assert asked_at(_falling(0.0, start=60, seed=seed)) == ("none", None)
 
 
+def _ordered(correlation: float, seed: int, length=1000) -> list[Signals]:
+    """A loss that falls, with noise as of text that is read in its order, 0.3 nats wide."""
+    rng, noise, steps = np.random.default_rng(seed), 0.0, []
+    for i in range(length):
+        fresh = math.sqrt(1 - correlation**2) * rng.standard_normal()
+        noise = correlation * noise + fresh
+        steps.append(Signals(loss=float(np.float32(3 + 1.5 * math.exp(-i / 150) + 0.3 * noise))))
+    return steps
+
+
+@pytest.mark.parametrize("seed", [0, 1, 4, 7, 8, 17, 19])
+def test_text_in_its_order_does_not_ask_and_a_rise_in_it_does(seed):
+    """By the spread of the surprise alone each of these would ask."""
+    steps = _ordered(0.75, seed)
+    assert asked_at(steps) == ("none", None)
+    for step in steps[800:]:
+        step.loss += 3.0
+    reason, at = asked_at(steps)
+    assert reason == "loss"
+    assert 800 < at < 860
+
+
+def test_the_echo_is_the_correlation_of_neighbours():
+    """Of independent noise it is nearly none, and of correlated noise what NumPy says."""
+    for correlation in (0.0, 0.75):
+        steps = _ordered(correlation, seed=0, length=3000)
+        states = assess(steps)
+        y = np.log1p([step.loss for step in steps])
+        surprise = (y[1:] - states.level.mean[:-1])[300:]
+        expected = np.corrcoef(surprise[:-1], surprise[1:])[0, 1]
+        assert states.echo[300:].mean() == pytest.approx(expected, abs=0.1)
+
+
+def test_after_a_rollback_the_echo_stays_known():
+    state = distress.init()._replace(echo=np.float32(0.5), loss_excess=np.float32(3))
+    again = distress.after_rollback(state)
+    assert again == distress.init()._replace(echo=state.echo, grace=again.grace)
+    assert again.grace == distress.GRACE
+
+
 @pytest.mark.parametrize(
     ("at", "norm", "asks"),
     [([0], 1e3, 1), ([0], 50.0, None), ([0, 1], 1e3, 2), ([0, 1, 2], 1e3, None), ([1], 1e-3, 1)],
