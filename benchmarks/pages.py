@@ -145,6 +145,7 @@ def throughput_short() -> str:
 
 def throughput() -> str:
     """Tokens a second of the scripts' loop, against a bare one and against torch: every run."""
+    compared = _compared()
     rows = [
         [
             f"{_PARTS[part]}, against {_AGAINST[other]}",
@@ -154,7 +155,7 @@ def throughput() -> str:
             f"{result[part]['tokens_per_second']['ours']:,.0f}",
             _change(middle - 1, low - 1, high - 1),
         ]
-        for part, other, result in _compared()
+        for part, other, result in compared
         for low, middle, high in [result[part]["ours_over"][other]]
     ]
     head = [
@@ -165,7 +166,7 @@ def throughput() -> str:
         "ours",
         "ours over it (middle half)",
     ]
-    where = made_at([result for _, _, result in _compared()])
+    where = made_at([result for _, _, result in compared])
     return f"{_table(head, rows)}\n\nIn turns (`python -m benchmarks.throughput`, {where})."
 
 

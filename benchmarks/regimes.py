@@ -138,8 +138,8 @@ def run_cell(
     steps, loss_fn = bench.size.steps[regime.name], bench.losses[regime.adapters]
     params, frozen = start(bench, seed, from_base=regime.from_base, adapters=regime.adapters)
     run = _compiled(loss_fn, regime, factory, steps, keep)
-    batches = _batches(bench, regime, seed, steps)
-    result = jax.device_get(run(jnp.float32(lr), params, frozen, batches, bench.curve))
+    drawn = batches(bench, regime, seed, steps)
+    result = jax.device_get(run(jnp.float32(lr), params, frozen, drawn, bench.curve))
     return {
         "perplexity": _perplexity(bench, loss_fn, result["params"], frozen),
         "train_curve": result["losses"].mean(1).tolist(),
@@ -203,7 +203,7 @@ def averaged(params: Any, state: Any) -> Any:
     return optax.contrib.schedule_free_eval_params(found[0], params) if found else params
 
 
-def _batches(bench: Bench, regime: Regime, seed: int, steps: int) -> np.ndarray:
+def batches(bench: Bench, regime: Regime, seed: int, steps: int) -> np.ndarray:
     """All batches of a run, of shape (CHECKPOINTS, steps between, batch_size, length + 1)."""
     tokens, size = bench.tokens["finetune" if regime.from_base else "scratch"], bench.size
     drawn = [

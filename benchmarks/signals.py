@@ -35,9 +35,8 @@ from benchmarks import results_file
 from benchmarks.bench import Bench, prepare, start
 from benchmarks.methods import METHODS, adamw
 from benchmarks.provenance import provenance
-from benchmarks.regimes import REGIMES, SIZES, Regime, recipe, run_cell
+from benchmarks.regimes import REGIMES, SIZES, Regime, batches, recipe, run_cell
 from lbw_optax.control import FIRST_SCALE, KAPPA
-from train import data
 
 RESULTS = Path(__file__).resolve().parent / "results" / "signals.jsonl"
 SEEDS, MULTIPLES = (0, 1, 2), (1, 3, 10)
@@ -121,27 +120,23 @@ def _leaf_lengths(
     bench: Bench, regime: Regime, rate: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of each leaf's update and parameters, in every step to the end of the window, bare AdamW."""
-    size, loss_fn = bench.size, bench.losses[regime.adapters]
+    loss_fn, steps = bench.losses[regime.adapters], bench.size.steps[regime.name]
     params, frozen = start(bench, seed, from_base=regime.from_base, adapters=regime.adapters)
-    tokens = bench.tokens["finetune" if regime.from_base else "scratch"]
-    shape = {"batch_size": size.batch_size, "length": size.length}
-    batches = np.stack([data.sample(tokens, seed, i, **shape) for i in range(WINDOW.stop)])
-    tx = optax.with_extra_args_support(
-        adamw(recipe(regime, jnp.float32(rate), size.steps[regime.name]))
-    )
+    drawn = np.concatenate(batches(bench, regime, seed, steps))[: WINDOW.stop]
+    tx = adamw(recipe(regime, jnp.float32(rate), steps))
 
     def lengths(tree: Any) -> jax.Array:
         return jnp.stack([jnp.linalg.norm(leaf) for leaf in jax.tree.leaves(tree)])
 
     def step(carry: Any, batch: jax.Array) -> tuple[Any, Any]:
         params, state = carry
-        loss, grads = jax.value_and_grad(loss_fn)(params, frozen, batch)
-        updates, state = tx.update(grads, state, params, value=loss)
+        grads = jax.grad(loss_fn)(params, frozen, batch)
+        updates, state = tx.update(grads, state, params)
         seen = lengths(updates), lengths(params)
         return (optax.apply_updates(params, updates), state), seen
 
-    run = jax.jit(lambda carry, batches: jax.lax.scan(step, carry, batches)[1])
-    updates, norms = run((params, tx.init(params)), batches)
+    run = jax.jit(lambda carry, drawn: jax.lax.scan(step, carry, drawn)[1])
+    updates, norms = run((params, tx.init(params)), drawn)
     return np.asarray(updates), np.asarray(norms)
 
 
