@@ -15,6 +15,9 @@ from lbw_optax import statistics as stats
 from lbw_optax.statistics import Statistics
 from lbw_optax.telemetry import Telemetry
 
+# The version of all that decides: this module, `statistics`, `distress` and the signals they read.
+# Records of benchmarks carry it. Whoever changes a decision raises it and runs the tables again.
+LAW = "G"
 REGIMES = ("nominal", "stressed", "unstable", "recovering")
 NOMINAL, STRESSED, UNSTABLE, RECOVERING = range(4)
 SIGNALS = (

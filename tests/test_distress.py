@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from reference import LawReference, Signals
-from test_control import BOUNDS, TRAJECTORIES, _scan, batch, change, noisy
+from trajectories import BOUNDS, DISTRESSED, batch, change, falling, noisy, risen, scan
 
 from lbw_optax import distress, statistics
 from lbw_optax.distress import REASONS, Distress
@@ -15,7 +15,7 @@ BAD_GRADIENT = {"nonfinite_gradients": 3, "gradient_norm": None}
 
 
 def assess(steps: list[Signals]) -> Distress:
-    return jax.device_get(_scan(batch(steps), BOUNDS)[3])
+    return jax.device_get(scan(batch(steps), BOUNDS)[3])
 
 
 def asked_at(steps: list[Signals]) -> tuple[str, int | None]:
@@ -23,40 +23,6 @@ def asked_at(steps: list[Signals]) -> tuple[str, int | None]:
     asked = assess(steps).rollback_asked
     first = int(np.argmax(asked > 0)) if asked.any() else None
     return REASONS[asked[-1]], first
-
-
-def _risen(to: float, start=200, end=400, seed=0) -> list[Signals]:
-    """The loss at a higher level, with the noise it had."""
-    steps = noisy(seed=seed)
-    for step in steps[start:end]:
-        step.loss = float(np.float32(step.loss + to))
-    return steps
-
-
-def _falling(to: float, start: int, seed=0) -> list[Signals]:
-    """Risen while it falls by more than its noise in three steps."""
-    steps = _risen(to, start=start, seed=seed)
-    for i, step in enumerate(steps):
-        step.loss += 0.02 * (len(steps) - i)
-    return steps
-
-
-DISTRESSED = TRAJECTORIES | {
-    "corrupt_parameters": change(noisy(), [150], parameters_broken=True),
-    "corrupt_moment": change(noisy(), range(150, 160), updates_broken=True),
-    "nonfinite_updates_only": change(noisy(), range(80, 90), nonfinite_updates=1),
-    "loss_up_3": _risen(3.0),
-    "loss_up_1": _risen(1.0),
-    "loss_up_while_it_falls": _falling(2.0, start=60),
-    "loss_up_for_a_while": _risen(2.0, 200, 203),
-    "loss_drifts_up": [
-        Signals(**vars(s) | {"loss": s.loss + 0.01 * max(0, i - 150)})
-        for i, s in enumerate(noisy())
-    ],
-    "skips_in_a_row": change(noisy(), range(100, 400), gradient_norm=None),
-    "first_gradient": change(noisy(), [0], gradient_norm=1e4),
-    "zero_after_the_first": change(noisy(), [1, 2], gradient_norm=0.0),
-}
 
 
 @pytest.mark.parametrize("steps", DISTRESSED.values(), ids=DISTRESSED)
@@ -89,8 +55,8 @@ def test_a_healthy_run_never_asks(seed):
         (change(noisy(), range(150, 400), **BAD_GRADIENT), "skips", 19),
         (change(noisy(), range(150, 400), nonfinite_loss=1, loss=None), "skips", 19),
         (change(noisy(), range(150, 400), gradient_norm=None), "skips", 19),
-        (_risen(30.0, start=150), "loss", 3),
-        (_risen(0.8, start=150), "loss", 4),
+        (risen(30.0, start=150), "loss", 3),
+        (risen(0.8, start=150), "loss", 4),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )
@@ -101,9 +67,9 @@ def test_how_soon_each_reason_asks(steps, reason, after):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_loss_that_rises_out_of_a_steep_fall_asks_as_soon(seed):
     """By a spread that holds the trend too, no rise of this size would stand out."""
-    steps = _falling(2.0, start=60, seed=seed)
+    steps = falling(2.0, start=60, seed=seed)
     assert asked_at(steps) == ("loss", pytest.approx(68, abs=1))
-    assert asked_at(_falling(0.0, start=60, seed=seed)) == ("none", None)
+    assert asked_at(falling(0.0, start=60, seed=seed)) == ("none", None)
 
 
 def _ordered(correlation: float, seed: int, length=1000) -> list[Signals]:
@@ -163,9 +129,9 @@ def test_a_broken_first_gradient_is_known_by_the_next(at, norm, asks):
         change(noisy(), range(150, 169), **BAD_GRADIENT),
         change(noisy(), [150], nonfinite_updates=1),
         change(noisy(), range(150, 169), gradient_norm=None),
-        _risen(30.0, 150, 153),
+        risen(30.0, 150, 153),
         change(noisy(), [150, 160, 170], loss=1e30),
-        _risen(0.3, 150),
+        risen(0.3, 150),
     ],
     ids=["19_nan", "1_broken_update", "19_skips", "3_loss", "single_losses", "slightly_higher"],
 )
@@ -212,7 +178,7 @@ def test_certain_signs_ask_within_the_grace():
 
 def test_after_a_rollback_the_level_of_the_loss_is_learned_anew():
     """A lasting shift of the data's level asks once; a new divergence asks again."""
-    shifted = _risen(10.0, start=0)
+    shifted = risen(10.0, start=0)
     assert set(_after_rollback(shifted, distress.GRACE)) == {"none"}
     for step in shifted[100:]:
         step.loss *= 4

@@ -1,0 +1,97 @@
+"""Golden numbers of the law: made-up runs, and what it decides in every step of them.
+
+Run ``python tests/golden/make_law.py`` from the project's root after the law has been changed on
+purpose, with `LAW` raised in `lbw_optax/control.py`. It writes `law.json` (the law's name and every
+constant of it) and `law.npz` (the signals of each run, and the outputs).
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+FILE = Path(__file__).with_name("law.npz")
+sys.path.insert(0, str(FILE.parent.parent))
+
+from trajectories import BOUNDS, DISTRESSED, batch, scan  # noqa: E402
+
+from lbw_optax import control, distress, statistics  # noqa: E402
+from lbw_optax.telemetry import Telemetry  # noqa: E402
+
+SIGNALS = (
+    *("gradient_norm", "overshoot", "relative_step", "loss"),
+    *("nonfinite_gradients", "nonfinite_loss", "nonfinite_updates"),
+    *("updates_broken", "parameters_broken"),
+    *("has_gradient", "has_step", "has_overshoot", "has_loss"),
+)
+CONSTANTS = {
+    control: (
+        *("SPIKE_SPREADS", "SPIKE_FACTOR", "KAPPA", "STEP_WEIGHT", "CREDIT_FROM", "GAIN"),
+        *("MOST_CUT", "GROWTH", "MOST_GROWTH", "FAR", "AT_ONCE", "FULL", "TRUST", "TRUST_STEP"),
+        *("QUICK", "FIRST_ALARM", "FIRST_STEP", "FIRST_SCALE", "TURN", "COOL_DOWN", "EARNED"),
+    ),
+    statistics: (
+        *("WINSOR", "LARGEST", "GRADIENT", "OVERSHOOT", "LOSS", "LOSS_SLOW", "START_STEPS"),
+    ),
+    distress: (
+        *("INNER_STEPS", "SKIP_STEPS", "FIRST_STEPS", "MARGIN_SPREADS", "MOST_EVIDENCE"),
+        *("ENOUGH_EVIDENCE", "ECHO_SHARE", "FARTHEST", "MOST_ECHO", "GRACE"),
+    ),
+}
+
+
+def constants() -> dict[str, Any]:
+    """Every number of the law by its name."""
+    found = {name: getattr(module, name) for module, names in CONSTANTS.items() for name in names}
+    return json.loads(json.dumps(found | {"BOUNDS": BOUNDS}))
+
+
+def golden_runs() -> dict[str, np.ndarray]:
+    """The signals of every run, stacked: one array a signal, of shape (runs, steps)."""
+    runs = [batch(steps) for steps in DISTRESSED.values()]
+    return {name: np.stack([getattr(run, name) for run in runs]) for name in SIGNALS}
+
+
+def outputs(signals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the law makes of every step of every run, of shape (runs, steps)."""
+    runs, steps = signals["loss"].shape
+    nothing = batch([next(iter(DISTRESSED.values()))[0]] * steps)
+    found = [
+        _outputs(nothing._replace(**{name: x[run] for name, x in signals.items()}))
+        for run in range(runs)
+    ]
+    return {name: np.stack([run[name] for run in found]) for name in found[0]}
+
+
+def _outputs(seen: Telemetry) -> dict[str, np.ndarray]:
+    state, evidence, decision, asking = jax.device_get(scan(seen, BOUNDS))
+    return {
+        "log_scale": state.log_scale,
+        "outstanding": state.outstanding,
+        "loss_excess": asking.loss_excess,
+        "regime": state.regime.astype(np.int8),
+        "exhausted": state.exhausted,
+        "signal": evidence.signal.astype(np.int8),
+        "action": decision.action.astype(np.int8),
+        "skip": decision.skip,
+        "rollback_asked": asking.rollback_asked.astype(np.int8),
+    }
+
+
+if __name__ == "__main__":
+    signals = golden_runs()
+    FILE.with_suffix(".json").write_text(
+        json.dumps(
+            {"law": control.LAW, "runs": list(DISTRESSED), "constants": constants()}, indent=1
+        )
+        + "\n"
+    )
+    np.savez_compressed(
+        FILE,
+        allow_pickle=False,
+        **{f"signals/{name}": x for name, x in signals.items()},
+        **{f"outputs/{name}": x for name, x in outputs(signals).items()},
+    )
