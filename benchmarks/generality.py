@@ -21,13 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import results_file
-from benchmarks.provenance import provenance
-from benchmarks.regimes import REGIMES, recipe
-from benchmarks.stress import GUARD_CODE, ladder
+from benchmarks.stress.regimes import REGIMES, recipe
+from benchmarks.stress.run import GUARD_CODE, ladder
 from benchmarks.tasks import VOCABULARY, Task, tasks
 from lbw_optax import lbw_guard
-from train import data
+from train import data, jsonl
+from train.provenance import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results" / "generality.jsonl"
 STEPS, TUNING_SEED, SEEDS, MULTIPLES = 250, 0, (3, 4, 5), (1, 30)
@@ -56,14 +55,14 @@ def main() -> None:
     options = parser.parse_args()
     provenance()  # now, before anything is edited
     known = tasks(data.load(options.data_dir, vocab_size=VOCABULARY))
-    done = {_key(record): record for record in results_file.read(options.out)}
+    done = {_key(record): record for record in jsonl.read(options.out)}
 
     def loss(schedule: str, task: str, inner: str, guarded: bool, lr: float, seed: int) -> float:
         cell = {"schedule": schedule, "task": task, "inner": inner, "guarded": guarded}
         cell |= {"lr": lr, "seed": seed, "law": GUARD_CODE if guarded else None}
         if _key(cell) not in done:
             found = run(known[task], INNER[inner], schedule, guarded, lr, seed)
-            done[_key(cell)] = results_file.append(options.out, cell | found | provenance())
+            done[_key(cell)] = jsonl.append(options.out, cell | found | provenance())
             who = "guarded" if guarded else "bare"
             print(f"{schedule}, {task}, {inner}, {who}, {lr:g}: {found['loss']}")
         found = done[_key(cell)]["loss"]

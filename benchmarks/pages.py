@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import faults_tables, results_file, stress_grid, stress_tables
 from benchmarks import generality as generality_run
-from benchmarks import stress as stress_run
-from benchmarks.provenance import made_at
+from benchmarks.faults import tables as faults_tables
+from benchmarks.stress import grid as stress_grid
+from benchmarks.stress import run as stress_run
+from benchmarks.stress import tables as stress_tables
+from train import jsonl
+from train.provenance import made_at
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -97,7 +100,7 @@ def overhead() -> str:
     head = ["tokens a step", "a step of AdamW", "with the guard (middle half)", "optimizer bytes"]
     note = (
         f"A decoder of {results[0]['parameters'] / 1e6:.0f} M parameters, paired steps "
-        f"(`python -m benchmarks.overhead`, {made_at(results)})."
+        f"(`python -m benchmarks.speed.overhead`, {made_at(results)})."
     )
     return f"{_table(head, rows)}\n\n{note}"
 
@@ -113,7 +116,7 @@ def rollback_cost() -> str:
         f"`RollbackManager` at its default cadence, on a step of {result['bare_seconds']:.1f} s of "
         f"the same decoder: {memory} for copies in memory ({result['memory_bytes'] / 1e9:.1f} GB "
         f"of host memory), {both} with checkpoints on disk too; in brackets the middle "
-        f"half (`python -m benchmarks.rollback_overhead`, {made_at([result])})."
+        f"half (`python -m benchmarks.speed.rollback`, {made_at([result])})."
     )
 
 
@@ -167,7 +170,7 @@ def throughput() -> str:
         "ours over it (middle half)",
     ]
     where = made_at([result for _, _, result in compared])
-    return f"{_table(head, rows)}\n\nIn turns (`python -m benchmarks.throughput`, {where})."
+    return f"{_table(head, rows)}\n\nIn turns (`python -m benchmarks.speed.throughput`, {where})."
 
 
 def _compared() -> list[tuple[str, str, dict[str, Any]]]:
@@ -214,7 +217,7 @@ def placements() -> str:
 
 def sensitivity() -> str:
     """Each knob over decades: perplexity at the tuned rate and far above it."""
-    records = results_file.read(RESULTS / "sensitivity.jsonl")
+    records = jsonl.read(RESULTS / "sensitivity.jsonl")
     columns = [("lora", 1), ("lora", 100), ("recipe", 1), ("recipe", 30)]
     rows = []
     for knob, value in dict.fromkeys((r["knob"], r["value"]) for r in records):
@@ -231,7 +234,7 @@ def sensitivity() -> str:
 
 def stress() -> str:
     """The short table of the stress benchmark."""
-    grid = stress_grid.load(results_file.read(stress_run.RESULTS), "test")
+    grid = stress_grid.load(jsonl.read(stress_run.RESULTS), "test")
     note = (
         "Final test perplexity over that of AdamW at its tuned rate, in each regime at that rate, "
         "10 and 30 times it, median over seeds; **bold** is the best of a column. All methods, all "
@@ -242,7 +245,7 @@ def stress() -> str:
 
 def more_seeds() -> str:
     """Warm-up + cosine at the tuned rate, over more seeds: two laws over AdamW."""
-    records = results_file.read(RESULTS / "stress_more_seeds.jsonl")
+    records = jsonl.read(RESULTS / "stress_more_seeds.jsonl")
     bare = {r["seed"]: r["perplexity"]["test"] for r in records if r["method"] == "adamw"}
     said = []
     for law, title in _LAWS.items():
@@ -266,7 +269,7 @@ _LAWS = {
 
 def generality() -> str:
     """Other models and other inner optimizers: loss, bare and guarded, at both rates."""
-    records = results_file.newest_law(results_file.read(RESULTS / "generality.jsonl"), by="guarded")
+    records = jsonl.newest_law(jsonl.read(RESULTS / "generality.jsonl"), by="guarded")
     head = ["model", "inner", "tuned rate", "bare ×1", "guarded ×1", "bare ×30", "guarded ×30"]
     parts = []
     for schedule in dict.fromkeys(r["schedule"] for r in records):
@@ -303,7 +306,7 @@ def _median(losses: list[float | None]) -> str:
 def attempts(model: str) -> str:
     """Every law that was tried on a model so described: geometric mean over seeds."""
     cells: dict[str, dict[tuple[str, float], list[float]]] = {}
-    for r in results_file.read(RESULTS / "law_attempts.jsonl"):
+    for r in jsonl.read(RESULTS / "law_attempts.jsonl"):
         if r["model"].startswith(model):
             found = cells.setdefault(r["law"], {})
             found.setdefault((r["regime"], r["learning_rate"]), []).append(r["perplexity"])
@@ -335,7 +338,7 @@ def _mean(values: list[float] | None) -> str:
 
 def signals() -> str:
     """Each candidate signal of bare AdamW, median over seeds, and whether one threshold does."""
-    records = results_file.read(RESULTS / "signals.jsonl")
+    records = jsonl.read(RESULTS / "signals.jsonl")
     titles = {
         "relative_step": "relative step, in κ",
         "median_leaf": "the same, median leaf",
@@ -371,7 +374,7 @@ def signals() -> str:
 
 def faults() -> str:
     """What each method survives of the faults that are put into its runs."""
-    records = results_file.read(RESULTS / "faults.jsonl")
+    records = jsonl.read(RESULTS / "faults.jsonl")
     where = f"`python -m benchmarks.faults`, {made_at([records[-1]])}"
     return f"{faults_tables.summary(faults_tables.load(records))}\n\n({where}.)"
 

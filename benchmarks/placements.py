@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import methods
-from benchmarks.bench import prepare
-from benchmarks.provenance import provenance
-from benchmarks.regimes import REGIMES, SIZES, Recipe, run_cell
+from benchmarks.stress import methods
+from benchmarks.stress.bench import prepare
+from benchmarks.stress.regimes import REGIMES, SIZES, Recipe, run_cell
 from lbw_optax import lbw_guard
+from train.provenance import provenance
 
 PLACEMENTS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "optax.adamw(lr)": lambda adamw: adamw,

@@ -11,11 +11,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks import methods, results_file
-from benchmarks.bench import prepare
-from benchmarks.provenance import provenance
-from benchmarks.regimes import REGIMES, SIZES, run_cell
+from benchmarks.stress import methods
+from benchmarks.stress.bench import prepare
+from benchmarks.stress.regimes import REGIMES, SIZES, run_cell
 from lbw_optax import lbw_guard
+from train import jsonl
+from train.provenance import provenance
 
 KNOBS: dict[str, tuple[float, ...]] = {
     "min_scale": (1e-4, 1e-3, 1e-2, 1e-1),
@@ -34,7 +35,7 @@ def main() -> None:
         "--out", type=Path, default=Path("benchmarks/results/sensitivity.jsonl"), metavar="FILE"
     )
     options = parser.parse_args()
-    done = {_key(record) for record in results_file.read(options.out)}
+    done = {_key(record) for record in jsonl.read(options.out)}
     bench = prepare(options.data_dir, SIZES[options.size])
     for knob, values in KNOBS.items():
         for value in values:
@@ -43,7 +44,7 @@ def main() -> None:
                 for multiple in multiples:
                     cell = {"knob": knob, "value": value, "regime": regime, "multiple": multiple}
                     if _key(cell) not in done:
-                        print(results_file.append(options.out, _run(bench, cell, build)))
+                        print(jsonl.append(options.out, _run(bench, cell, build)))
 
 
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:

@@ -31,12 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import results_file
-from benchmarks.bench import Bench, prepare, start
-from benchmarks.methods import METHODS, adamw
-from benchmarks.provenance import provenance
-from benchmarks.regimes import REGIMES, SIZES, Regime, batches, recipe, run_cell
-from lbw_optax.control import FIRST_SCALE, KAPPA
+from benchmarks.stress.bench import Bench, prepare, start
+from benchmarks.stress.methods import METHODS, adamw
+from benchmarks.stress.regimes import REGIMES, SIZES, Regime, batches, recipe, run_cell
+from lbw_optax.law.control import FIRST_SCALE, KAPPA
+from train import jsonl
+from train.provenance import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results" / "signals.jsonl"
 SEEDS, MULTIPLES = (0, 1, 2), (1, 3, 10)
@@ -58,12 +58,12 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="as for benchmarks.stress")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
     options = parser.parse_args()
-    done = {_key(record) for record in results_file.read(options.out)}
+    done = {_key(record) for record in jsonl.read(options.out)}
     bench = prepare(options.data_dir, SIZES["default"])
     for regime, multiple, seed in itertools.product(REGIMES, MULTIPLES, SEEDS):
         cell = {"regime": regime, "multiple": multiple, "seed": seed}
         if _key(cell) not in done:
-            print(results_file.append(options.out, _run(bench, cell)))
+            print(jsonl.append(options.out, _run(bench, cell)))
 
 
 def signals(metrics: dict[str, list[float]]) -> dict[str, float]:

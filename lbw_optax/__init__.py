@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 from lbw_optax.alias import adamw
 from lbw_optax.audit import AuditLog, GuardExhausted, check, events, metrics, override
-from lbw_optax.control import REGIMES
 from lbw_optax.guard import lbw_guard
-from lbw_optax.ring import Event
+from lbw_optax.law.control import REGIMES
+from lbw_optax.law.events import Event
 from lbw_optax.state import GuardState, adopt, strip
 
 if TYPE_CHECKING:
-    from lbw_optax.rollback import RollbackManager
+    from lbw_optax.rollback.manager import RollbackManager
 
 __all__ = [
     "REGIMES",
@@ -34,6 +34,6 @@ def __getattr__(name: str) -> Any:
     """`RollbackManager` needs Orbax, an extra: it is imported when it is asked for."""
     if name != "RollbackManager":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lbw_optax.rollback import RollbackManager
+    from lbw_optax.rollback.manager import RollbackManager
 
     return RollbackManager

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbw_optax import ring
-from lbw_optax.control import REGIMES
-from lbw_optax.ring import Event
+from lbw_optax.law import events as ring
+from lbw_optax.law.control import REGIMES
+from lbw_optax.law.events import Event
+from lbw_optax.law.telemetry import HISTOGRAM_EDGES
 from lbw_optax.state import MODES, GuardState, find, find_all, map_guards
-from lbw_optax.telemetry import HISTOGRAM_EDGES
 
 
 class GuardExhausted(RuntimeError):

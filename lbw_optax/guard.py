@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lbw_optax import control, distress, ring, statistics, telemetry
+from lbw_optax.law import control, divergence, events, statistics, telemetry
+from lbw_optax.law.telemetry import Probe, Telemetry
 from lbw_optax.state import MODES, GuardState
-from lbw_optax.telemetry import Probe, Telemetry
 
 
 def lbw_guard(
@@ -34,12 +34,12 @@ def lbw_guard(
     errors), the relative step r_t = s_{t-1} |u_t| / |p_t| (times √ν, with ν the share of
     coordinates in leaves that were not zero at the start) and the progress of the loss; the growth
     bound lies between 0.1 and 0.5 and is slow near r = 0.01, and until the first alarm the gain
-    far below it is up to three times as large; see :mod:`lbw_optax.control`. A step
+    far below it is up to three times as large; see :mod:`lbw_optax.law.control`. A step
     above r = 0.03 is cut to that at once, by ten at most. Soft start: the first step is scaled to
     r = 0.001. A step with a non-finite gradient, loss or
     update, with a gradient norm that jumps, or with an update a thousand times as long as the last
     and longer than the parameters, changes neither the parameters nor the state of ``inner``. Where
-    that is not enough, the state asks for a rollback (:mod:`lbw_optax.distress`), which
+    that is not enough, the state asks for a rollback (:mod:`lbw_optax.law.divergence`), which
     :class:`lbw_optax.RollbackManager` answers.
 
     Placement decides authority. Wrapped around an optimizer, the guard governs it. Chained before
@@ -97,8 +97,8 @@ def lbw_guard(
             probe=Probe(anchor=nothing if wrapped else telemetry.probe(params), gradient=nothing),
             statistics=statistics.init(),
             control=control.init(bounds),
-            distress=distress.init(),
-            ring=ring.init(),
+            distress=divergence.init(),
+            ring=events.init(),
         )
         # A buffer that two leaves share cannot be donated.
         return jax.tree.map(jnp.copy, state)._replace(inner_state=governed.init(params))
@@ -129,10 +129,10 @@ def lbw_guard(
             probe=_select(decision.skip, telemetry.forget(probe, wrapped), probe),
             statistics=new_statistics,
             control=new_control,
-            distress=distress.assess(
+            distress=divergence.assess(
                 state.distress, seen, state.statistics, why, new_control.skips_in_a_row
             ),
-            ring=ring.record(state.ring, state.guard_steps, new_control, evidence, decision),
+            ring=events.record(state.ring, state.guard_steps, new_control, evidence, decision),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lbw_optax.control import Control
-from lbw_optax.distress import Distress
-from lbw_optax.ring import Ring
-from lbw_optax.statistics import Running, Statistics
-from lbw_optax.telemetry import Probe, Telemetry
+from lbw_optax.law.control import Control
+from lbw_optax.law.divergence import Distress
+from lbw_optax.law.events import Ring
+from lbw_optax.law.statistics import Running, Statistics
+from lbw_optax.law.telemetry import Probe, Telemetry
 
 MODES = ("govern", "observe")
 

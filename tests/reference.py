@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lbw_optax import control, distress, statistics
-from lbw_optax.telemetry import HISTOGRAM_EDGES
+from lbw_optax.law import control, divergence, statistics
+from lbw_optax.law.telemetry import HISTOGRAM_EDGES
 
 # --- telemetry of pytrees that are small enough to be sampled whole --------------------------
 
@@ -228,7 +228,7 @@ class LawReference:
 
     def _first_was_broken(self, seen: Signals) -> bool:
         """A hundredth of what the first one or two gradients were."""
-        if not 1 <= len(self.gradient.entered) <= distress.FIRST_STEPS or not seen.gradient_norm:
+        if not 1 <= len(self.gradient.entered) <= divergence.FIRST_STEPS or not seen.gradient_norm:
             return False
         least = self.gradient.mean - 2 * math.log(control.SPIKE_FACTOR)
         return math.log(seen.gradient_norm) < least
@@ -244,24 +244,24 @@ class LawReference:
         self._watch_loss(seen, grace)
         signs = {
             "parameters": seen.parameters_broken,
-            "inner_state": self.inner_steps >= distress.INNER_STEPS or fell,
-            "skips": not grace and self.skips_in_a_row >= distress.SKIP_STEPS,
-            "loss": self.loss_excess >= distress.ENOUGH_EVIDENCE,
+            "inner_state": self.inner_steps >= divergence.INNER_STEPS or fell,
+            "skips": not grace and self.skips_in_a_row >= divergence.SKIP_STEPS,
+            "loss": self.loss_excess >= divergence.ENOUGH_EVIDENCE,
         }
         if self.rollback_asked == "none":
             self.rollback_asked = next((name for name, sign in signs.items() if sign), "none")
 
     def _watch_loss(self, seen: Signals, grace: bool) -> None:
         """Page's test against the lowest mean since the start or the last rollback."""
-        share = distress.ECHO_SHARE
+        share = divergence.ECHO_SHARE
         y = None if seen.loss is None else symlog(seen.loss)
         if y is not None and not grace and math.isfinite(self.lowest):
-            margin = distress.MARGIN_SPREADS * self.quiet_spread
-            evidence = min(max((y - self.lowest) / margin - 1, -1), distress.MOST_EVIDENCE)
-            self.loss_excess = min(max(self.loss_excess + evidence, 0), distress.ENOUGH_EVIDENCE)
+            margin = divergence.MARGIN_SPREADS * self.quiet_spread
+            evidence = min(max((y - self.lowest) / margin - 1, -1), divergence.MOST_EVIDENCE)
+            self.loss_excess = min(max(self.loss_excess + evidence, 0), divergence.ENOUGH_EVIDENCE)
         if y is not None and len(self.level.entered) >= statistics.START_STEPS:
             missed = (y - self.level.mean - self.surprise.mean) / self._surprise_spread()
-            missed = min(max(missed, -distress.FARTHEST), distress.FARTHEST)
+            missed = min(max(missed, -divergence.FARTHEST), divergence.FARTHEST)
             self.echo = (1 - share) * self.echo + share * missed * self.last_surprise
             self.last_surprise = missed
         if y is not None and self.level.entered:
@@ -269,7 +269,7 @@ class LawReference:
         self.level.add(y)
         if self.loss_excess == 0 and len(self.level.entered) >= statistics.START_STEPS:
             self.lowest = min(self.lowest, self.level.mean)
-            rho = min(max(self.echo - math.sqrt(share / (2 - share)), 0), distress.MOST_ECHO)
+            rho = min(max(self.echo - math.sqrt(share / (2 - share)), 0), divergence.MOST_ECHO)
             self.quiet_spread = self._surprise_spread() * math.sqrt((1 + rho) / (1 - rho))
 
     def _surprise_spread(self) -> float:

@@ -13,8 +13,9 @@ from flax import nnx
 from support import assert_same_bits, gradients_of, guard_in, guarded, run_of, small_params, train
 
 import lbw_optax
-from lbw_optax import AuditLog, control, lbw_guard
-from lbw_optax.ring import SIZE, Event
+from lbw_optax import AuditLog, lbw_guard
+from lbw_optax.law import control
+from lbw_optax.law.events import SIZE, Event
 
 LABELS = {"bias": "bare", "gain": "bare", "weights": "governed"}
 

@@ -27,12 +27,12 @@ from support import (
 
 import lbw_optax
 from lbw_optax import lbw_guard
-from lbw_optax.control import Control
-from lbw_optax.distress import Distress
-from lbw_optax.ring import Ring
+from lbw_optax.law.control import Control
+from lbw_optax.law.divergence import Distress
+from lbw_optax.law.events import Ring
+from lbw_optax.law.statistics import Running, Statistics
+from lbw_optax.law.telemetry import Probe, Telemetry
 from lbw_optax.state import GuardState
-from lbw_optax.statistics import Running, Statistics
-from lbw_optax.telemetry import Probe, Telemetry
 
 DTYPES = {"f16": jnp.float16, "bf16": jnp.bfloat16, "f32": jnp.float32}
 VALUE = np.float32(1.5)

@@ -23,7 +23,8 @@ from support import (
 )
 
 import lbw_optax
-from lbw_optax import control, lbw_guard
+from lbw_optax import lbw_guard
+from lbw_optax.law import control
 
 RUNS = {"wrapped": guarded, "chained": chained}
 

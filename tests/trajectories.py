@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from reference import Signals
 
-from lbw_optax import control, distress, lbw_guard, statistics, telemetry
-from lbw_optax.control import Bounds, Control, Decision, Evidence
+from lbw_optax import lbw_guard
+from lbw_optax.law import control, divergence, statistics, telemetry
+from lbw_optax.law.control import Bounds, Control, Decision, Evidence
 
 LENGTH = 400
 DEFAULTS = inspect.signature(lbw_guard).parameters
@@ -23,13 +24,13 @@ def law(carry, seen, bounds):
     after = statistics.absorb(remembered, seen, why > 0)
     evidence = control.judge(state, seen, remembered, after, why)
     state, decision = control.decide(state, evidence, bounds)
-    asking = distress.assess(asking, seen, remembered, why, state.skips_in_a_row)
+    asking = divergence.assess(asking, seen, remembered, why, state.skips_in_a_row)
     return (after, state, asking), (state, evidence, decision, asking)
 
 
 @jax.jit
 def scan(seen: telemetry.Telemetry, bounds: Bounds):
-    start = (statistics.init(), control.init(bounds), distress.init())
+    start = (statistics.init(), control.init(bounds), divergence.init())
     return jax.lax.scan(functools.partial(law, bounds=bounds), start, seen)[1]
 
 

@@ -23,12 +23,11 @@ import optax
 from flax import nnx
 
 import lbw_optax
-from benchmarks.provenance import provenance
-from benchmarks.results_file import finite
-from lbw_optax import report
-from train import data, loop, lora, memory, mishap
+from train import data, figure, loop, lora, memory, mishap
+from train.jsonl import finite
 from train.model import PRESETS, Config, Decoder, next_token_loss, split
 from train.progress import Progress
+from train.provenance import provenance
 
 TITLES = {"scratch": "From scratch, warm-up and cosine", "lora": "LoRA on a briefly trained base"}
 METHODS = {"adamw": "AdamW", "guard": "guard"}
@@ -118,7 +117,7 @@ def compare(bench: "Bench", out: Path) -> int:
                 raise
     seconds = time.perf_counter() - started
     _write_json(out / "demo.json", _document(bench, runs) | {"seconds": round(seconds, 1)})
-    report.figure(_panels(runs), out / "demo.png")
+    figure.figure(_panels(runs), out / "demo.png")
     print(table(runs, bench))
     print(f"\n{seconds:.0f} s. Figure and numbers: {out / 'demo.png'}, {out / 'demo.json'}")
     planned = len(TITLES) * len(MULTIPLES) * len(METHODS) + 1
@@ -342,11 +341,11 @@ def _title(run: Run) -> str:
     return MISHAP_TITLE if run.task == MISHAP else _name(run.task, run.method, run.rate)
 
 
-def _panels(runs: Sequence[Run]) -> dict[str, list[report.Curve]]:
+def _panels(runs: Sequence[Run]) -> dict[str, list[figure.Curve]]:
     """A column per task; AdamW first, so that the legend's columns are the methods."""
     last = {
         MISHAP_TITLE: [
-            report.Curve(ROLLBACK, run.history["loss"], run.history["scale"], run.events)
+            figure.Curve(ROLLBACK, run.history["loss"], run.history["scale"], run.events)
             for run in runs
             if run.task == MISHAP
         ]
@@ -354,10 +353,10 @@ def _panels(runs: Sequence[Run]) -> dict[str, list[report.Curve]]:
     return _pairs(runs) | {title: curves for title, curves in last.items() if curves}
 
 
-def _pairs(runs: Sequence[Run]) -> dict[str, list[report.Curve]]:
+def _pairs(runs: Sequence[Run]) -> dict[str, list[figure.Curve]]:
     return {
         title: [
-            report.Curve(
+            figure.Curve(
                 METHODS[method],
                 run.history["loss"],
                 run.history.get("scale"),

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from benchmarks.results_file import finite, read
+from train.jsonl import finite, read
 
 
 class Logs:

@@ -4,12 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import results_file
-from benchmarks.provenance import provenance
-from lbw_optax import Event, report
-from train import rundir
+from lbw_optax import Event
+from train import figure, jsonl, rundir
 from train.logs import history
 from train.options import Options, as_json
+from train.provenance import provenance
 
 
 def write(options: Options, perplexity: dict[str, float], *, seconds: float) -> None:
@@ -29,9 +28,9 @@ def write(options: Options, perplexity: dict[str, float], *, seconds: float) -> 
         "tokens_per_second": _median(logged.get("tokens_per_second")),
         "mfu": _median(logged.get("mfu")),
     }
-    rundir.write_json(options.out / "result.json", results_file.finite(document))
-    curve = report.Curve(options.optimizer, logged["loss"], logged.get("scale"), _events(options))
-    report.figure({options.out.name: [curve]}, options.out / "figure.png")
+    rundir.write_json(options.out / "result.json", jsonl.finite(document))
+    curve = figure.Curve(options.optimizer, logged["loss"], logged.get("scale"), _events(options))
+    figure.figure({options.out.name: [curve]}, options.out / "figure.png")
 
 
 def _median(values: Any) -> float | None:
@@ -40,6 +39,6 @@ def _median(values: Any) -> float | None:
 
 def _events(options: Options) -> list[Event]:
     """The guard's interventions; lines about other things, a rollback say, are left out."""
-    lines = results_file.read(options.out / "events.jsonl")
+    lines = jsonl.read(options.out / "events.jsonl")
     whole = [line for line in lines if set(Event._fields) <= line.keys()]
     return [Event(**{name: line[name] for name in Event._fields}) for line in whole]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Self
 import jax
 
 import lbw_optax
-from lbw_optax.rollback import Rollback
+from lbw_optax.rollback.manager import Rollback
 from train import estimate
 from train.logs import Logs
 from train.options import Options, as_json

@@ -1,8 +1,8 @@
 """Golden numbers of the law: made-up runs, and what it decides in every step of them.
 
 Run ``python tests/golden/make_law.py`` from the project's root after the law has been changed on
-purpose, with `LAW` raised in `lbw_optax/control.py`. It writes `law.json` (the law's name and every
-constant of it) and `law.npz` (the signals of each run, and the outputs).
+purpose, with `LAW` raised in `lbw_optax/law/control.py`. It writes `law.json` (the law's name and
+every constant of it) and `law.npz` (the signals of each run, and the outputs).
 """
 
 import json
@@ -18,8 +18,8 @@ sys.path.insert(0, str(FILE.parent.parent))
 
 from trajectories import BOUNDS, DISTRESSED, batch, scan  # noqa: E402
 
-from lbw_optax import control, distress, statistics  # noqa: E402
-from lbw_optax.telemetry import Telemetry  # noqa: E402
+from lbw_optax.law import control, divergence, statistics  # noqa: E402
+from lbw_optax.law.telemetry import Telemetry  # noqa: E402
 
 SIGNALS = (
     *("gradient_norm", "overshoot", "relative_step", "loss"),
@@ -36,7 +36,7 @@ CONSTANTS = {
     statistics: (
         *("WINSOR", "LARGEST", "GRADIENT", "OVERSHOOT", "LOSS", "LOSS_SLOW", "START_STEPS"),
     ),
-    distress: (
+    divergence: (
         *("INNER_STEPS", "SKIP_STEPS", "FIRST_STEPS", "MARGIN_SPREADS", "MOST_EVIDENCE"),
         *("ENOUGH_EVIDENCE", "ECHO_SHARE", "FARTHEST", "MOST_ECHO", "GRACE"),
     ),

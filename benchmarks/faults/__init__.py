@@ -1,0 +1,1 @@
+"""Faults put into training runs: who survives them, and at what price."""

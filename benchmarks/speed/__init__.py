@@ -1,0 +1,1 @@
+"""What the guard, the rollback and the scripts cost in time and memory."""

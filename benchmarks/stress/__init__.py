@@ -1,0 +1,1 @@
+"""Final perplexity over the learning rate: the guard against AdamW and its peers."""

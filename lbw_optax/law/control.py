@@ -1,0 +1,327 @@
+"""The control law: from what was seen to what is done, as pure functions on scalars.
+
+`judge` turns signals and statistics into evidence, `decide` turns evidence into a new scale, a
+regime, and whether the step is skipped. Any float whatever goes in; the scale stays in bounds.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lbw_optax.law import statistics as stats
+from lbw_optax.law.statistics import Statistics
+from lbw_optax.law.telemetry import Telemetry
+
+# The version of all that decides: this module, `statistics`, `distress` and the signals they read.
+# Records of benchmarks carry it. Whoever changes a decision raises it and runs the tables again.
+LAW = "G"
+REGIMES = ("nominal", "stressed", "unstable", "recovering")
+NOMINAL, STRESSED, UNSTABLE, RECOVERING = range(4)
+SIGNALS = (
+    "none",
+    "nonfinite_gradients",
+    "nonfinite_loss",
+    "nonfinite_updates",
+    "gradient_norm",
+    "loss",
+    "overshoot",
+    "relative_step",
+)
+ACTIONS = ("none", "skip", "hold", "cut", "recover", "rollback")
+NOTHING, SKIP, HOLD, CUT, RECOVER, ROLLBACK = range(6)
+# Poison that says that sound gradients make broken updates.
+BROKEN_STATE = (3, 7)
+
+# Spikes: this many spreads above the mean, and for the gradient norm at least this factor.
+SPIKE_SPREADS, SPIKE_FACTOR = 6.0, 10.0
+# The law (see `alarm`): tolerated relative step, its weight, progress that earns credit, the gain.
+KAPPA, STEP_WEIGHT, CREDIT_FROM, GAIN = 0.01, 4.0, 3.0, 0.05
+# Bounds of one step's change of log(scale): a cut, growth at kappa, growth far below it.
+MOST_CUT, GROWTH, MOST_GROWTH = 0.4, 0.1, 0.5
+# A step of more than FAR times kappa is cut to that at once, to a tenth of the scale at most.
+FAR, AT_ONCE = 3.0, 10.0
+# At about the full rate, overshoot of this many standard errors is still no reason to cut, nor is a
+# step of this many times kappa.
+FULL, TRUST, TRUST_STEP = 0.9, 3.0, 1.5
+# Growth gains up to this much more, e-fold by e-fold below kappa, until the first alarm of one
+# standard error.
+QUICK, FIRST_ALARM = 2.0, 1.0
+# Soft start: the first step moves the parameters by this share of their length; the scale before
+# anything could be measured.
+FIRST_STEP, FIRST_SCALE = 0.001, 0.01
+# A turn of the scale by this factor is an intervention (down) or a recovery (up).
+TURN = 0.8
+# Steps without evidence of trouble before the scale may grow again after an unstable step.
+COOL_DOWN = 10
+# The budget is spent by interventions and earned back, this much a step.
+EARNED = 0.1
+
+
+class Bounds(NamedTuple):
+    """The user's limits; Python numbers or scalars."""
+
+    min_scale: float
+    max_skips: int
+    max_interventions: int
+
+
+class Control(NamedTuple):
+    """The law's own state: scalars."""
+
+    log_scale: jax.Array  # float32, in [log(min_scale), 0]
+    turning_point: jax.Array  # float32, extreme of log_scale since the last turn
+    regime: jax.Array  # int32, index into REGIMES
+    calm_steps: jax.Array  # int32, since the last skip or loss spike
+    skips_in_a_row: jax.Array  # int32
+    skips: jax.Array  # int32, in all
+    outstanding: jax.Array  # float32, interventions not yet earned back
+    exhausted: jax.Array  # bool, stays True until a person clears it
+    pinned: jax.Array  # bool, a person holds the scale
+    started: jax.Array  # bool, the soft start has set the first scale
+    settled: jax.Array  # bool, an alarm has been raised since: growth is no longer quick
+    log_ceiling: jax.Array  # float32, of the scale for a while after a rollback
+    ceiling_steps: jax.Array  # int32, steps to go under that ceiling
+
+
+class Evidence(NamedTuple):
+    """What a step's signals amount to."""
+
+    poison: jax.Array  # int32, index into SIGNALS: why this step must be skipped, or 0
+    spike: jax.Array  # bool, the loss jumped
+    alarm: jax.Array  # float32, > 0: the scale is too large
+    log_step: jax.Array  # float32, log(r / kappa); 0 if r could not be measured
+    has_step: jax.Array  # bool, r could be measured
+    signal: jax.Array  # int32, index into SIGNALS: what decided
+    value: jax.Array  # float32, of that signal
+    threshold: jax.Array  # float32, for that signal
+
+
+class Decision(NamedTuple):
+    """What is done in this step."""
+
+    skip: jax.Array  # bool
+    scale: jax.Array  # float32
+    scale_before: jax.Array  # float32
+    action: jax.Array  # int32, index into ACTIONS; 0: nothing to report
+
+
+def init(bounds: Bounds) -> Control:
+    """Before the soft start: a small scale, and the regime is `recovering`."""
+    first = jnp.log(jnp.maximum(jnp.asarray(bounds.min_scale, jnp.float32), FIRST_SCALE))
+    zero = jnp.zeros([], jnp.int32)
+    return Control(
+        log_scale=first,
+        turning_point=first,
+        regime=jnp.int32(RECOVERING),
+        calm_steps=jnp.int32(COOL_DOWN),
+        skips_in_a_row=zero,
+        skips=zero,
+        outstanding=jnp.zeros([], jnp.float32),
+        exhausted=jnp.array(False),
+        pinned=jnp.array(False),
+        started=jnp.array(False),
+        settled=jnp.array(False),
+        log_ceiling=jnp.zeros([], jnp.float32),
+        ceiling_steps=zero,
+    )
+
+
+def poison(seen: Telemetry, before: Statistics) -> jax.Array:
+    """Why this step must not be applied: index into SIGNALS, 0 if it may.
+
+    Non-finite gradients, loss or updates; a gradient norm that overflows; one that jumps:
+    log |g| > m + max(6 s, log 10), with m and s of the steps before; and, though the gradients are
+    sound, updates that overflow or jump, as those of a corrupted moment do.
+    """
+    jump = jnp.log(seen.gradient_norm) > _gradient_threshold(before)
+    jump = (jump & (before.gradient.weight > 0)) | ~seen.has_gradient
+    reasons = [
+        (seen.nonfinite_gradients > 0, 1),
+        (seen.nonfinite_loss > 0, 2),
+        (jump, 4),
+        (seen.nonfinite_updates > 0, 3),
+        (seen.updates_broken, 7),
+    ]
+    return jnp.select([r for r, _ in reasons], [jnp.int32(i) for _, i in reasons], jnp.int32(0))
+
+
+def judge(
+    control: Control, seen: Telemetry, before: Statistics, after: Statistics, why: jax.Array
+) -> Evidence:
+    """Weigh the signals of one step: thresholds of the steps before, mean overshoot with it."""
+    loss_threshold = before.loss.mean + SPIKE_SPREADS * stats.spread(before.loss, stats.LOSS)
+    spike = seen.has_loss & (before.loss.weight > 0) & (stats.symlog(seen.loss) > loss_threshold)
+    overshoot = after.overshoot.mean / stats.standard_error(after.overshoot, stats.OVERSHOOT)
+    log_step = jnp.where(seen.has_step, jnp.log(jnp.maximum(seen.relative_step, 1e-30) / KAPPA), 0)
+    against = _without_doubt(control, overshoot, log_step)
+    measured = seen.has_step | seen.has_overshoot
+    by_step = STEP_WEIGHT * log_step > jnp.maximum(overshoot, 0)
+    law = jnp.where(by_step, SIGNALS.index("relative_step"), SIGNALS.index("overshoot"))
+    signal = jnp.where(why > 0, why, jnp.where(spike, SIGNALS.index("loss"), law))
+    values = [0.0, seen.nonfinite_gradients, seen.nonfinite_loss, seen.nonfinite_updates]
+    values += [seen.gradient_norm, seen.loss, overshoot, seen.relative_step]
+    thresholds = [0.0, 0.0, 0.0, 0.0, jnp.exp(_gradient_threshold(before))]
+    thresholds += [jnp.sign(loss_threshold) * jnp.expm1(jnp.abs(loss_threshold)), 0.0, KAPPA]
+    return Evidence(
+        poison=why,
+        spike=spike,
+        alarm=jnp.where(measured, alarm(*against, progress(after)), 0.0),
+        log_step=log_step,
+        has_step=seen.has_step,
+        signal=signal.astype(jnp.int32),
+        value=_pick(values, signal),
+        threshold=_pick(thresholds, signal),
+    )
+
+
+def alarm(overshoot: jax.Array, log_step: jax.Array, progress: jax.Array) -> jax.Array:
+    r"""How much too large the scale is, in standard errors of the overshoot; 0 holds it.
+
+    With z the mean overshoot in standard errors, r the relative step, P the progress, and the
+    credit C that progress earns,
+
+    .. math::
+      C &= \max(P - 3, 0), \qquad z' = z - \min(\max(z, 0), C) \\
+      a &= \begin{cases}
+        \max(z', -1) + 4 \log(r / \kappa) & r > \kappa \\
+        z' - \min(4 \log(\kappa / r),\ C) & r \le \kappa
+      \end{cases}
+
+    Overshoot alone holds a run that starts near its goal, as fine-tuning does. A run that has
+    come far learns best at the edge of stability, where overshoot is normal: its credit forgives
+    that, and lets steps grow to kappa, which alone holds them then.
+    """
+    credit = jnp.maximum(progress - CREDIT_FROM, 0.0)
+    overshoot = overshoot - jnp.clip(overshoot, 0.0, credit)
+    step = STEP_WEIGHT * log_step
+    small = overshoot + jnp.maximum(step, -credit)
+    return jnp.where(log_step > 0, jnp.maximum(overshoot, -1.0) + step, small)
+
+
+def progress(statistics: Statistics) -> jax.Array:
+    """How far the loss has come from its start, in standard deviations of the loss, at least 0.
+
+    Without a loss nothing is known, and nothing is granted.
+    """
+    gained = statistics.loss_start.mean - statistics.loss.mean
+    return jnp.maximum(gained / stats.spread(statistics.loss, stats.LOSS), 0.0)
+
+
+def _without_doubt(
+    control: Control, overshoot: jax.Array, log_step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Near the full rate, s >= 0.9, the benefit of the doubt is the user's.
+
+    z is less by min(max(z, 0), 3) there, and r up to 1.5 kappa counts as at most kappa.
+    """
+    full = control.log_scale >= math.log(FULL)
+    trusted = full & (log_step < math.log(TRUST_STEP))
+    overshoot = overshoot - jnp.clip(overshoot, 0.0, jnp.where(full, TRUST, 0.0))
+    return overshoot, jnp.where(trusted, jnp.minimum(log_step, 0.0), log_step)
+
+
+def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Control, Decision]:
+    """One step of the law: skip or not, the new scale, the regime, the budget."""
+    skip = evidence.poison > 0
+    trouble = skip | evidence.spike
+    calm = jnp.where(trouble, 0, optax.safe_increment(control.calm_steps))
+    log_scale = _next_scale(control, evidence, calm, bounds)
+    floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
+    ceiling = jnp.where(control.ceiling_steps > 0, jnp.maximum(control.log_ceiling, floor), 0.0)
+    log_scale = jnp.where(control.pinned, log_scale, jnp.minimum(log_scale, ceiling))
+    # The soft start sets a scale; it does not turn one.
+    begins = evidence.has_step & ~control.started & ~skip
+    turning_point = jnp.where(begins, log_scale, control.turning_point)
+    control = control._replace(turning_point=turning_point)
+    regime, turning_point = _next_regime(control, log_scale, trouble, calm)
+    action = _action(control.regime, regime, skip)
+    intervened = (action == SKIP) | (action == CUT) | (action == HOLD)
+    outstanding = control.outstanding + jnp.where(intervened, 1.0, -EARNED)
+    in_a_row = jnp.where(skip, optax.safe_increment(control.skips_in_a_row), 0)
+    spent = (in_a_row >= bounds.max_skips) | (outstanding > bounds.max_interventions)
+    new = Control(
+        log_scale=log_scale,
+        turning_point=turning_point,
+        regime=regime,
+        calm_steps=calm,
+        skips_in_a_row=in_a_row,
+        skips=jnp.where(skip, optax.safe_increment(control.skips), control.skips),
+        outstanding=jnp.clip(outstanding, 0.0, bounds.max_interventions).astype(jnp.float32),
+        exhausted=control.exhausted | spent,
+        pinned=control.pinned,
+        started=control.started | begins,
+        settled=control.settled | (control.started & ~skip & (evidence.alarm > FIRST_ALARM)),
+        log_ceiling=control.log_ceiling,
+        ceiling_steps=jnp.maximum(control.ceiling_steps - 1, 0),
+    )
+    return new, Decision(skip, jnp.exp(log_scale), jnp.exp(control.log_scale), action)
+
+
+def _next_scale(control: Control, evidence: Evidence, calm: jax.Array, bounds: Bounds) -> jax.Array:
+    """Bounded change of the log-scale; none on a skipped step, no growth until calm.
+
+    Growth is quick far below kappa and slow near it: at most GROWTH (1 + log(kappa / r)), and until
+    the first alarm with a gain of GAIN (1 + min(log(kappa / r), QUICK)). The first step that can be
+    measured sets the scale by its relative step. Later, one that is far above kappa, as after a
+    jump of the learning rate, is cut at once: ten such steps would ruin the run.
+    """
+    far_below = jnp.maximum(-evidence.log_step, 0.0)
+    most = jnp.clip(GROWTH * (1 + far_below), GROWTH, MOST_GROWTH)
+    quick = (evidence.alarm < 0) & ~control.settled
+    gain = GAIN * jnp.where(quick, 1 + jnp.minimum(far_below, QUICK), 1.0)
+    change = jnp.clip(-gain * evidence.alarm, -MOST_CUT, jnp.where(calm < COOL_DOWN, 0.0, most))
+    excess = jnp.clip(evidence.log_step - math.log(FAR), 0.0, math.log(AT_ONCE))
+    change = jnp.where(excess > 0, jnp.minimum(change, -excess), change)
+    first = jnp.log(FIRST_STEP / KAPPA) - evidence.log_step
+    change = jnp.where(evidence.has_step & ~control.started, first, change)
+    change = jnp.where((evidence.poison > 0) | ~jnp.isfinite(change), 0.0, change)
+    floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
+    moved = jnp.clip(control.log_scale + change, floor, 0.0)
+    return jnp.where(control.pinned, control.log_scale, moved)
+
+
+def _next_regime(
+    control: Control, log_scale: jax.Array, trouble: jax.Array, calm: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Turns of the scale decide: a fifth under its last peak is stress, as much above ends it.
+
+    A skip or a loss spike makes the run unstable until it has been calm for the cool-down.
+    """
+    was, turn = control.regime, -jnp.log(jnp.float32(TURN))
+    fell = log_scale < control.turning_point - turn
+    rose = log_scale > control.turning_point + turn
+    rules = [
+        (trouble, UNSTABLE),
+        ((was == UNSTABLE) & (calm < COOL_DOWN), UNSTABLE),
+        (was == UNSTABLE, RECOVERING),
+        ((was == STRESSED) & rose, RECOVERING),
+        ((was != STRESSED) & fell, STRESSED),
+        ((was == RECOVERING) & (log_scale >= -turn), NOMINAL),
+    ]
+    regime = jnp.select([when for when, _ in rules], [jnp.int32(r) for _, r in rules], was)
+    peak = jnp.maximum(control.turning_point, log_scale)
+    trough = jnp.minimum(control.turning_point, log_scale)
+    followed = jnp.where(regime == STRESSED, trough, peak)
+    restart = (regime == UNSTABLE) | ((regime != was) & (regime != NOMINAL))
+    return regime, jnp.where(restart, log_scale, followed)
+
+
+def _action(was: jax.Array, regime: jax.Array, skip: jax.Array) -> jax.Array:
+    """What to report: every skip, and every change of regime but the return to nominal."""
+    entered = [(UNSTABLE, HOLD), (STRESSED, CUT), (RECOVERING, RECOVER)]
+    rules = [(skip, SKIP)] + [((regime == r) & (was != r), a) for r, a in entered]
+    return jnp.select(
+        [when for when, _ in rules], [jnp.int32(a) for _, a in rules], jnp.int32(NOTHING)
+    )
+
+
+def _gradient_threshold(before: Statistics) -> jax.Array:
+    width = SPIKE_SPREADS * stats.spread(before.gradient, stats.GRADIENT)
+    return before.gradient.mean + jnp.maximum(width, jnp.log(jnp.float32(SPIKE_FACTOR)))
+
+
+def _pick(candidates: list, index: jax.Array) -> jax.Array:
+    return jnp.stack([jnp.asarray(x, jnp.float32) for x in candidates])[index]

@@ -1,0 +1,148 @@
+"""Running statistics of this run: debiased, winsorised, and closed to non-finite values.
+
+A threshold here is `mean + k * spread`. Everything is float32 and scalar.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lbw_optax.law.telemetry import Telemetry
+
+# A value enters at most this many spreads away from the mean, and never beyond what can be squared.
+WINSOR, LARGEST = 3.0, 1e18
+
+
+class Memory(NamedTuple):
+    """How one quantity is remembered: Python floats, fixed for each quantity.
+
+    Attributes:
+      decay: beta in [0, 1); the memory is about 1 / (1 - beta) values.
+      floor: least spread, in units of the quantity.
+      prior: spread assumed before anything was seen; it fades as beta^(n / 2).
+    """
+
+    decay: float
+    floor: float
+    prior: float
+
+
+GRADIENT = Memory(decay=0.95, floor=0.1, prior=1.0)  # log |g|
+OVERSHOOT = Memory(decay=0.8, floor=0.01, prior=0.1)  # cosine
+LOSS = Memory(decay=0.9, floor=0.02, prior=1.0)  # symlog(loss)
+LOSS_SLOW = Memory(decay=0.97, floor=0.02, prior=1.0)  # symlog(loss)
+# The loss at the start is the mean of this many first ones.
+START_STEPS = 10
+
+
+class Running(NamedTuple):
+    """Exponentially weighted mean and variance of one quantity.
+
+    Attributes:
+      mean: debiased mean, float32.
+      variance: debiased variance about that mean, float32.
+      weight: 1 - decay^n after n values, float32; 0 means that nothing has been seen.
+    """
+
+    mean: jax.Array
+    variance: jax.Array
+    weight: jax.Array
+
+
+class Statistics(NamedTuple):
+    """All that the guard remembers of this run's signals."""
+
+    gradient: Running  # of log |g|
+    overshoot: Running  # of the cosine
+    loss: Running  # of symlog(loss), fast
+    loss_slow: Running  # of symlog(loss), slow
+    loss_start: Running  # of symlog(loss), the first ones only
+
+
+def init() -> Statistics:
+    """Statistics that have seen nothing."""
+    nothing = Running(*[jnp.zeros([], jnp.float32)] * 3)
+    return Statistics(nothing, nothing, nothing, nothing, nothing)
+
+
+def absorb(statistics: Statistics, seen: Telemetry, poisoned: jax.Array) -> Statistics:
+    """Take the signals of one step in.
+
+    A poisoned step says nothing of the last one, so its overshoot stays out; its gradient norm
+    and loss enter, winsorised, so that a lasting shift of level is accepted in the end.
+    """
+    loss = symlog(seen.loss)
+    starting = statistics.loss_start.weight < 1 - LOSS.decay ** (START_STEPS - 0.5)
+    return Statistics(
+        gradient=update(
+            statistics.gradient, jnp.log(seen.gradient_norm), seen.has_gradient, GRADIENT
+        ),
+        overshoot=update(
+            statistics.overshoot, seen.overshoot, seen.has_overshoot & ~poisoned, OVERSHOOT
+        ),
+        loss=update(statistics.loss, loss, seen.has_loss, LOSS),
+        loss_slow=update(statistics.loss_slow, loss, seen.has_loss, LOSS_SLOW),
+        loss_start=update(statistics.loss_start, loss, seen.has_loss & starting, LOSS),
+    )
+
+
+def update(running: Running, x: jax.Array, keep: jax.Array, memory: Memory) -> Running:
+    r"""Take one value in.
+
+    .. math::
+      w_t &= \beta w_{t-1} + (1 - \beta), \qquad a_t = (1 - \beta) / w_t \\
+      d_t &= \mathrm{clip}(x_t - m_{t-1}, \pm 3 s_{t-1}) \\
+      m_t &= m_{t-1} + a_t d_t, \qquad v_t = (1 - a_t) (v_{t-1} + a_t d_t^2)
+
+    Without the clip this is the exponentially weighted mean and variance of the values seen so
+    far, free of a bias towards the start. With it, one outlier of any size moves the mean by at
+    most 3 a_t s (0.15 s for the gradient norm, once warm, and a threshold six spreads away by at
+    most 1.32 s), and a lasting shift of level widens s by a constant factor a step until it is
+    accepted: a gradient norm 25 times as large after at most 9 skipped steps, 10^6 times after 18.
+    The first value is taken as it is.
+
+    Args:
+      running: the statistic so far.
+      x: the new value, scalar; a non-finite one changes nothing.
+      keep: bool scalar; False leaves the statistic as it is.
+      memory: how the quantity is remembered.
+
+    Returns:
+      The statistic with x in it, or unchanged.
+    """
+    first = running.weight == 0
+    keep = keep & jnp.isfinite(x)
+    weight = memory.decay * running.weight + (1 - memory.decay)
+    rate = (1 - memory.decay) / weight
+    limit = jnp.where(first, LARGEST, WINSOR * spread(running, memory))
+    x = jnp.clip(jnp.where(keep, x, running.mean), -LARGEST, LARGEST)
+    step = jnp.clip(x - running.mean, -limit, limit)
+    updated = Running(
+        mean=running.mean + rate * step,
+        variance=(1 - rate) * (running.variance + rate * jnp.square(step)),
+        weight=weight,
+    )
+    return jax.tree.map(lambda new, old: jnp.where(keep, new, old), updated, running)
+
+
+def spread(running: Running, memory: Memory) -> jax.Array:
+    """Standard deviation for thresholds: sqrt(v + floor^2 + prior^2 (1 - w))."""
+    fading = memory.prior**2 * (1 - running.weight)
+    return jnp.sqrt(running.variance + memory.floor**2 + fading)
+
+
+def standard_error(running: Running, memory: Memory) -> jax.Array:
+    r"""Standard error of the mean, for independent values.
+
+    The weights of an exponential mean of n values have
+    sum w_i^2 = (1 - b) / (1 + b) * (1 + b^n) / (1 - b^n), and b^n = 1 - w.
+    """
+    weight = jnp.maximum(running.weight, 1 - memory.decay)
+    squares = (1 - memory.decay) / (1 + memory.decay) * (2 - weight) / weight
+    return spread(running, memory) * jnp.sqrt(squares)
+
+
+def symlog(x: jax.Array) -> jax.Array:
+    """sign(x) log(1 + |x|): a log scale for a loss that may also be zero or negative."""
+    return jnp.sign(x) * jnp.log1p(jnp.abs(x))

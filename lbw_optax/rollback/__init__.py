@@ -1,0 +1,1 @@
+"""Going back to the last good state: what is kept, where, and when it is returned to."""

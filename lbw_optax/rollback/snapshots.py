@@ -1,0 +1,174 @@
+"""Copies of a training state: any pytree of arrays, keys and numbers, with checksums.
+
+A state is flattened to named leaves that every tier can hold: typed keys become their data,
+Python and NumPy numbers become arrays. `like`, a state of the same kind, brings them back.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lbw_optax.rollback.agreement import largest
+
+PINNED = "pinned_host"
+
+
+class Snapshot(NamedTuple):
+    """One state, copied: it outlives the donation of what it was taken from.
+
+    Attributes:
+      step: updates that the state has had.
+      leaves: name to array.
+      sums: uint32[n], a checksum of each leaf; None for a copy that stays in memory.
+      has_nan: bool, whether any leaf holds a NaN.
+    """
+
+    step: int
+    leaves: dict[str, Any]
+    sums: jax.Array | None
+    has_nan: jax.Array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this process."""
+        return sum(_nbytes(leaf) for leaf in self.leaves.values())
+
+
+def take(step: int, tree: Any, *, for_disk: bool = False) -> Snapshot:
+    """Copy a state, to pinned host memory where the backend has it. Does not wait."""
+    leaves = flatten(tree)
+    sums = checksums(leaves) if for_disk else None
+    has_nan = largest(_has_nan([x for x in leaves.values() if isinstance(x, jax.Array)]))
+    return Snapshot(step, _copy(leaves, to_host=True), sums, has_nan)
+
+
+def restore(snapshot: Snapshot, like: Any) -> Any:
+    """The state once more, as fresh arrays: the snapshot stays whole when they are donated."""
+    return place(_copy(snapshot.leaves, to_host=False), like)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Name to array, for every leaf.
+
+    Raises:
+      TypeError: if a leaf is neither an array nor a number.
+    """
+    return {
+        f"{i:05d} {jax.tree_util.keystr(path, simple=True, separator='.')}": _pack(path, leaf)
+        for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree))
+    }
+
+
+def place(leaves: dict[str, Any], like: Any) -> Any:
+    """The state of the kind of `like` that these leaves make."""
+    models, structure = jax.tree.flatten(like)
+    parts = [_unpack(_unbind(x, m), m) for x, m in zip(leaves.values(), models, strict=True)]
+    return jax.tree.unflatten(structure, parts)
+
+
+def checksums(leaves: dict[str, Any]) -> jax.Array:
+    """A checksum of each leaf, uint32[n].
+
+    With b_i the bits of element i as an unsigned number, the sum of (2 i + 1) b_i modulo 2^32:
+    it changes with any single bit, and does not depend on how the array is sharded.
+    """
+    return _checksums([_as_32_bits(x) if isinstance(x, np.ndarray) else x for x in leaves.values()])
+
+
+@jax.jit
+def _has_nan(arrays: list[jax.Array]) -> jax.Array:
+    floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact)]
+    nans = [jnp.any(jnp.isnan(x)) for x in floats]
+    return functools.reduce(jnp.logical_or, nans, jnp.array(False))
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([_checksum(x) for x in leaves])
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(x):
+        return _checksum(x.real) + 3 * _checksum(x.imag)
+    bits = _bits(x)
+    index, stride = jnp.zeros([], jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        index = index + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * stride
+        stride = stride * bits.shape[axis] % 2**32
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """As uint32; an element of eight bytes becomes two."""
+    if x.dtype == bool or x.dtype.itemsize * 8 != jax.dtypes.itemsize_bits(x.dtype):
+        return x.astype(jnp.int32).astype(jnp.uint32)
+    size = min(x.dtype.itemsize, 4)
+    return jax.lax.bitcast_convert_type(x, f"uint{8 * size}").astype(jnp.uint32)
+
+
+def _as_32_bits(x: np.ndarray) -> np.ndarray:
+    """Eight-byte numbers of NumPy, which JAX would round, as pairs of four bytes."""
+    if x.dtype.itemsize <= 4:
+        return x
+    return np.atleast_1d(np.ascontiguousarray(x)).view(np.uint32)
+
+
+def _pack(path: Any, leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+    if isinstance(leaf, np.ndarray | np.generic | bool | int | float | complex):
+        array = np.array(leaf)  # a copy: NumPy arrays may be written to
+        if array.dtype != object:
+            return array
+    raise TypeError(
+        f"The leaf {jax.tree_util.keystr(path)} of the training state is of type "
+        f"{type(leaf).__name__}: pass a state of arrays, keys and numbers only."
+    )
+
+
+def _unbind(x: Any, like: Any) -> Any:
+    """An array that was not bound to its device is not bound afterwards: nothing recompiles."""
+    bound = isinstance(x, jax.Array) and x.committed
+    return copy(np.asarray(x)) if bound and not getattr(like, "committed", True) else x
+
+
+def _unpack(x: Any, like: Any) -> Any:
+    if isinstance(like, jax.Array):
+        is_key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
+        return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if is_key else x
+    if isinstance(like, np.ndarray):
+        return np.array(x)
+    return type(like)(np.asarray(x)[()])
+
+
+def _copy(leaves: dict[str, Any], *, to_host: bool) -> dict[str, Any]:
+    arrays = {name: x for name, x in leaves.items() if isinstance(x, jax.Array)}
+    if any(_may_pin(x) for x in arrays.values()):
+        kind = PINNED if to_host else "device"
+        places = {name: x.sharding.with_memory_kind(kind) for name, x in arrays.items()}
+        copies = jax.device_put(arrays, places)
+    else:
+        copies = copy(arrays)
+    return {name: copies[name] if name in copies else leaves[name].copy() for name in leaves}
+
+
+@jax.jit
+def copy(arrays: Any) -> Any:
+    """Arrays of their own, placed and committed as these are."""
+    return jax.tree.map(jnp.copy, arrays)
+
+
+def _may_pin(x: jax.Array) -> bool:
+    """Whether this is an accelerator's array and there is pinned host memory beside it."""
+    device: Any = next(iter(x.sharding.device_set))
+    return device.platform != "cpu" and PINNED in {m.kind for m in device.addressable_memories()}
+
+
+def _nbytes(leaf: Any) -> int:
+    if isinstance(leaf, jax.Array):
+        return sum(shard.data.nbytes for shard in leaf.addressable_shards)
+    return leaf.nbytes

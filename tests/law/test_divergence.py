@@ -1,0 +1,190 @@
+"""When the guard asks for a rollback: against the NumPy reference, and rule by rule."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from reference import LawReference, Signals
+from trajectories import BOUNDS, DISTRESSED, batch, change, falling, noisy, risen, scan
+
+from lbw_optax.law import divergence, statistics
+from lbw_optax.law.divergence import REASONS, Distress
+
+BAD_GRADIENT = {"nonfinite_gradients": 3, "gradient_norm": None}
+
+
+def assess(steps: list[Signals]) -> Distress:
+    return jax.device_get(scan(batch(steps), BOUNDS)[3])
+
+
+def asked_at(steps: list[Signals]) -> tuple[str, int | None]:
+    """The reason, and the first step that asks."""
+    asked = assess(steps).rollback_asked
+    first = int(np.argmax(asked > 0)) if asked.any() else None
+    return REASONS[asked[-1]], first
+
+
+@pytest.mark.parametrize("steps", DISTRESSED.values(), ids=DISTRESSED)
+def test_trajectory_equals_the_reference(steps):
+    state, reference = assess(steps), LawReference(*BOUNDS)
+    expected = [reference.step(step) for step in steps]
+    asked = [REASONS[i] for i in state.rollback_asked]
+    assert asked == [outcome.rollback_asked for outcome in expected]
+    excess = [outcome.loss_excess for outcome in expected]
+    np.testing.assert_allclose(state.loss_excess, excess, rtol=1e-3, atol=5e-3)
+
+
+def test_every_reason_occurs():
+    """Or else the comparison above would prove less than it seems to."""
+    reasons = {asked_at(steps)[0] for steps in DISTRESSED.values()}
+    assert reasons == set(REASONS) - {"request"}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_healthy_run_never_asks(seed):
+    assert asked_at(noisy(length=400, seed=seed)) == ("none", None)
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason", "after"),
+    [
+        (DISTRESSED["corrupt_parameters"], "parameters", 0),
+        (change(noisy(), range(150, 400), updates_broken=True), "inner_state", 1),
+        (change(noisy(), range(150, 400), nonfinite_updates=1), "inner_state", 1),
+        (change(noisy(), range(150, 400), **BAD_GRADIENT), "skips", 19),
+        (change(noisy(), range(150, 400), nonfinite_loss=1, loss=None), "skips", 19),
+        (change(noisy(), range(150, 400), gradient_norm=None), "skips", 19),
+        (risen(30.0, start=150), "loss", 3),
+        (risen(0.8, start=150), "loss", 4),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_how_soon_each_reason_asks(steps, reason, after):
+    assert asked_at(steps) == (reason, 150 + after)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_loss_that_rises_out_of_a_steep_fall_asks_as_soon(seed):
+    """By a spread that holds the trend too, no rise of this size would stand out."""
+    steps = falling(2.0, start=60, seed=seed)
+    assert asked_at(steps) == ("loss", pytest.approx(68, abs=1))
+    assert asked_at(falling(0.0, start=60, seed=seed)) == ("none", None)
+
+
+def _ordered(correlation: float, seed: int, length=1000) -> list[Signals]:
+    """A loss that falls, with noise as of text that is read in its order, 0.3 nats wide."""
+    rng, noise, steps = np.random.default_rng(seed), 0.0, []
+    for i in range(length):
+        fresh = math.sqrt(1 - correlation**2) * rng.standard_normal()
+        noise = correlation * noise + fresh
+        steps.append(Signals(loss=float(np.float32(3 + 1.5 * math.exp(-i / 150) + 0.3 * noise))))
+    return steps
+
+
+@pytest.mark.parametrize("seed", [0, 1, 4, 7, 8, 17, 19])
+def test_text_in_its_order_does_not_ask_and_a_rise_in_it_does(seed):
+    """By the spread of the surprise alone each of these would ask."""
+    steps = _ordered(0.75, seed)
+    assert asked_at(steps) == ("none", None)
+    for step in steps[800:]:
+        step.loss += 3.0
+    reason, at = asked_at(steps)
+    assert reason == "loss"
+    assert 800 < at < 860
+
+
+def test_the_echo_is_the_correlation_of_neighbours():
+    """Of independent noise it is nearly none, and of correlated noise what NumPy says."""
+    for correlation in (0.0, 0.75):
+        steps = _ordered(correlation, seed=0, length=3000)
+        states = assess(steps)
+        y = np.log1p([step.loss for step in steps])
+        surprise = (y[1:] - states.level.mean[:-1])[300:]
+        expected = np.corrcoef(surprise[:-1], surprise[1:])[0, 1]
+        assert states.echo[300:].mean() == pytest.approx(expected, abs=0.1)
+
+
+def test_after_a_rollback_the_echo_stays_known():
+    state = divergence.init()._replace(echo=np.float32(0.5), loss_excess=np.float32(3))
+    again = divergence.after_rollback(state)
+    assert again == divergence.init()._replace(echo=state.echo, grace=again.grace)
+    assert again.grace == divergence.GRACE
+
+
+@pytest.mark.parametrize(
+    ("at", "norm", "asks"),
+    [([0], 1e3, 1), ([0], 50.0, None), ([0, 1], 1e3, 2), ([0, 1, 2], 1e3, None), ([1], 1e-3, 1)],
+)
+def test_a_broken_first_gradient_is_known_by_the_next(at, norm, asks):
+    """Which of the first ones is the sound one cannot be told: both mean to begin again."""
+    steps = [Signals(gradient_norm=1.0) for _ in range(20)]
+    reason = "none" if asks is None else "inner_state"
+    assert asked_at(change(steps, at, gradient_norm=norm)) == (reason, asks)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        change(noisy(), range(150, 169), **BAD_GRADIENT),
+        change(noisy(), [150], nonfinite_updates=1),
+        change(noisy(), range(150, 169), gradient_norm=None),
+        risen(30.0, 150, 153),
+        change(noisy(), [150, 160, 170], loss=1e30),
+        risen(0.3, 150),
+    ],
+    ids=["19_nan", "1_broken_update", "19_skips", "3_loss", "single_losses", "slightly_higher"],
+)
+def test_what_passes_by_itself_does_not_ask(steps):
+    assert asked_at(steps) == ("none", None)
+
+
+def test_a_row_is_not_ended_by_a_skip_of_another_kind():
+    steps = change(noisy(), [150, 153], updates_broken=True)
+    steps[151:153] = [Signals(gradient_norm=None), Signals(**BAD_GRADIENT)]
+    assert asked_at(steps) == ("inner_state", 153)
+
+
+def _after_rollback(steps: list[Signals], grace: int) -> list[str]:
+    """What the law says of steps that follow a rollback at their first one."""
+    start = divergence.init()._replace(grace=np.int32(grace))
+
+    def one(state, seen_why):
+        seen, why, skips = seen_why
+        state = divergence.assess(state, seen, statistics.init(), why, skips)
+        return state, state
+
+    bad = np.array([bool(s.nonfinite_gradients or s.nonfinite_loss) for s in steps])
+    why = np.where(bad, np.int32(1), np.int32(0))
+    skips = np.zeros(len(steps), np.int32)
+    for i, b in enumerate(bad):
+        skips[i] = skips[i - 1] + 1 if b else 0
+    states = jax.jit(lambda *xs: jax.lax.scan(one, start, xs)[1])(batch(steps), why, skips)
+    return [REASONS[i] for i in np.asarray(states.rollback_asked)]
+
+
+def test_a_lasting_fault_outside_of_the_state_does_not_ask_again():
+    """The state was proven good: as long as no sound step is seen, another rollback cannot help."""
+    steps = change(noisy(), range(300), **BAD_GRADIENT)
+    assert set(_after_rollback(steps, divergence.GRACE)) == {"none"}
+    steps = change(noisy(), range(50, 300), **BAD_GRADIENT)
+    assert _after_rollback(steps, divergence.GRACE).index("skips") == 69
+
+
+def test_certain_signs_ask_within_the_grace():
+    steps = change(noisy(50), [2], parameters_broken=True)
+    assert _after_rollback(steps, divergence.GRACE).index("parameters") == 2
+
+
+def test_after_a_rollback_the_level_of_the_loss_is_learned_anew():
+    """A lasting shift of the data's level asks once; a new divergence asks again."""
+    shifted = risen(10.0, start=0)
+    assert set(_after_rollback(shifted, divergence.GRACE)) == {"none"}
+    for step in shifted[100:]:
+        step.loss *= 4
+    assert _after_rollback(shifted, divergence.GRACE).index("loss") == 103
+
+
+def test_the_state_holds_no_infinity():
+    for leaf in jax.tree.leaves(divergence.init()):
+        assert math.isfinite(float(leaf))

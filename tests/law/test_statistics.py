@@ -1,0 +1,210 @@
+"""Running statistics: against the weighted history, closed forms, and stated bounds."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import RunningReference, symlog
+from support import assert_same_bits
+
+from lbw_optax.law import control, statistics, telemetry
+from lbw_optax.law.statistics import Memory, Running
+
+MEMORIES = {
+    "gradient": statistics.GRADIENT,
+    "overshoot": statistics.OVERSHOOT,
+    "loss": statistics.LOSS,
+    "loss_slow": statistics.LOSS_SLOW,
+}
+NOTHING = Running(*[jnp.zeros([], jnp.float32)] * 3)
+ANY_FLOAT = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
+LENGTH = 24
+
+
+@jax.jit
+def _scan(values: jax.Array, memory: Memory) -> tuple[Running, jax.Array, jax.Array]:
+    def step(running, x):
+        running = statistics.update(running, x, jnp.array(True), memory)
+        spread = statistics.spread(running, memory)
+        return running, (running, spread, statistics.standard_error(running, memory))
+
+    return jax.lax.scan(step, NOTHING, values)[1]
+
+
+def trajectory(values, memory: Memory) -> tuple[Running, np.ndarray, np.ndarray]:
+    """All statistics after each value: the running triple, its spread, its standard error."""
+    return jax.device_get(_scan(jnp.asarray(values, jnp.float32), memory))
+
+
+def _noise(length: int = 300) -> np.ndarray:
+    return np.random.default_rng(0).normal(2.0, 0.3, length)
+
+
+def _with(**changes) -> np.ndarray:
+    values = _noise()
+    for at, x in changes.items():
+        values[int(at[2:])] = x
+    return values
+
+
+CASES = {
+    "noise": _noise(),
+    "constant": np.full(300, -0.7),
+    "nonfinite": _with(at0=np.nan, at1=np.inf, at40=np.nan, at41=-np.inf, at299=np.nan),
+    "spikes": _with(at3=1e30, at90=-1e38, at91=500.0, at200=np.float32(1e-40)),
+    "level_shift": np.concatenate([_noise(150), 40 + _noise(150)]),
+    "steady_climb": np.linspace(-20, 60, 300),
+}
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+@pytest.mark.parametrize("case", CASES)
+def test_trajectory_equals_the_weighted_history(case, memory):
+    running, spreads, errors = trajectory(CASES[case], memory)
+    reference = RunningReference(memory)
+    for i, x in enumerate(CASES[case]):
+        reference.add(float(np.float32(x)))
+        actual = [part[i] for part in (*running, spreads, errors)]
+        expected = [reference.mean, reference.variance, reference.weight]
+        expected += [reference.spread, reference.standard_error]
+        np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-5, err_msg=f"step {i}")
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+def test_first_values_are_free_of_bias(memory):
+    """Values within three spreads: mean of two, and of a constant, in closed form."""
+    running, *_ = trajectory([5.0, 5.0 + memory.floor], memory)
+    assert running.mean[0] == 5.0
+    assert running.variance[0] == 0.0
+    older, newer = memory.decay / (1 + memory.decay), 1 / (1 + memory.decay)
+    np.testing.assert_allclose(running.mean[1], 5.0 + newer * memory.floor, rtol=1e-6)
+    np.testing.assert_allclose(running.variance[1], older * newer * memory.floor**2, rtol=1e-3)
+    constant, *_ = trajectory(np.full(LENGTH, 5.0), memory)
+    chex.assert_trees_all_close(constant.mean, np.full(LENGTH, np.float32(5)))
+    chex.assert_trees_all_close(constant.variance, np.zeros(LENGTH, np.float32))
+
+
+@pytest.mark.parametrize("length", [1, 3, 80])
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+def test_standard_error_is_that_of_independent_values(memory, length):
+    """Over 2000 independent histories, the mean scatters as its standard error says."""
+    rng = np.random.default_rng(1)
+    unit = memory._replace(floor=1e-6, prior=1e-6)
+    shares = memory.decay ** np.arange(length)[::-1]
+    means = rng.normal(size=(2000, length)) @ (shares / shares.sum())
+    running = Running(jnp.float32(0), jnp.float32(1), jnp.float32(1 - memory.decay**length))
+    error = statistics.standard_error(running, unit)
+    # The scatter of 2000 Gaussian means is itself known to 1.6 %; five times that.
+    np.testing.assert_allclose(means.std(), error, rtol=0.08)
+
+
+@pytest.mark.parametrize("x", [np.nan, np.inf, -np.inf])
+def test_nonfinite_value_changes_nothing(x):
+    before = jax.tree.map(lambda part: part[-1], trajectory(_noise(50), statistics.LOSS)[0])
+    before = jax.tree.map(jnp.asarray, before)
+    after = statistics.update(before, jnp.float32(x), jnp.array(True), statistics.LOSS)
+    assert_same_bits(after, before)
+    unkept = statistics.update(before, jnp.float32(9), jnp.array(False), statistics.LOSS)
+    assert_same_bits(unkept, before)
+
+
+def outlier_bound(rate: float, spreads: float) -> tuple[float, float]:
+    """How far one value moves a mean, and a threshold `mean + k spread`, in spreads before it.
+
+    The mean moves by a d with d <= 3 s. The variance grows to (1 - a) (v + a d^2), so that the
+    spread grows by at most sqrt(1 + 9 a (1 - a)).
+    """
+    mean = statistics.WINSOR * rate
+    growth = math.sqrt(1 + statistics.WINSOR**2 * rate * (1 - rate))
+    return mean, mean + spreads * (growth - 1)
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+@pytest.mark.parametrize("outlier", [3.0, 1e3, 1e30, np.finfo(np.float32).max, -1e30])
+@pytest.mark.parametrize("history", [1, 2, 5, 20, 200])
+def test_one_outlier_moves_mean_and_threshold_by_less_than_stated(memory, outlier, history):
+    values = np.append(_noise(history), outlier)
+    running, spreads, _ = trajectory(values, memory)
+    rate = (1 - memory.decay) / running.weight[-1]
+    most_mean, most_threshold = outlier_bound(rate, control.SPIKE_SPREADS)
+    threshold = running.mean + control.SPIKE_SPREADS * spreads
+    moved_mean, moved = np.diff(running.mean)[-1], np.diff(threshold)[-1]
+    assert abs(moved_mean) <= most_mean * spreads[-2] * (1 + 1e-5) + 1e-6
+    assert moved <= most_threshold * spreads[-2] * (1 + 1e-5) + 1e-6
+    if abs(outlier) > 100:  # the bound on the mean is attained, so it is not a loose one
+        assert abs(moved_mean) >= most_mean * spreads[-2] * (1 - 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("memory", "mean", "threshold"),
+    [(statistics.GRADIENT, 0.15, 1.32), (statistics.LOSS, 0.30, 2.38)],
+    ids=["gradient", "loss"],
+)
+def test_outlier_bounds_that_the_docstring_states(memory, mean, threshold):
+    """Once warm, one outlier of any size moves the mean and the threshold by so many spreads."""
+    running, spreads, _ = trajectory(np.append(_noise(400), 1e30), memory)
+    moved = running.mean + control.SPIKE_SPREADS * spreads
+    assert np.diff(running.mean)[-1] / spreads[-2] <= mean * (1 + 1e-3)
+    assert np.diff(moved)[-1] / spreads[-2] <= threshold
+    assert outlier_bound(1 - memory.decay, control.SPIKE_SPREADS)[1] <= threshold
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+def test_a_jump_is_more_alarming_than_a_climb_to_the_same_value(memory):
+    """In spreads above the mean, as thresholds count."""
+    quiet, steady = np.full(60, 1.0), np.linspace(1.0, 6.0, 61)[:-1]
+    distances = []
+    for history in (quiet, steady):
+        running, spreads, _ = trajectory(history, memory)
+        distances.append((6.0 - running.mean[-1]) / spreads[-1])
+    assert distances[0] > 5 * distances[1]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(ANY_FLOAT, min_size=LENGTH, max_size=LENGTH), st.sampled_from(sorted(MEMORIES)))
+def test_any_floats_leave_statistics_finite(values, name):
+    memory = MEMORIES[name]
+    running, spreads, errors = trajectory(values, memory)
+    chex.assert_tree_all_finite((running, spreads, errors))
+    assert (spreads >= memory.floor * (1 - 1e-6)).all()
+    assert (errors > 0).all()
+    assert (running.variance >= 0).all()
+    assert ((running.weight >= 0) & (running.weight <= 1)).all()
+
+
+def test_statistics_stay_finite_for_ever_at_the_extremes():
+    """The largest floats, in turn, two thousand times: no overflow builds up."""
+    largest = np.finfo(np.float32).max
+    cases = ([largest, -largest] * 1000, [largest] * 2000, [-largest, 1e-45] * 1000)
+    for values in cases:
+        chex.assert_tree_all_finite(trajectory(values, statistics.OVERSHOOT))
+
+
+def _seen(**signals) -> telemetry.Telemetry:
+    flags = {"has_gradient", "has_overshoot", "has_loss"}
+    return telemetry.init(None)._replace(
+        **{name: jnp.float32(x) for name, x in signals.items()},
+        **{flag: jnp.array(True) for flag in flags},
+    )
+
+
+def test_absorb_takes_logs_and_keeps_a_poisoned_overshoot_out():
+    """A poisoned step says nothing of the step before; its norm and loss still count."""
+    seen = _seen(gradient_norm=20.0, overshoot=0.3, loss=-4.0)
+    healthy = statistics.absorb(statistics.init(), seen, jnp.array(False))
+    np.testing.assert_allclose(healthy.gradient.mean, math.log(20.0), rtol=1e-6)
+    np.testing.assert_allclose(healthy.overshoot.mean, 0.3, rtol=1e-6)
+    np.testing.assert_allclose([healthy.loss.mean, healthy.loss_slow.mean], symlog(-4.0), rtol=1e-6)
+    poisoned = statistics.absorb(statistics.init(), seen, jnp.array(True))
+    assert poisoned.overshoot.weight == 0
+    np.testing.assert_allclose(poisoned.gradient.mean, math.log(20.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-30, 1.0, -3.5, 3e38, -3e38])
+def test_symlog(x):
+    np.testing.assert_allclose(statistics.symlog(jnp.float32(x)), symlog(x), rtol=1e-6)

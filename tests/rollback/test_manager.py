@@ -1,0 +1,419 @@
+"""Going back: when, where to, and what is left of it. Real faults in a real run."""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rollback_loop import (
+    QUICK,
+    batch,
+    flip_bit,
+    flip_parameter,
+    in_moment,
+    mean_loss,
+    nan_parameter,
+    plain,
+    run,
+    start,
+    update,
+)
+from support import assert_all_finite, assert_same_bits, guard_in
+
+import lbw_optax
+from lbw_optax import AuditLog, GuardExhausted, RollbackManager
+from lbw_optax.rollback import checkpoints
+from lbw_optax.rollback.manager import CEILING, CEILING_STEPS
+
+TIERS = {"memory": {}, "disk": {"snapshot_every": None}}
+NAN_BATCH = batch(0)[0] * np.float32("nan"), batch(0)[1]
+
+
+@functools.cache
+def healthy_loss() -> float:
+    """Of the finished run, without a fault."""
+    return mean_loss(plain(140))
+
+
+def checkpoints_in(directory) -> list[int]:
+    return sorted(int(path.name) for path in directory.glob("checkpoints/*"))
+
+
+# --- without a fault ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", TIERS.values(), ids=TIERS)
+def test_without_a_fault_nothing_changes(tmp_path, options):
+    tree, rollback, used = run(tmp_path, 60, **options)
+    assert_same_bits(tree, plain(60))
+    assert rollback.history == []
+    assert used == list(range(60))
+
+
+def test_step_gives_back_the_same_objects(tmp_path):
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        step, tree = rollback.resume(start())
+        for _ in range(30):
+            tree = update(tree, batch(step))
+            same = rollback.step(step + 1, tree)
+            assert same[0] == step + 1
+            assert same[1] is tree
+            step, tree = same
+
+
+def test_the_verdict_is_read_one_call_later(tmp_path):
+    """The call that hands a state in never waits for it."""
+    asked_at = {}
+
+    def watch(rollback, step, tree):
+        if int(lbw_optax.metrics(tree[1])["rollback_asked"]):
+            asked_at.setdefault("guard", rollback._calls)
+        if rollback.history:
+            asked_at.setdefault("rollback", rollback._calls)
+
+    run(tmp_path, 40, {30: nan_parameter}, on_step=watch)
+    assert asked_at["rollback"] == asked_at["guard"] + 1
+
+
+def test_the_training_step_is_compiled_once(tmp_path):
+    for tier, options in TIERS.items():
+        run(tmp_path / tier, 30, {20: nan_parameter}, **options)
+        assert update._cache_size() == 1, tier
+    run(tmp_path / "disk", 40, **TIERS["disk"])  # and after a resume
+    assert update._cache_size() == 1
+
+
+# --- faults ------------------------------------------------------------------------------------
+
+FAULTS = {
+    "nan_parameter": (nan_parameter, "parameters"),
+    "bit_30_of_a_parameter": (flip_parameter(30), "parameters"),
+    "bit_30_of_the_first_moment": (in_moment("mu", lambda m: flip_bit(m, 30)), "inner_state"),
+    "nan_in_the_first_moment": (in_moment("mu", lambda m: m.at[0].set(jnp.nan)), "inner_state"),
+    "nan_in_the_second_moment": (in_moment("nu", lambda m: m.at[0].set(jnp.nan)), "inner_state"),
+}
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_corrupted_state_is_left(tmp_path, name, tier):
+    fault, reason = FAULTS[name]
+    tree, rollback, _ = run(tmp_path, 140, {40: fault}, **TIERS[tier])
+    assert_all_finite(tree)
+    (event,) = rollback.history
+    assert (event.reason, event.tier) == (reason, tier)
+    assert event.from_step - 40 <= 3
+    assert event.from_step - event.to_step <= QUICK["max_distance"]
+    assert mean_loss(tree) < 1.05 * healthy_loss()
+
+
+def test_bad_batches_are_skipped_and_many_left_behind(tmp_path):
+    """Skipping is cheaper than going back, until it has gone on for long."""
+    for count, reasons in ((19, []), (25, ["skips"])):
+        bad = dict.fromkeys(range(40, 40 + count), NAN_BATCH)
+        tree, rollback, used = run(tmp_path / str(count), 140, bad_batches=bad, max_distance=40)
+        assert [event.reason for event in rollback.history] == reasons
+        assert len(used) == len(set(used))
+        assert mean_loss(tree) < 1.05 * healthy_loss()
+
+
+def test_a_long_row_of_bad_batches_costs_one_rollback(tmp_path):
+    """The state was proven good, so going back again cannot help: the rest is skipped."""
+    bad = dict.fromkeys(range(40, 240), NAN_BATCH)
+    tree, rollback, _ = run(tmp_path, 400, bad_batches=bad, max_distance=40)
+    assert len(rollback.history) == 1
+    assert mean_loss(tree) < 1.05 * healthy_loss()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_broken_first_gradient_is_not_remembered(tmp_path, tier):
+    """Nothing is known yet in the first step: the second tells, and the run begins again."""
+    huge = batch(0)[0] * np.float32(30), batch(0)[1] * np.float32(1e3)
+    tree, rollback, used = run(tmp_path, 140, bad_batches={0: huge}, **TIERS[tier])
+    (event,) = rollback.history
+    assert (event.to_step, event.reason) == (0, "inner_state")
+    assert event.from_step <= 3
+    assert used.count(0) == 1
+    assert mean_loss(tree) < 1.05 * healthy_loss()
+    assert mean_loss(plain(140, batches=lambda i: batch(i) if i else huge)) > 1.5 * healthy_loss()
+
+
+def test_a_loss_that_has_diverged(tmp_path):
+    """Wrecked weights of ordinary size: nothing shows but the loss."""
+
+    def wreck(tree):
+        return jax.tree.map(lambda p: -p, tree[0]), tree[1]
+
+    tree, rollback, _ = run(tmp_path, 140, {100: wreck}, max_distance=40)
+    (event,) = rollback.history
+    assert event.reason in ("loss", "skips")
+    assert event.from_step - 100 <= 8
+    assert mean_loss(tree) < 1.05 * healthy_loss()
+
+
+def test_request(tmp_path):
+    def ask(rollback, step, tree):
+        if step == 30 and not rollback.history:
+            rollback.request("the evaluation looked wrong")
+
+    _, rollback, _ = run(tmp_path, 40, on_step=ask)
+    (event,) = rollback.history
+    assert (event.from_step, event.reason) == (31, "the evaluation looked wrong")
+
+
+def test_observing_never_goes_back_but_says_so(tmp_path):
+    params, state = start()
+    tree = params, lbw_optax.override(state, mode="observe")
+    tree, rollback, _ = run(tmp_path, 40, {30: nan_parameter}, tree=tree)
+    assert rollback.history == []
+    assert int(lbw_optax.metrics(tree[1])["rollback_asked"]) > 0
+
+
+# --- targets -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", TIERS.values(), ids=TIERS)
+@pytest.mark.parametrize("at", range(24, 36, 3))
+def test_a_poisoned_state_is_never_gone_back_to(tmp_path, at, options):
+    """Whatever copies are due around the fault, the target is older, sound and the right state."""
+    seen = {}
+
+    def watch(rollback, step, tree):
+        if rollback.history and not seen:
+            seen["step"], seen["tree"] = step, jax.tree.map(jnp.copy, tree)
+
+    _, rollback, _ = run(tmp_path, at + 4, {at: nan_parameter}, on_step=watch, **options)
+    assert seen["step"] == rollback.history[0].to_step < at
+    expected = plain(seen["step"])
+    assert_same_bits(seen["tree"][0], expected[0])
+    assert_same_bits(seen["tree"][1].inner_state, expected[1].inner_state)
+    assert_same_bits(guard_in(seen["tree"][1]).statistics, guard_in(expected[1]).statistics)
+
+
+def test_a_state_that_holds_a_nan_is_no_target(tmp_path):
+    """A leaf that no signal of the guard sees."""
+    extra = {"ema": jnp.ones(3)}
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        step, (tree, extra) = rollback.resume((start(), extra))
+        while step < 30:
+            tree = update(tree, batch(step))
+            if step == 12:
+                extra = {"ema": extra["ema"].at[0].set(jnp.nan)}
+            step, (tree, extra) = rollback.step(step + 1, (tree, extra))
+        rollback.request("now")
+        step, (tree, extra) = rollback.step(31, (update(tree, batch(step)), extra))
+    assert step <= 12
+    assert_all_finite(extra)
+
+
+def test_trouble_again_goes_further_back(tmp_path):
+    steps = []
+    with RollbackManager(tmp_path, **(QUICK | {"max_distance": 40})) as rollback:
+        step, tree = rollback.resume(start())
+        while step < 33:
+            tree = update(tree, batch(rollback.data_step(step)))
+            step, tree = rollback.step(step + 1, tree)
+        for _ in range(3):
+            rollback.request("again")
+            step, tree = rollback.step(step + 1, update(tree, batch(rollback.data_step(step))))
+            steps.append(step)
+    assert steps == sorted(set(steps), reverse=True)
+
+
+def test_distance_is_bounded_always(tmp_path):
+    """A fault at any step: never further than max_distance, and normally about half of it."""
+    distances = []
+    for at in range(10, 50, 5):
+        _, rollback, _ = run(tmp_path / str(at), at + 5, {at: nan_parameter}, max_distance=12)
+        distances += [r.from_step - r.to_step for r in rollback.history]
+    assert len(distances) == 8
+    assert max(distances) <= 12
+    assert np.median(distances) <= 8
+
+
+def test_nowhere_to_go(tmp_path):
+    """Bad batches keep every state from proving healthy, until the last target is too old."""
+    bad = dict.fromkeys(range(12, 100, 3), NAN_BATCH)
+    with pytest.raises(GuardExhausted, match=r"step 5\d \(parameters\).*within 20 steps.*newest"):
+        run(tmp_path, 80, {50: nan_parameter}, bad_batches=bad)
+    assert checkpoints_in(tmp_path)  # and the newest good one is in place
+
+
+def test_an_uncertain_ask_with_nowhere_to_go_is_put_off(tmp_path):
+    """Skips alone leave the state whole: the run goes on, and recovers by itself."""
+    bad = dict.fromkeys(range(12, 40), NAN_BATCH)
+    with pytest.warns(RuntimeWarning, match=r"step 3\d \(skips\), and no state within 20 steps"):
+        tree, rollback, _ = run(tmp_path, 140, bad_batches=bad)
+    assert rollback.history == []
+    assert int(lbw_optax.metrics(tree[1])["rollback_asked"]) == 0
+    assert mean_loss(tree) < 1.05 * healthy_loss()
+
+
+def test_budget(tmp_path):
+    faults = dict.fromkeys(range(30, 200, 20), nan_parameter)
+    with pytest.raises(GuardExhausted, match=r"budget of 3 in 1000.*32 to \d+ \(parameters"):
+        run(tmp_path, 200, faults, max_rollbacks=3)
+    journal = json.loads((tmp_path / "journal.json").read_text())
+    good = [int(s) for s, state in journal["checkpoints"].items() if state == "good"]
+    assert set(good) <= set(checkpoints_in(tmp_path))
+    assert good
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        assert len(rollback.history) == 3
+        step, tree = rollback.resume(start())
+    assert_all_finite(tree)
+    assert step >= max(good)
+
+
+# --- after a rollback --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", TIERS.values(), ids=TIERS)
+def test_newer_checkpoints_are_gone_and_the_next_are_written(tmp_path, options):
+    on_disk = {}
+
+    def watch(rollback, step, tree):
+        if rollback.history and not on_disk:
+            on_disk["after"], on_disk["target"] = checkpoints_in(tmp_path), step
+
+    run(tmp_path, 70, {40: nan_parameter}, on_step=watch, **options)
+    assert max(on_disk["after"]) <= on_disk["target"]
+    assert max(checkpoints_in(tmp_path)) > 60
+
+
+def test_no_batch_is_used_twice_after_a_rollback(tmp_path):
+    faults = {30: nan_parameter, 60: flip_parameter(30)}
+    _, rollback, used = run(tmp_path, 90, faults)
+    assert len(rollback.history) == 2
+    assert used == sorted(set(used))
+    skipped = sum(event.skipped_batches for event in rollback.history)
+    assert len(used) == 90 + skipped
+    assert all(event.skipped_batches <= QUICK["max_distance"] for event in rollback.history)
+    # The run that is left has seen every batch of its own once, in order, and jumps over the rest.
+    kept = [rollback.data_step(step) for step in range(90)]
+    assert kept == sorted(set(kept))
+    assert max(np.diff(kept)) <= QUICK["max_distance"] + 1
+
+
+def test_the_scale_stays_under_a_ceiling_for_a_while(tmp_path):
+    scales, before = [], {}
+
+    def watch(rollback, step, tree):
+        guard = guard_in(tree[1])
+        if not rollback.history:
+            before[step] = math.exp(guard.control.log_scale)
+        else:
+            scales.append(math.exp(guard.control.log_scale))
+
+    _, rollback, _ = run(tmp_path, 140, {50: nan_parameter}, on_step=watch)
+    ceiling = CEILING * before[rollback.history[0].to_step]
+    assert max(scales[1 : CEILING_STEPS + 1]) <= ceiling * 1.001
+    assert max(scales) > 1.5 * ceiling  # and it is released
+
+
+def test_a_rollback_is_an_event_and_a_line(tmp_path):
+    """The events of the time that was left stay, numbers go on."""
+    bad = {35: NAN_BATCH}
+    with AuditLog(tmp_path / "audit.jsonl") as audit:
+
+        def record(rollback, step, tree):
+            audit.record(step, tree[1])
+
+        tree, rollback, _ = run(
+            tmp_path / "r", 70, {40: nan_parameter}, bad_batches=bad, on_step=record
+        )
+    lines = [json.loads(x) for x in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    (line,) = [line for line in lines if line["action"] == "rollback"]
+    (event,) = rollback.history
+    assert (line["signal"], line["value"], line["threshold"]) == (
+        event.reason, event.from_step, event.to_step,
+    )  # fmt: skip
+    assert [line["number"] for line in lines] == list(range(len(lines)))
+    skip = next(line for line in lines if line["signal"] == "nonfinite_gradients")
+    assert skip["number"] < line["number"]
+    assert [e.action for e in lbw_optax.events(tree[1])] == [line["action"] for line in lines]
+
+
+def test_memory_bytes(tmp_path):
+    tree = start()
+    bytes_of_one = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    most = []
+    run(tmp_path / "on", 60, on_step=lambda r, *_: most.append(r.memory_bytes))
+    assert bytes_of_one <= max(most) <= 3 * bytes_of_one
+    off = []
+    run(tmp_path / "off", 60, snapshot_every=None, on_step=lambda r, *_: off.append(r.memory_bytes))
+    assert set(off) == {0}
+
+
+def test_a_write_may_take_until_the_next_is_due(tmp_path, monkeypatch):
+    """The loop waits for a checkpoint no sooner, unless it is to be gone back to."""
+    waits, calls, save = [], [0], checkpoints.save
+
+    def watched(path, snapshot):
+        wait = save(path, snapshot)
+        return lambda: (waits.append((snapshot.step, calls[0])), wait())
+
+    def on_step(rollback, step, tree):
+        calls[0] += 1
+        if calls[0] == 28:
+            rollback.request("by hand")
+
+    monkeypatch.setattr(checkpoints, "save", watched)
+    _, rollback, _ = run(tmp_path, 30, on_step=on_step, snapshot_every=None)
+    assert waits == [(0, 0), (8, 15), (16, 23), (24, 28)]
+    assert [(r.to_step, r.tier) for r in rollback.history] == [(24, "disk")]
+
+
+def test_checkpoints_are_not_compressed(tmp_path):
+    """Zeros would shrink to nothing: the bytes on disk tell."""
+    zeros = jnp.zeros(100_000), lbw_optax.lbw_guard(optax.sgd(0.1)).init(jnp.zeros(100_000))
+    with RollbackManager(tmp_path) as rollback:
+        rollback.resume(zeros)
+    written = sum(path.stat().st_size for path in tmp_path.glob("checkpoints/0/**/*"))
+    assert written >= 400_000
+
+
+# --- what a user may get wrong -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"max_distance": 27}, "max_distance=27 is too small for save_every=25 and probation=2"),
+        ({"snapshot_every": 48}, "max_distance=50 is too small for snapshot_every=48"),
+        ({"probation": 0}, "probation must be at least 1, got 0"),
+        ({"max_rollbacks": 0}, "max_rollbacks must be at least 1, got 0"),
+    ],
+)
+def test_arguments(tmp_path, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        RollbackManager(tmp_path, **options)
+
+
+def test_a_state_without_a_guard(tmp_path):
+    params = {"w": jnp.ones(3)}
+    with RollbackManager(tmp_path) as rollback, pytest.raises(ValueError, match="holds no guard"):
+        rollback.resume((params, optax.adamw(1e-3).init(params)))
+    with RollbackManager(tmp_path) as rollback, pytest.raises(ValueError, match="holds no guard"):
+        rollback.step(1, params)
+
+
+def test_a_leaf_that_is_no_array(tmp_path):
+    with RollbackManager(tmp_path) as rollback, pytest.raises(TypeError, match=r"\['name'\].*str"):
+        rollback.resume((start(), {"name": "run 7"}))
+
+
+def test_adopt_and_strip_through_a_chain():
+    params = {"w": jnp.ones(3), "b": jnp.zeros(2)}
+    inner = optax.adamw(1e-3)
+    guarded = optax.chain(optax.clip(1.0), lbw_optax.lbw_guard(inner))
+    bare = optax.chain(optax.clip(1.0), inner)
+    _, old = bare.update(params, bare.init(params), params)
+    adopted = lbw_optax.adopt(guarded.init(params), old)
+    assert_same_bits(lbw_optax.strip(adopted), old)
+    assert jax.tree.structure(adopted) == jax.tree.structure(guarded.init(params))
+    with pytest.raises(ValueError, match="not what this optimizer holds without its guard"):
+        lbw_optax.adopt(guarded.init(params), optax.sgd(0.1).init(params))

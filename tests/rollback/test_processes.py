@@ -1,0 +1,200 @@
+"""Several processes of one job: the same decision everywhere, one checkpoint, a clean end.
+
+Each process is a real one with a simulated device of its own; they talk through Gloo on 127.0.0.1.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.process
+
+TESTS = Path(__file__).parent.parent
+
+WORKER = """
+import json, os, sys
+import jax
+rank, count, port, directory, mode, steps = sys.argv[1:7]
+rank, count, steps = int(rank), int(count), int(steps)
+faults = json.loads(sys.argv[7])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(
+    f"127.0.0.1:{port}", count, rank, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=20
+)
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec as P
+import lbw_optax
+
+mesh = jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+def place(x, spec=None):
+    if spec is None:
+        split = mode == "fsdp" and x.ndim and x.shape[0] % count == 0 and x.size > 8
+        spec = P("data") if split else P()
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, NamedSharding(mesh, spec), lambda i: host[i])
+
+tx = lbw_optax.lbw_guard(optax.adamw(0.03))
+params = {"b": jnp.zeros((1, 3)), "w": jnp.linspace(-1, 1, 24).reshape(8, 3)}
+start = jax.tree.map(place, (params, tx.init(params)))
+
+def update(tree, x, y):
+    params, state = tree
+    loss_of = lambda p: jnp.mean((x @ p["w"] + p["b"] - y) ** 2)
+    loss, gradients = jax.value_and_grad(loss_of)(params)
+    updates, state = tx.update(gradients, state, params, value=loss)
+    return optax.apply_updates(params, updates), state
+update = jax.jit(update, out_shardings=jax.tree.map(lambda x: x.sharding, start), donate_argnums=0)
+
+def batch(index):
+    rng = np.random.default_rng(index)
+    x = rng.normal(size=(16, 8)).astype("f")
+    y = (x @ np.linspace(-0.5, 2, 24).reshape(8, 3) + 0.3 * rng.normal(size=(16, 3))).astype("f")
+    return place(x, P("data")), place(y, P("data"))
+
+def corrupt(tree):
+    # In the memory of the last process only: its part of w, or its copy.
+    def poison(x):
+        local = [np.array(s.data) for s in x.addressable_shards]
+        if rank == count - 1:
+            local[0].reshape(-1)[0] = np.nan
+        parts = [jax.device_put(p, s.device) for p, s in zip(local, x.addressable_shards)]
+        return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
+    params, state = tree
+    return params | {"w": poison(params["w"])}, state
+
+def bad(x):
+    local = [np.array(s.data) for s in x.addressable_shards]
+    if rank == count - 1:
+        local[0][:] = np.nan
+    parts = [jax.device_put(p, s.device) for p, s in zip(local, x.addressable_shards)]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
+
+options = dict(save_every=8, snapshot_every=4, probation=3, max_distance=20)
+with lbw_optax.RollbackManager(directory, **options) as rollback:
+    step, tree = rollback.resume(start)
+    print("from", step, flush=True)
+    while step < steps:
+        index = rollback.data_step(step)
+        x, y = batch(index)
+        if index in faults.get("batches", []):
+            x = bad(x)
+        tree = update(tree, x, y)
+        step += 1
+        if step == faults.get("corrupt") and not rollback.history:
+            tree = corrupt(tree)
+        step, tree = rollback.step(step, tree)
+        print(step, flush=True)
+whole = multihost_utils.process_allgather(tree[0], tiled=True)
+print(json.dumps({
+    "history": [r._asdict() for r in rollback.history],
+    "skips": int(lbw_optax.metrics(tree[1])["skips"]),
+    "w": np.asarray(whole["w"]).reshape(8, 3).tolist(),
+}), flush=True)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(count: int, directory: Path, mode: str, steps: int, **faults) -> list[subprocess.Popen]:
+    port = free_port()
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    arguments = [str(port), str(directory), mode, str(steps), json.dumps(faults)]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(count), *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 240) -> list[list[str]]:
+    """What each process printed; all must have ended well."""
+    deadline, said = time.monotonic() + timeout, []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=max(1, deadline - time.monotonic()))
+            assert process.returncode == 0, err[-3000:]
+            said.append([line for line in out.splitlines() if not line.startswith("[Gloo]")])
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return said
+
+
+def agree(said: list[list[str]]) -> dict:
+    """Every process took the same steps and decisions and has the same parameters."""
+    assert all(lines == said[0] for lines in said[1:])
+    return json.loads(said[0][-1])
+
+
+def check_agreement(directory: Path, count: int, mode: str) -> None:
+    """A corrupted shard and a bad batch, on one process only."""
+    faults = {"corrupt": 30, "batches": [14]}
+    ended = agree(finish(launch(count, directory, mode, 45, **faults)))
+    (rollback,) = ended["history"]
+    assert rollback["reason"] in ("parameters", "inner_state")
+    assert rollback["from_step"] <= 36
+    assert ended["skips"] >= 1
+    assert np.isfinite(ended["w"]).all()
+
+
+@pytest.mark.parametrize("mode", ["data", "fsdp"])
+def test_two_processes_agree(tmp_path, mode):
+    check_agreement(tmp_path, 2, mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["data", "fsdp"])
+def test_four_processes_agree(tmp_path, mode):
+    check_agreement(tmp_path, 4, mode)
+
+
+def check_a_kill(directory: Path, count: int) -> None:
+    """The others end with an error that says so; checkpoint and history can be resumed."""
+    processes = launch(count, directory, "fsdp", 10**6, corrupt=16)
+    try:
+        for process in processes:
+            while process.stdout.readline() != "24\n":
+                assert process.poll() is None, process.stderr.read()[-3000:]
+        processes[-1].kill()
+        for process in processes[:-1]:
+            _, error = process.communicate(timeout=120)
+            assert process.returncode != 0
+            assert "Gloo" in error or "coordination" in error.lower(), error[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    said = finish(launch(count, directory, "fsdp", 40))
+    assert int(said[0][0].removeprefix("from ")) >= 8
+    ended = agree(said)
+    assert [rollback["reason"] for rollback in ended["history"]] == ["parameters"]
+    assert np.isfinite(ended["w"]).all()
+
+
+def test_killing_one_of_two_ends_the_job_and_it_can_be_resumed(tmp_path):
+    check_a_kill(tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_killing_one_of_four_ends_the_job_and_it_can_be_resumed(tmp_path):
+    check_a_kill(tmp_path, 4)

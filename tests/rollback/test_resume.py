@@ -1,0 +1,512 @@
+"""After a kill: real processes, real files, and every way in which a checkpoint can be damaged."""
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rollback_loop import QUICK, batch, nan_parameter, plain, run, start, update
+from support import assert_same_bits
+
+from lbw_optax import AuditLog, RollbackManager
+
+TESTS = Path(__file__).parent.parent
+
+# When one read of a damaged checkpoint fails, Orbax leaves the others to end after their event
+# loop has: Python says so when it collects them, and it does that in this module.
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collected_here():
+    yield
+    gc.collect()
+
+
+def child(code: str, *arguments, **options) -> subprocess.Popen:
+    """A real process; it prints "ready" when the test may act."""
+    environment = os.environ | {"PYTHONPATH": str(TESTS), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def newest(directory: Path) -> int:
+    return max(int(path.name) for path in directory.glob("checkpoints/*") if path.name.isdecimal())
+
+
+def resume(directory: Path):
+    with RollbackManager(directory, **QUICK) as rollback:
+        return rollback.resume(start())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a run of 40 steps; copied by whoever damages it."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    run(directory, 40)
+    return directory
+
+
+@pytest.fixture
+def directory(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+# --- going on ----------------------------------------------------------------------------------
+
+
+def test_an_empty_directory_starts_at_zero(tmp_path):
+    tree = start()
+    with RollbackManager(tmp_path / "new" / "deep") as rollback:
+        step, same = rollback.resume(tree)
+    assert step == 0
+    assert same is tree
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(directory):
+    """To the bit: parameters, moments, the guard's statistics and its events."""
+    step = newest(directory)
+    tree, _, used = run(directory, 70)
+    assert_same_bits(tree, plain(70))
+    assert used == list(range(step, 70))
+
+
+def test_a_resumed_run_with_rollbacks_is_the_uninterrupted_run(tmp_path):
+    """Data position, ceiling and history come back too."""
+    whole, manager, _ = run(tmp_path / "whole", 90, {30: nan_parameter})
+    run(tmp_path / "parts", 62, {30: nan_parameter})
+    tree, resumed, _ = run(tmp_path / "parts", 90)
+    assert_same_bits(tree, whole)
+    assert resumed.history == manager.history
+    assert len(resumed.history) == 1
+    assert [resumed.data_step(s) for s in range(90)] == [manager.data_step(s) for s in range(90)]
+
+
+def test_what_is_saved_by_hand_is_where_it_goes_on(tmp_path):
+    """Step 11 is between two checkpoints of its own."""
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        step, tree = rollback.resume(start())
+        while step < 11:
+            tree = update(tree, batch(rollback.data_step(step)))
+            step, tree = rollback.step(step + 1, tree)
+        rollback.save(step, tree)
+        rollback.save(step, tree)  # the second time there is nothing to do
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        resumed, found = rollback.resume(start())
+    assert resumed == 11
+    assert_same_bits(found, tree)
+
+
+@pytest.mark.parametrize("every", [4, 15])
+def test_saves_by_hand_prove_themselves_and_do_not_pile_up(tmp_path, every):
+    """Also when they come before the one before has proven healthy, after six steps."""
+    with RollbackManager(tmp_path, snapshot_every=None, probation=6) as rollback:
+        step, tree = rollback.resume(start())
+        while step < 60:
+            tree = update(tree, batch(rollback.data_step(step)))
+            step, tree = rollback.step(step + 1, tree)
+            if step % every == 0:
+                rollback.save(step, tree)
+                rollback.save(step, tree)
+                assert newest(tmp_path) == step
+        assert len(list(tmp_path.glob("checkpoints/*"))) <= 5
+        rollback.request("to see where it goes")
+        step, _ = rollback.step(step, tree)
+    assert step == {4: 52, 15: 45}[every]
+
+
+def test_the_audit_log_goes_on(tmp_path):
+    """Resumed behind what it has written: no line twice, none missing."""
+    bad = {i: (batch(0)[0] * np.float32("nan"), batch(0)[1]) for i in (12, 35)}
+
+    def train(steps):
+        with AuditLog(tmp_path / "audit.jsonl") as audit:
+            record = lambda rollback, step, tree: audit.record(step, tree[1])  # noqa: E731
+            run(tmp_path / "run", steps, bad_batches=bad, on_step=record)
+
+    train(34)
+    train(60)
+    lines = [json.loads(x) for x in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [line["number"] for line in lines] == list(range(len(lines)))
+    assert [line["step"] for line in lines if line["action"] == "skip"] == [12, 35]
+
+
+def test_an_occupied_directory_must_be_resumed(directory):
+    with (
+        RollbackManager(directory, **QUICK) as rollback,
+        pytest.raises(ValueError, match=r"holds checkpoints up to step 40.*resume\(tree\)"),
+    ):
+        rollback.step(1, start())
+
+
+# --- damage ------------------------------------------------------------------------------------
+
+
+def files_of(directory: Path, step: int) -> list[Path]:
+    return sorted(p for p in (directory / "checkpoints" / str(step)).rglob("*") if p.is_file())
+
+
+def resume_and_listen(directory: Path):
+    """Step and state, and all that the user was told."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step, tree = resume(directory)
+    return step, tree, "; ".join(str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
+def test_every_file_of_a_checkpoint_may_be_damaged(directory, damage):
+    step = newest(directory)
+    whole = directory / "checkpoints" / str(step)
+    copy = directory.parent / "copy"
+    shutil.copytree(directory, copy)
+    fell_back = 0
+    for file in files_of(directory, step):
+        if damage == "missing":
+            file.unlink()
+        else:
+            size = file.stat().st_size
+            os.truncate(file, size // 2 if damage == "truncated" else 0)
+        found, tree, said = resume_and_listen(directory)
+        fell_back += found < step
+        assert_same_bits(tree, plain(found))
+        assert f"step {step}: " in said or found == step
+        shutil.rmtree(directory)
+        shutil.copytree(copy, directory)
+    assert whole.exists()
+    assert fell_back >= 3
+
+
+def _flip(file: Path, position: int, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1 << bit
+    file.write_bytes(content)
+
+
+def flips_of(directory: Path, step: int, count: int, seed: int):
+    """Single bits, spread at random over all bytes of a checkpoint."""
+    files = [file for file in files_of(directory, step) if file.stat().st_size]
+    sizes = np.cumsum([file.stat().st_size for file in files])
+    for position in np.random.default_rng(seed).choice(sizes[-1], count, replace=False):
+        at = int(np.searchsorted(sizes, position, side="right"))
+        yield files[at], int(position - (sizes[at - 1] if at else 0)), int(position) % 8
+
+
+def assert_flips_are_harmless(directory: Path, count: int, seed: int) -> int:
+    step, expected, fell_back = newest(directory), {}, 0
+    copy = directory.parent / "copy"
+    shutil.copytree(directory, copy)
+    for file, position, bit in flips_of(directory, step, count, seed):
+        _flip(file, position, bit)
+        found, tree, said = resume_and_listen(directory)
+        fell_back += found < step
+        assert f"step {step}: " in said or found == step
+        if found not in expected:
+            expected[found] = plain(found)
+        assert_same_bits(tree, expected[found])
+        shutil.rmtree(directory)
+        shutil.copytree(copy, directory)
+    return fell_back
+
+
+def test_a_flipped_bit_is_never_loaded(directory):
+    """The state is right or older, and most bits of a file matter."""
+    assert assert_flips_are_harmless(directory, 24, seed=0) >= 12
+
+
+@pytest.mark.slow
+def test_many_flipped_bits(directory):
+    assert assert_flips_are_harmless(directory, 1500, seed=1) >= 750
+
+
+def test_a_checkpoint_that_is_gone(directory):
+    for step in (40, 32):  # a candidate, whose save a kill may have cut short, and a good one
+        shutil.rmtree(directory / "checkpoints" / str(step))
+    step, tree, said = resume_and_listen(directory)
+    assert step == 24
+    assert "Resumed from step 24 " in said
+    assert "step 32: " in said
+    assert_same_bits(tree, plain(24))
+
+
+def test_nothing_can_be_read(directory):
+    shutil.rmtree(directory / "checkpoints")
+    with pytest.raises(ValueError, match=r"No checkpoint in .* can be read \(step 32: .*anew"):
+        resume(directory)
+
+
+def test_a_damaged_journal(directory):
+    journal, before = directory / "journal.json", directory / "journal.before.json"
+    journal.write_text(journal.read_text()[:-20])
+    with pytest.warns(RuntimeWarning, match=r"journal\.json is damaged .* the one before it"):
+        step, tree = resume(directory)
+    assert_same_bits(tree, plain(step))
+    for file in (journal, before):
+        file.write_text(file.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"journal\.json is damaged .* and so is the copy"):
+        RollbackManager(directory, **QUICK)
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_a_rollback(tmp_path):
+    """The disk tier alone; its newest target is cut while the run goes on."""
+
+    def damage(rollback, step, tree):
+        if step == 30 and not rollback.history:
+            target = max(s for s, _ in rollback._targets.proven())
+            for file in files_of(tmp_path, target):
+                os.truncate(file, file.stat().st_size // 2)
+            rollback.request("test")
+
+    options = {"snapshot_every": None, "max_distance": 40}
+    with pytest.warns(RuntimeWarning, match="is passed over"):
+        tree, rollback, _ = run(tmp_path, 40, on_step=damage, **options)
+    (event,) = rollback.history
+    assert event.from_step - event.to_step > 8
+    assert np.isfinite(np.asarray(tree[0]["w"])).all()
+
+
+def test_another_model(directory):
+    params, state = start()
+    tree = {"w": jnp.ones((5, 3)), "extra": params["b"]}, state
+    with (
+        RollbackManager(directory, **QUICK) as rollback,
+        pytest.raises(ValueError, match="of another model or optimizer") as error,
+    ):
+        rollback.resume(tree)
+    assert "0.w: float32[4, 3] in the checkpoint, float32[5, 3] here" in str(error.value)
+    assert "0.extra: absent in the checkpoint, float32[1, 3] here" in str(error.value)
+    assert "0.b: float32[1, 3] in the checkpoint, absent here" in str(error.value)
+
+
+# --- the folder --------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from lbw_optax import RollbackManager
+with RollbackManager(sys.argv[1]) as rollback:
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_one_directory(tmp_path):
+    """The second is told; a kill of the first frees the directory."""
+    with child(HOLD, tmp_path, stdin=subprocess.PIPE) as first:
+        assert first.stdout.readline() == "ready\n"
+        with pytest.raises(OSError, match=r"Another process uses .* or pass another directory"):
+            RollbackManager(tmp_path)
+        first.kill()
+    assert resume(tmp_path)[0] == 0
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot be written to .*file/run \(Not a directory\)"):
+        RollbackManager(tmp_path / "file" / "run")
+
+
+READ_ONLY = """
+import os, sys
+from lbw_optax import RollbackManager
+if os.geteuid() == 0:
+    os.setgid(65534); os.setuid(65534)
+try:
+    RollbackManager(sys.argv[1])
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_read_only_directory(tmp_path):
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(0o755)  # pytest's own folders are closed to other users
+    (tmp_path / "closed").mkdir(mode=0o555)
+    with child(READ_ONLY, tmp_path / "closed" / "run") as process:
+        said, _ = process.communicate(timeout=60)
+    assert "cannot be written" in said
+    assert "(Permission denied): pass a directory that this user may write to." in said
+
+
+LIMITED = """
+import resource, sys
+from rollback_loop import run
+def limit(rollback, step, tree):
+    if step == 20:  # no file may grow beyond this: every write from now on fails
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    if step == 60:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+tree, rollback, used = run(sys.argv[1], 90, on_step=limit)
+print(len(used), rollback.history)
+"""
+
+
+FULL = """
+import contextlib, sys
+from pathlib import Path
+from rollback_loop import run
+filler = Path(sys.argv[1]).parent / "filler"
+def fill(rollback, step, tree):
+    if step == 20:
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(512)):
+                pass
+    if step == 60:
+        filler.unlink()
+tree, rollback, used = run(sys.argv[1], 90, on_step=fill)
+print(len(used), rollback.history)
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def assert_a_healthy_run_goes_on(script: str, directory: Path) -> None:
+    with child(script, directory) as process:
+        said, warned = process.communicate(timeout=120)
+    assert said == "90 []\n", warned
+    assert "could not be written" in warned
+    step, tree = resume(directory)
+    assert step >= 72
+    assert_same_bits(tree, plain(step))
+
+
+def test_writes_that_fail_do_not_stop_a_healthy_run(tmp_path):
+    """A file-size limit of 0 makes every write fail; later there is room."""
+    assert_a_healthy_run_goes_on(LIMITED, tmp_path)
+
+
+def test_a_full_disk_does_not_stop_a_healthy_run(small_disk):
+    assert_a_healthy_run_goes_on(FULL, small_disk / "run")
+
+
+# --- kills -------------------------------------------------------------------------------------
+
+TRAIN = """
+import os, signal, sys
+from rollback_loop import nan_parameter, run
+from lbw_optax.rollback import checkpoints, journal
+directory, steps, fault_at, die_at = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+left = []
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+def before(module, name):
+    then = getattr(module, name)
+    setattr(module, name, lambda *a: die() if left else then(*a))
+if die_at == "journal":
+    before(journal, "write")
+if die_at == "delete":
+    before(checkpoints, "delete")
+def fault(tree):
+    left.append(True)
+    return nan_parameter(tree)
+def report(rollback, step, tree):
+    if die_at == "arrived" and rollback.history:
+        die()
+    if die_at == "delete" and step == 33:  # with a healthy checkpoint of step 32 to remove
+        left.append(True)
+        rollback.request("test")
+    print(step, flush=True)
+run(directory, steps, {fault_at: fault} if fault_at else {}, on_step=report)
+"""
+
+
+def train_and_kill(directory: Path, after: int, delay: float = 0.0) -> int:
+    """Kill a training process some seconds after it has made so many steps; the last step seen."""
+    with child(TRAIN, directory, 10**6, 0, "") as process:
+        for _ in range(after):
+            step = int(process.stdout.readline())
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(delay)
+        process.kill()
+        steps = [step, *map(int, process.stdout.read().split())]
+        assert process.wait() == -signal.SIGKILL
+    return steps[-1]
+
+
+class Reference:
+    """The uninterrupted run, as far as it was asked for."""
+
+    def __init__(self):
+        self.step, self.tree = 0, start()
+
+    def __call__(self, step: int):
+        assert step >= self.step
+        while self.step < step:
+            self.tree, self.step = update(self.tree, batch(self.step)), self.step + 1
+        return self.tree
+
+
+def kill_again_and_again(directory: Path, kills: int, seed: int) -> None:
+    """One run, killed and resumed; it never loads anything but what the uninterrupted run has."""
+    rng, reference = np.random.default_rng(seed), Reference()
+    for _ in range(kills):
+        killed_at = train_and_kill(directory, int(rng.integers(1, 30)), rng.random() * 0.02)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a kill damages no checkpoint that the journal names
+            found, tree = resume(directory)
+        assert_same_bits(tree, reference(found))
+        # The checkpoint before the last was settled before the last was begun.
+        assert killed_at - found <= 2 * QUICK["save_every"]
+
+
+def test_killed_at_random_steps(tmp_path):
+    kill_again_and_again(tmp_path, 3, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_two_hundred_times(tmp_path):
+    kill_again_and_again(tmp_path, 200, seed=1)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.005, 0.02])
+def test_killed_while_saving(tmp_path, delay):
+    """The step that is printed last has just begun a save."""
+    killed_at = train_and_kill(tmp_path, 3 * QUICK["save_every"], delay)
+    found, tree = resume(tmp_path)
+    assert killed_at - found <= 2 * QUICK["save_every"]
+    assert_same_bits(tree, plain(found))
+    assert not list(tmp_path.glob("checkpoints/*tmp*"))  # the unfinished one is gone
+
+
+@pytest.mark.parametrize("die_at", ["journal", "delete", "arrived"])
+def test_killed_during_a_rollback(tmp_path, die_at):
+    """Before the journal knows of it, before the newer checkpoints are gone, and just after."""
+    fault_at = 0 if die_at == "delete" else 33
+    with child(TRAIN, tmp_path, 60, fault_at, die_at) as process:
+        _, warned = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, warned
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        step, tree = rollback.resume(start())
+        # Killed before the journal knew, the run takes its batches once more; else it goes past.
+        assert len(rollback.history) == (die_at != "journal")
+        assert rollback.data_step(40) == 40 + sum(r.skipped_batches for r in rollback.history)
+    assert step <= 32
+    assert (step == 32) == (die_at == "journal")
+    assert_same_bits(tree[0], plain(step)[0])
+    tree, _, _ = run(tmp_path, 60)
+    assert np.isfinite(np.asarray(tree[0]["w"])).all()
