@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_optax[rollback]'")
 
-from benchmarks.speed import loops as speed_loops, throughput
+from benchmarks.speed import loops as speed_loops
+from benchmarks.speed import throughput
 from train import model
 
 SMALL = speed_loops.Shape(model.Config(300, 32, 64, 1, 4, 2, 8), 4, 16)
@@ -30,7 +31,7 @@ def test_turns_alternate_and_ratios_are_paired():
         "ours": loop("ours", [99.0, 2.0, 2.0, 2.0]),
     }
     shape = speed_loops.Shape(model.PRESETS["tiny"], batch_size=2, length=10)
-    result = loops.measured(loops, shape, 5, 3, trains_all=True)
+    result = speed_loops.measured(loops, shape, 5, 3, trains_all=True)
     assert turns == ["plain", "ours", "plain", "ours", "ours", "plain", "plain", "ours"]
     assert result["tokens_per_second"] == {"plain": 50.0, "ours": 50.0}
     assert result["ours_over"] == {"plain": [0.75, 1.0, 1.25]}
