@@ -100,7 +100,7 @@ def _compiled(loss: Any, inner: Inner, schedule: str, guarded: bool) -> Callable
             return (optax.apply_updates(params, updates), state), None
 
         (trained, state), _ = jax.lax.scan(step, (params, tx.init(params)), batches)
-        scale = jnp.exp(state.control.log_scale) if guarded else 1.0
+        scale = jnp.exp(state.law.control.log_scale) if guarded else 1.0
         return loss(params, held_out), loss(trained, held_out), scale
 
     return jax.jit(whole)

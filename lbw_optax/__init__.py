@@ -2,9 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lbw_optax.alias import adamw
-from lbw_optax.audit import AuditLog, GuardExhausted, check, events, metrics, override
-from lbw_optax.guard import lbw_guard
+from lbw_optax.audit import (
+    AuditLog,
+    GuardExhausted,
+    check,
+    events,
+    explain,
+    metrics,
+    override,
+    reset,
+)
+from lbw_optax.guard import adamw, chain, lbw_guard
 from lbw_optax.law.control import REGIMES
 from lbw_optax.law.events import Event
 from lbw_optax.state import GuardState, adopt, strip
@@ -21,11 +29,14 @@ __all__ = [
     "RollbackManager",
     "adamw",
     "adopt",
+    "chain",
     "check",
     "events",
+    "explain",
     "lbw_guard",
     "metrics",
     "override",
+    "reset",
     "strip",
 ]
 

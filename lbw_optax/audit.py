@@ -1,7 +1,6 @@
 """What a person can read of the guard, and how they can overrule it. Runs on the host."""
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any, Self
@@ -10,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lbw_optax import sentences
 from lbw_optax.law import events as ring
-from lbw_optax.law.control import REGIMES
 from lbw_optax.law.events import Event
 from lbw_optax.law.telemetry import HISTOGRAM_EDGES
 from lbw_optax.state import MODES, GuardState, find, find_all, map_guards
@@ -25,8 +24,30 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     """The guard's signals and decisions of the newest step, as a flat dict of scalars.
 
     Works on any optimizer state that holds one guard, also inside ``jit``. A signal that could
-    not be measured in this step keeps its last value. ``gradient_log2/k`` counts the sampled
-    gradient coordinates with 2^k <= abs(g) < 2^(k+2).
+    not be measured in this step keeps its last value.
+
+    ==========================  ====================================================================
+    ``scale``                   factor of the updates; observing or chained, what it would be
+    ``regime``                  index into ``lbw_optax.REGIMES``
+    ``gradient_norm``           length of the gradients
+    ``update_norm``             length of the step, at the scale held before it
+    ``parameter_norm``          length of the parameters before the step
+    ``relative_step``           length of the step over that of the parameters
+    ``overshoot``               cosine of the gradients with the step before; > 0: it went too far
+    ``curvature``               second derivative of the loss along the step before
+    ``loss``                    as it was passed
+    ``loss_trend``              fast less slow mean of symlog(loss); < 0: it falls
+    ``nonfinite_gradients``     elements; likewise ``nonfinite_updates``, ``nonfinite_loss``
+    ``updates_broken``          bool, their length jumped beyond any step of an optimizer
+    ``parameters_broken``       bool, they are not finite, or longer than a step can make them
+    ``nonzero_fraction``        of the coordinates: those in leaves that were not zero at the start
+    ``skips``                   skipped steps in all; ``skips_in_a_row`` up to now
+    ``events``                  interventions in all
+    ``outstanding``             interventions that are not yet earned back, of the budget
+    ``exhausted``               bool, the guard has used up what it may do
+    ``rollback_asked``          a `lbw_optax.law.divergence.Reason`, 0 for none
+    ``gradient_log2/k``         sampled gradient coordinates with 2^k <= abs(g) < 2^(k+2)
+    ==========================  ====================================================================
 
     Raises:
       ValueError: if the state holds no guard, or several.
@@ -39,21 +60,31 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       0.01 recovering
     """
     guard = find(state)
-    seen = guard.telemetry._asdict()
-    histogram = seen.pop("histogram")
-    control = guard.control
+    seen, remembered, control = guard.telemetry, guard.law.statistics, guard.law.control
     return {
         "scale": jnp.exp(control.log_scale),
         "regime": control.regime,
-        **{name: x for name, x in seen.items() if not name.startswith("has_")},
-        "loss_trend": guard.statistics.loss.mean - guard.statistics.loss_slow.mean,
+        "gradient_norm": seen.gradient_norm,
+        "update_norm": seen.update_norm,
+        "parameter_norm": seen.parameter_norm,
+        "relative_step": seen.relative_step,
+        "overshoot": seen.overshoot,
+        "curvature": seen.curvature,
+        "loss": seen.loss,
+        "loss_trend": remembered.loss.mean - remembered.loss_slow.mean,
+        "nonfinite_gradients": seen.nonfinite_gradients,
+        "nonfinite_updates": seen.nonfinite_updates,
+        "nonfinite_loss": seen.nonfinite_loss,
+        "updates_broken": seen.updates_broken,
+        "parameters_broken": seen.parameters_broken,
+        "nonzero_fraction": seen.nonzero_fraction,
         "skips": control.skips,
         "skips_in_a_row": control.skips_in_a_row,
-        "events": guard.ring.recorded,
+        "events": guard.events.recorded,
         "outstanding": control.outstanding,
         "exhausted": control.exhausted,
-        "rollback_asked": guard.distress.rollback_asked,
-        **{f"gradient_log2/{k}": histogram[..., i] for i, k in enumerate(HISTOGRAM_EDGES)},
+        "rollback_asked": guard.law.divergence.rollback_asked,
+        **{f"gradient_log2/{k}": seen.histogram[..., i] for i, k in enumerate(HISTOGRAM_EDGES)},
     }
 
 
@@ -65,7 +96,7 @@ def events(state: Any) -> list[Event]:
     Raises:
       ValueError: if the state holds no guard, or several.
     """
-    return ring.read(find(state).ring)
+    return ring.read(find(state).events)
 
 
 def check(state: Any) -> None:
@@ -76,15 +107,14 @@ def check(state: Any) -> None:
       ValueError: if the state holds no guard.
     """
     for guard in find_all(state):
-        if bool(guard.control.exhausted):
-            raise GuardExhausted(_obituary(guard))
+        if bool(guard.law.control.exhausted):
+            raise GuardExhausted(sentences.exhausted(jax.device_get(guard)))
 
 
 def override(state: Any, *, scale: float | str | None = None, mode: str | None = None) -> Any:
     """A human's order: the state with the scale pinned, released, or the mode changed.
 
-    A pure function; it reaches every guard in the state, clears "exhausted" and what asks for a
-    rollback, and gives each its full allowance again.
+    A pure function; it reaches every guard in the state. Without arguments it changes nothing.
 
     Args:
       state: any optimizer state that holds a guard.
@@ -105,6 +135,38 @@ def override(state: Any, *, scale: float | str | None = None, mode: str | None =
     if not (scale is None or _is_order(scale)):
         raise ValueError(f'scale must be a number in (0, 1] or "auto", got {scale!r}.')
     return map_guards(lambda guard: _override(guard, scale, mode), state)
+
+
+def reset(state: Any) -> Any:
+    """A human's "go on": the state no longer exhausted, with its full allowance.
+
+    A pure function; it reaches every guard in the state. Nothing asks for a rollback in what it
+    returns. Scale, statistics and events stay.
+
+    Raises:
+      ValueError: if the state holds no guard.
+
+    Example:
+      >>> import jax.numpy as jnp, lbw_optax
+      >>> state = lbw_optax.reset(lbw_optax.adamw(1e-3).init(jnp.ones(3)))
+      >>> bool(lbw_optax.metrics(state)["exhausted"])
+      False
+    """
+    return map_guards(_reset, state)
+
+
+def explain(state: Any) -> str:
+    """What the guard is doing and why, in a sentence. Waits for the device.
+
+    Raises:
+      ValueError: if the state holds no guard, or several.
+
+    Example:
+      >>> import jax.numpy as jnp, lbw_optax
+      >>> print(lbw_optax.explain(lbw_optax.adamw(1e-3).init(jnp.ones(3))))
+      Soft start, step 0: updates at 1 %, growing while steps fall short.
+    """
+    return sentences.explain(jax.device_get(find(state)._replace(inner_state=None)))
 
 
 class AuditLog:
@@ -140,13 +202,13 @@ class AuditLog:
         Waits for the device: call it every so many steps, 64 at the most.
         """
         guard = find(state)
-        recorded = int(guard.ring.recorded)
+        recorded = int(guard.events.recorded)
         # After a restore the count is lower than what is written: go on from there.
         first = min(self._next, recorded)
         if first == recorded:
             self._next = recorded
             return 0
-        new = [event for event in ring.read(guard.ring) if event.number >= first]
+        new = [event for event in ring.read(guard.events) if event.number >= first]
         lost = recorded - first - len(new)
         if lost:
             self._write({"action": "lost", "interventions": lost, "recorded_at": step})
@@ -180,40 +242,25 @@ def _is_order(scale: Any) -> bool:
 
 
 def _override(guard: GuardState, scale: float | str | None, mode: str | None) -> GuardState:
-    fresh = {
-        name: jnp.zeros_like(getattr(guard.control, name))
-        for name in ("exhausted", "skips_in_a_row", "outstanding")
-    }
-    control = guard.control._replace(**fresh)
+    control = guard.law.control
     if isinstance(scale, str):
         control = control._replace(pinned=jnp.zeros_like(control.pinned))
     elif scale is not None:
         log_scale = jnp.full_like(control.log_scale, jnp.log(scale))
         control = control._replace(log_scale=log_scale, pinned=jnp.ones_like(control.pinned))
     number = guard.mode if mode is None else jnp.full_like(guard.mode, MODES.index(mode))
-    return guard._replace(
-        control=control,
-        mode=number,
-        distress=guard.distress._replace(
-            rollback_asked=jnp.zeros_like(guard.distress.rollback_asked)
-        ),
-    )
+    return guard._replace(law=guard.law._replace(control=control), mode=number)
 
 
-def _obituary(guard: GuardState) -> str:
-    history = "; ".join(
-        f"step {e.step}: {e.action} for {e.signal} = {e.value:.3g} (threshold {e.threshold:.3g})"
-        for e in ring.read(guard.ring)[-5:]
+def _reset(guard: GuardState) -> GuardState:
+    control, divergence = guard.law.control, guard.law.divergence
+    control = control._replace(
+        exhausted=jnp.zeros_like(control.exhausted),
+        skips_in_a_row=jnp.zeros_like(control.skips_in_a_row),
+        outstanding=jnp.zeros_like(control.outstanding),
     )
-    control = jax.device_get(guard.control)
-    return (
-        f"The guard is exhausted after {int(guard.guard_steps)} steps: {int(control.skips)} "
-        f"skipped in all, {int(control.skips_in_a_row)} in a row, "
-        f"scale {math.exp(control.log_scale):.3g}, regime {REGIMES[control.regime]}. "
-        f"Last interventions: {history}. The parameters are as they were before the skipped "
-        "steps. Look at the data and the learning rate, restore an earlier checkpoint, or go on "
-        "with lbw_optax.override(state), which clears this."
-    )
+    divergence = divergence._replace(rollback_asked=jnp.zeros_like(divergence.rollback_asked))
+    return guard._replace(law=guard.law._replace(control=control, divergence=divergence))
 
 
 def _next_number(path: Path) -> int:

@@ -8,17 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lbw_optax.law import control, divergence, events, statistics, telemetry
-from lbw_optax.law.telemetry import Probe, Telemetry
-from lbw_optax.state import MODES, GuardState
+from lbw_optax import chained, law
+from lbw_optax import state as states
+from lbw_optax.apply import either, scaled
+from lbw_optax.chained import ChainedGuard
+from lbw_optax.law import control, events, telemetry
+from lbw_optax.law.control import Alarm, Bounds
+from lbw_optax.law.telemetry import Probe
+from lbw_optax.state import MODES, GuardState, Mode
+
+DEFAULTS = Bounds()
 
 
 def lbw_guard(
     inner: optax.GradientTransformation | None = None,
     *,
-    min_scale: float = 0.001,
-    max_skips: int = 30,
-    max_interventions: int = 50,
+    min_scale: float = DEFAULTS.min_scale,
+    max_skips: int = DEFAULTS.max_skips,
+    max_interventions: int = DEFAULTS.max_interventions,
     mode: str = "govern",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keep a training run alive under stress: scale and skip the updates of ``inner``.
@@ -42,13 +49,10 @@ def lbw_guard(
     that is not enough, the state asks for a rollback (:mod:`lbw_optax.law.divergence`), which
     :class:`lbw_optax.RollbackManager` answers.
 
-    Placement decides authority. Wrapped around an optimizer, the guard governs it. Chained before
-    one, ``optax.chain(lbw_guard(), optax.adamw(lr))``, it scales and zeroes gradients: AdamW
-    undoes a constant gradient scale, and its momentum and weight decay move the weights on a
-    zero gradient, so that this placement keeps NaN out but does not cure a learning rate that is
-    too high. Measured in LoRA at 100 times the tuned rate (``benchmarks/results/placements.json``):
-    perplexity 435 for bare AdamW, 422 chained, 53 wrapped, and 53 at the tuned rate; after one NaN
-    gradient the weights are all NaN, move by 0.1 %, and do not move.
+    Placement decides authority. Wrapped around an optimizer, or at the head of
+    :func:`lbw_optax.chain`, the guard governs it. Chained before one with :func:`optax.chain` it
+    sees gradients only: it keeps poisoned ones out, limits those that jump, and reports, but it
+    does not hold a learning rate that is too high; see :mod:`lbw_optax.chained`.
 
     Args:
       inner: the optimizer to govern; None for a transformation of gradients, to be chained.
@@ -61,7 +65,7 @@ def lbw_guard(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` takes the optional keyword
-      ``value``, the scalar loss; other keywords go to ``inner``.
+      ``value`` (or ``loss``), the scalar loss; other keywords go to ``inner``.
 
     Raises:
       ValueError: if an argument is out of its range, or ``value`` is not a scalar.
@@ -82,101 +86,93 @@ def lbw_guard(
       The gradient's product with the last step as the derivative of the loss with respect to
       the step size is the hypergradient of Baydin et al., 2018 (arXiv:1703.04782).
     """
-    bounds = control.Bounds(min_scale, max_skips, max_interventions)
+    bounds = Bounds(min_scale, max_skips, max_interventions)
     _validate(inner, bounds, mode)
-    wrapped = inner is not None
-    governed = optax.with_extra_args_support(inner if wrapped else optax.identity())
+    return chained.watch(bounds, mode) if inner is None else govern(inner, bounds, mode)
+
+
+def chain(*transformations: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """As :func:`optax.chain`, but a guard in it governs all that follows.
+
+    ``lbw_optax.chain(a, lbw_guard(), b, c)`` is ``optax.chain(a, lbw_guard(optax.chain(b, c)))``.
+
+    Raises:
+      ValueError: if there is no ``lbw_guard()`` among them, or several, or nothing follows it.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lbw_optax
+      >>> tx = lbw_optax.chain(lbw_optax.lbw_guard(), optax.adamw(3e-3))
+      >>> state = tx.init(jnp.ones(3))
+    """
+    places = [i for i, tx in enumerate(transformations) if isinstance(tx, ChainedGuard)]
+    if len(places) != 1 or places[0] == len(transformations) - 1:
+        raise ValueError(
+            "lbw_optax.chain takes one lbw_guard(), without an optimizer in it, and after it what "
+            f"it is to govern; got {len(places)} of them among {len(transformations)} "
+            "transformations: write lbw_optax.chain(lbw_guard(), optax.adamw(...))."
+        )
+    before, guard = transformations[: places[0]], transformations[places[0]]
+    governed = govern(optax.chain(*transformations[places[0] + 1 :]), guard.bounds, guard.mode)
+    return optax.chain(*before, governed) if before else governed
+
+
+def adamw(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+    """`optax.adamw`, governed: ``lbw_guard(optax.adamw(...))``.
+
+    Takes the arguments of :func:`optax.adamw`. For other limits than the default ones, write
+    ``lbw_guard(optax.adamw(...), min_scale=...)``.
+
+    Example:
+      >>> import jax.numpy as jnp, lbw_optax
+      >>> tx = lbw_optax.adamw(3e-3, weight_decay=0.01)
+      >>> state = tx.init(jnp.ones(3))
+    """
+    return lbw_guard(optax.adamw(*args, **kwargs))
+
+
+adamw.__wrapped__ = optax.adamw  # type: ignore[attr-defined]  # inspect.signature shows its own
+
+
+def govern(
+    inner: optax.GradientTransformation, bounds: Bounds, mode: str, alarm: Alarm = control.alarm
+) -> optax.GradientTransformationExtraArgs:
+    """The guard around an optimizer; `alarm` is the law's own but in experiments."""
+    inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> GuardState:
-        nothing = jnp.zeros_like(telemetry.probe(params))
-        state = GuardState(
-            inner_state=None,
-            guard_steps=jnp.zeros([], jnp.int32),
-            mode=jnp.asarray(MODES.index(mode), jnp.int32),
-            telemetry=telemetry.init(params),
-            probe=Probe(anchor=nothing if wrapped else telemetry.probe(params), gradient=nothing),
-            statistics=statistics.init(),
-            control=control.init(bounds),
-            distress=divergence.init(),
-            ring=events.init(),
-        )
-        # A buffer that two leaves share cannot be donated.
-        return jax.tree.map(jnp.copy, state)._replace(inner_state=governed.init(params))
+        nothing = jnp.zeros_like(telemetry.sample(params))
+        probe = Probe(last_step=nothing, gradient=nothing, parameters=jnp.zeros([0], jnp.float32))
+        state = states.init(params, probe, bounds, mode)
+        return state._replace(inner_state=inner.init(params))
 
     def update_fn(
         updates: Any, state: GuardState, params: Any = None, *, value: Any = None, **extra_args: Any
     ) -> tuple[Any, GuardState]:
-        if value is not None:
-            extra_args["value"] = value
-        proposed, inner_state = governed.update(updates, state.inner_state, params, **extra_args)
-        seen, probe = _observe(state, updates, proposed, params, value, wrapped)
+        value, extra_args = telemetry.take_loss(value, extra_args)
+        proposed, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        seen, probe = telemetry.observe_gradients(state.telemetry, state.probe, updates, value)
+        scale = jnp.exp(state.law.control.log_scale)
+        seen = telemetry.observe_step(seen, proposed, params, scale)
+        new_law, decision = law.step(state.law, seen, bounds, alarm)
 
-        why = control.poison(seen, state.statistics)
-        new_statistics = statistics.absorb(state.statistics, seen, why > 0)
-        evidence = control.judge(state.control, seen, state.statistics, new_statistics, why)
-        new_control, decision = control.decide(state.control, evidence, bounds)
-
-        governing = state.mode == MODES.index("govern")
+        governing = state.mode == Mode.GOVERN
         skip = governing & decision.skip
-        applied = _apply(proposed, jnp.where(governing, decision.scale, 1.0), skip)
-        if wrapped:
-            probe = probe._replace(anchor=telemetry.probe(applied))
+        applied = scaled(proposed, jnp.where(governing, decision.scale, 1.0), skip)
+        probe = probe._replace(last_step=telemetry.sample(applied))
         return applied, GuardState(
-            inner_state=_select(skip, state.inner_state, inner_state),
+            inner_state=either(skip, state.inner_state, inner_state),
             guard_steps=optax.safe_increment(state.guard_steps),
             mode=state.mode,
             telemetry=seen,
-            probe=_select(decision.skip, telemetry.forget(probe, wrapped), probe),
-            statistics=new_statistics,
-            control=new_control,
-            distress=divergence.assess(
-                state.distress, seen, state.statistics, why, new_control.skips_in_a_row
-            ),
-            ring=events.record(state.ring, state.guard_steps, new_control, evidence, decision),
+            probe=either(decision.skip, telemetry.forget(probe), probe),
+            law=new_law,
+            events=events.record(state.events, state.guard_steps, decision),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _observe(
-    state: GuardState, gradients: Any, proposed: Any, params: Any, value: Any, wrapped: bool
-) -> tuple[Telemetry, Probe]:
-    """Measure one step; the probe returned holds this step's gradient and, chained, its params."""
-    before, remembered = state.telemetry, state.probe
-    if wrapped:
-        seen, sampled = telemetry.observe_gradients(
-            before, remembered, gradients, remembered.anchor, value
-        )
-        scale = jnp.exp(state.control.log_scale)
-        return telemetry.observe_step(seen, proposed, params, scale), Probe(
-            anchor=remembered.anchor, gradient=sampled
-        )
-    here = remembered.anchor if params is None else telemetry.probe(params)
-    moved = here - remembered.anchor
-    seen, sampled = telemetry.observe_gradients(before, remembered, gradients, moved, value)
-    return telemetry.observe_moved(seen, moved, here), Probe(anchor=here, gradient=sampled)
-
-
-def _apply(updates: Any, scale: jax.Array, skip: jax.Array) -> Any:
-    """s u in the dtype of u, and nothing at all on a skipped step."""
-
-    def act(u: jax.Array) -> jax.Array:
-        if u.dtype == jax.dtypes.float0:  # what JAX gives for the gradient of an integer
-            return u
-        if not jnp.issubdtype(u.dtype, jnp.inexact):
-            return jnp.where(skip, jnp.zeros_like(u), u)
-        scaled = (u * scale.astype(jnp.promote_types(u.dtype, jnp.float32))).astype(u.dtype)
-        # Adding -0.0 leaves every float as it is; adding 0.0 would turn -0.0 into 0.0.
-        return jnp.where(skip, jnp.full_like(u, -0.0), scaled)
-
-    return jax.tree.map(act, updates)
-
-
-def _select(skip: jax.Array, old: Any, new: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.where(skip, x, y), old, new)
-
-
-def _validate(inner: Any, bounds: control.Bounds, mode: str) -> None:
+def _validate(inner: Any, bounds: Bounds, mode: str) -> None:
     if not (inner is None or _is_optimizer(inner)):
         raise ValueError(f"inner must be an Optax optimizer or None, got {inner!r}.")
     if mode not in MODES:

@@ -1,17 +1,29 @@
 """The guard's state, and how to find it inside any nest of Optax states."""
 
+import enum
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from lbw_optax.law.control import Control
-from lbw_optax.law.divergence import Distress
+from lbw_optax import law
+from lbw_optax.law import events, telemetry
+from lbw_optax.law.control import Bounds
 from lbw_optax.law.events import Ring
-from lbw_optax.law.statistics import Running, Statistics
+from lbw_optax.law.step import Law
 from lbw_optax.law.telemetry import Probe, Telemetry
 
-MODES = ("govern", "observe")
+
+class Mode(enum.IntEnum):
+    """What the guard does with its decisions."""
+
+    GOVERN = 0  # it applies them
+    OBSERVE = 1  # it only reports them
+
+
+MODES = tuple(mode.name.lower() for mode in Mode)
 
 
 class GuardState(NamedTuple):
@@ -20,13 +32,11 @@ class GuardState(NamedTuple):
     Attributes:
       inner_state: the governed optimizer's own state.
       guard_steps: int32, calls of `update`, skipped ones included.
-      mode: int32, index into `MODES`.
+      mode: int32, a `Mode`.
       telemetry: the newest step's signals.
       probe: the sampled coordinates remembered from the step before.
-      statistics: running statistics of this run.
-      control: scale, regime and budget.
-      distress: what speaks for a rollback.
-      ring: the last interventions.
+      law: what the law remembers: statistics, scale, budget, what speaks for a rollback.
+      events: the last interventions.
     """
 
     inner_state: Any
@@ -34,10 +44,23 @@ class GuardState(NamedTuple):
     mode: jax.Array
     telemetry: Telemetry
     probe: Probe
-    statistics: Statistics
-    control: Control
-    distress: Distress
-    ring: Ring
+    law: Law
+    events: Ring
+
+
+def init(params: Any, probe: Probe, bounds: Bounds, mode: str) -> GuardState:
+    """Before the first step, without an inner state; every leaf is an array of its own."""
+    state = GuardState(
+        inner_state=None,
+        guard_steps=jnp.zeros([], jnp.int32),
+        mode=jnp.asarray(MODES.index(mode), jnp.int32),
+        telemetry=telemetry.init(params),
+        probe=probe,
+        law=law.init(bounds),
+        events=events.init(),
+    )
+    # A buffer that two leaves share cannot be donated.
+    return jax.tree.map(jnp.copy, state)
 
 
 def find(state: Any) -> GuardState:
@@ -154,22 +177,14 @@ def _plain(guard: GuardState) -> GuardState:
 
     Flax NNX keeps each leaf of an optimizer state in a variable of its own.
     """
+    own = jax.tree.leaves(guard._replace(inner_state=None))
+    return jax.tree.unflatten(_structure(), own)._replace(inner_state=guard.inner_state)
 
-    def unwrap(kind: Any, part: Any) -> Any:
-        return kind(*jax.tree.leaves(part))
 
-    running = [unwrap(Running, part) for part in guard.statistics]
-    distress = Distress(*[jax.tree.leaves(part)[0] for part in guard.distress])
-    return guard._replace(
-        guard_steps=jax.tree.leaves(guard.guard_steps)[0],
-        mode=jax.tree.leaves(guard.mode)[0],
-        telemetry=unwrap(Telemetry, guard.telemetry),
-        probe=unwrap(Probe, guard.probe),
-        statistics=Statistics(*running),
-        control=unwrap(Control, guard.control),
-        distress=distress._replace(
-            level=unwrap(Running, guard.distress.level),
-            surprise=unwrap(Running, guard.distress.surprise),
-        ),
-        ring=unwrap(Ring, guard.ring),
+@functools.cache
+def _structure() -> Any:
+    nothing = jnp.zeros([0], jnp.float32)
+    probe = Probe(nothing, nothing, nothing)
+    return jax.tree.structure(
+        jax.eval_shape(lambda: init(None, probe, Bounds(), MODES[Mode.GOVERN]))
     )

@@ -67,23 +67,23 @@ class RunningReference:
         return float(np.average(squares, weights=self._weights()))
 
     @property
-    def spread(self) -> float:
+    def std(self) -> float:
         prior = self.memory.prior**2 * self.memory.decay ** len(self.entered)
         return math.sqrt(self.variance + self.memory.floor**2 + prior)
 
     @property
     def standard_error(self) -> float:
         if not self.entered:
-            return self.spread
+            return self.std
         shares = self._weights() / self._weights().sum()
-        return self.spread * math.sqrt(np.square(shares).sum())
+        return self.std * math.sqrt(np.square(shares).sum())
 
     def add(self, x: float | None) -> None:
         if x is None or not math.isfinite(x):
             return
         x = float(np.clip(x, -statistics.LARGEST, statistics.LARGEST))
         if self.entered:
-            limit = statistics.WINSOR * self.spread
+            limit = statistics.WINSOR * self.std
             x = self.mean + float(np.clip(x - self.mean, -limit, limit))
         self.entered.append(x)
 
@@ -162,15 +162,15 @@ class LawReference:
         self.exhausted = False
         self.last_norm = self.last_loss = self.last_step = 0.0
         self.ceiling, self.ceiling_steps = 0.0, 0
-        self.echo = 0.0
+        self.autocorrelation = 0.0
         self.rolled_back(grace=0)
 
     def rolled_back(self, grace: int, ceiling: float = 0.0, ceiling_steps: int = 0) -> None:
         """What the law forgets and holds after a return to an earlier state."""
         self.level = RunningReference(statistics.LOSS)
-        self.surprise = RunningReference(statistics.LOSS)
-        self.lowest, self.quiet_spread = math.inf, statistics.LOSS.floor
-        self.last_surprise = 0.0
+        self.innovation = RunningReference(statistics.LOSS)
+        self.lowest, self.quiet_std = math.inf, statistics.LOSS.floor
+        self.last_innovation = 0.0
         self.rollback_asked = "none"
         self.inner_steps = 0
         self.loss_excess, self.grace = 0.0, grace
@@ -178,25 +178,25 @@ class LawReference:
 
     def step(self, seen: Signals) -> Outcome:
         self._remember(seen)
-        poison = self._poison(seen)
+        rejected = self._reject(seen)
         spike = self._loss_spikes(seen)
         thresholds = {"gradient_norm": self.gradient_threshold(), "loss": self.loss_threshold()}
         fell = self._first_was_broken(seen)
-        self._absorb(seen, poison)
+        self._absorb(seen, rejected)
         overshoot = self.overshoot.mean / self.overshoot.standard_error
         large = seen.relative_step is not None and control.STEP_WEIGHT * self._log_step(seen)
         by_step = "relative_step" if large > max(overshoot, 0) else "overshoot"
-        signal = poison or ("loss" if spike else by_step)
-        trouble = bool(poison) or spike
+        signal = rejected or ("loss" if spike else by_step)
+        trouble = bool(rejected) or spike
         self.calm_steps = 0 if trouble else self.calm_steps + 1
-        if not poison:
+        if not rejected:
             self._move(seen, overshoot)
         if self.ceiling_steps > 0:
             self.log_scale = self._bounded(min(self.log_scale, self.ceiling))
             self.ceiling_steps -= 1
         action = self._turn(trouble)
-        self._account(bool(poison), action)
-        self._assess(seen, poison, fell)
+        self._account(bool(rejected), action)
+        self._assess(seen, rejected, fell)
         values = vars(seen) | {
             "gradient_norm": self.last_norm,
             "loss": self.last_loss,
@@ -209,10 +209,10 @@ class LawReference:
             "relative_step": control.KAPPA,
         }
         return Outcome(
-            bool(poison),
+            bool(rejected),
             self.log_scale,
             self.regime,
-            "skip" if poison else action,
+            "skip" if rejected else action,
             signal,
             values[signal],
             limits.get(signal, 0.0),
@@ -233,13 +233,13 @@ class LawReference:
         least = self.gradient.mean - 2 * math.log(control.SPIKE_FACTOR)
         return math.log(seen.gradient_norm) < least
 
-    def _assess(self, seen: Signals, poison: str | None, fell: bool) -> None:
+    def _assess(self, seen: Signals, rejected: str | None, fell: bool) -> None:
         """Whether to ask for a rollback; the first reason stays."""
         grace = self.grace > 0
-        if poison is None:
+        if rejected is None:
             self.inner_steps = 0
             self.grace = max(self.grace - 1, 0)
-        elif poison in ("nonfinite_updates", "relative_step"):
+        elif rejected in ("nonfinite_updates", "relative_step"):
             self.inner_steps += 1
         self._watch_loss(seen, grace)
         signs = {
@@ -253,27 +253,32 @@ class LawReference:
 
     def _watch_loss(self, seen: Signals, grace: bool) -> None:
         """Page's test against the lowest mean since the start or the last rollback."""
-        share = divergence.ECHO_SHARE
+        share = divergence.AUTOCORRELATION_SHARE
         y = None if seen.loss is None else symlog(seen.loss)
         if y is not None and not grace and math.isfinite(self.lowest):
-            margin = divergence.MARGIN_SPREADS * self.quiet_spread
+            margin = divergence.MARGIN_STDS * self.quiet_std
             evidence = min(max((y - self.lowest) / margin - 1, -1), divergence.MOST_EVIDENCE)
             self.loss_excess = min(max(self.loss_excess + evidence, 0), divergence.ENOUGH_EVIDENCE)
         if y is not None and len(self.level.entered) >= statistics.START_STEPS:
-            missed = (y - self.level.mean - self.surprise.mean) / self._surprise_spread()
+            missed = (y - self.level.mean - self.innovation.mean) / self._innovation_std()
             missed = min(max(missed, -divergence.FARTHEST), divergence.FARTHEST)
-            self.echo = (1 - share) * self.echo + share * missed * self.last_surprise
-            self.last_surprise = missed
+            self.autocorrelation = (
+                1 - share
+            ) * self.autocorrelation + share * missed * self.last_innovation
+            self.last_innovation = missed
         if y is not None and self.level.entered:
-            self.surprise.add(y - self.level.mean)
+            self.innovation.add(y - self.level.mean)
         self.level.add(y)
         if self.loss_excess == 0 and len(self.level.entered) >= statistics.START_STEPS:
             self.lowest = min(self.lowest, self.level.mean)
-            rho = min(max(self.echo - math.sqrt(share / (2 - share)), 0), divergence.MOST_ECHO)
-            self.quiet_spread = self._surprise_spread() * math.sqrt((1 + rho) / (1 - rho))
+            rho = min(
+                max(self.autocorrelation - math.sqrt(share / (2 - share)), 0),
+                divergence.MOST_AUTOCORRELATION,
+            )
+            self.quiet_std = self._innovation_std() * math.sqrt((1 + rho) / (1 - rho))
 
-    def _surprise_spread(self) -> float:
-        return math.sqrt(self.surprise.variance + statistics.LOSS.floor**2)
+    def _innovation_std(self) -> float:
+        return math.sqrt(self.innovation.variance + statistics.LOSS.floor**2)
 
     def _remember(self, seen: Signals) -> None:
         """What an event reports of a signal that is missing is its last value."""
@@ -286,14 +291,14 @@ class LawReference:
 
     def gradient_threshold(self) -> float:
         """Of log |g|."""
-        width = control.SPIKE_SPREADS * self.gradient.spread
+        width = control.SPIKE_STDS * self.gradient.std
         return self.gradient.mean + max(width, math.log(control.SPIKE_FACTOR))
 
     def loss_threshold(self) -> float:
         """Of symlog(loss)."""
-        return self.loss.mean + control.SPIKE_SPREADS * self.loss.spread
+        return self.loss.mean + control.SPIKE_STDS * self.loss.std
 
-    def _poison(self, seen: Signals) -> str | None:
+    def _reject(self, seen: Signals) -> str | None:
         for name in ("nonfinite_gradients", "nonfinite_loss"):
             if getattr(seen, name):
                 return name
@@ -310,10 +315,10 @@ class LawReference:
             return False
         return symlog(seen.loss) > self.loss_threshold()
 
-    def _absorb(self, seen: Signals, poison: str | None) -> None:
+    def _absorb(self, seen: Signals, rejected: str | None) -> None:
         if seen.gradient_norm is not None:
             self.gradient.add(_log(seen.gradient_norm))
-        if not poison:
+        if not rejected:
             self.overshoot.add(seen.overshoot)
         if seen.loss is not None:
             self.loss.add(symlog(seen.loss))
@@ -346,7 +351,7 @@ class LawReference:
 
     def _progress(self) -> float:
         """Of the loss since the start, in its own spreads; without a loss there is none."""
-        return max(self.loss_start.mean - self.loss.mean, 0) / self.loss.spread
+        return max(self.loss_start.mean - self.loss.mean, 0) / self.loss.std
 
     def _move(self, seen: Signals, overshoot: float) -> None:
         """Bounded change; the first step that can be measured sets the scale instead."""

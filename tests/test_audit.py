@@ -114,8 +114,8 @@ def test_metrics_are_scalars_that_repeat_the_state():
     chex.assert_shape(list(metrics.values()), ())
     guard = guard_in(state)
     assert float(metrics["gradient_norm"]) == float(guard.telemetry.gradient_norm)
-    assert int(metrics["regime"]) == int(guard.control.regime)
-    assert float(metrics["scale"]) == pytest.approx(np.exp(guard.control.log_scale))
+    assert int(metrics["regime"]) == int(guard.law.control.regime)
+    assert float(metrics["scale"]) == pytest.approx(np.exp(guard.law.control.log_scale))
     assert float(metrics["loss_trend"]) < 0  # it fell
     counts = [int(metrics[f"gradient_log2/{k}"]) for k in range(-24, 8, 2)]
     assert counts == guard.telemetry.histogram.tolist()
@@ -173,7 +173,7 @@ def test_bad_override_is_named_with_its_value(name, value):
     assert repr(value) in str(error.value)
 
 
-def test_override_without_an_order_clears_exhausted():
+def test_override_without_an_order_changes_nothing_and_reset_clears_exhausted():
     run, params = guarded("sgd_momentum", max_skips=2), small_params()
     state = run.init(params)
     bad = jax.tree.map(lambda g: g * np.float32(np.nan), gradients_of(params))
@@ -181,17 +181,20 @@ def test_override_without_an_order_clears_exhausted():
         _, state = run.update(bad, state, params, value=np.float32(1))
     with pytest.raises(lbw_optax.GuardExhausted, match="2 skipped in all, 2 in a row"):
         lbw_optax.check(state)
-    lbw_optax.check(lbw_optax.override(state))
+    assert_same_bits(lbw_optax.override(state), state)
+    with pytest.raises(lbw_optax.GuardExhausted):
+        lbw_optax.check(lbw_optax.override(state, scale=0.5, mode="observe"))
+    lbw_optax.check(lbw_optax.reset(state))
 
 
-def test_override_gives_a_fresh_allowance():
+def test_reset_gives_a_fresh_allowance():
     run, params = guarded("sgd_momentum", max_skips=2), small_params()
     state = run.init(params)
     bad = jax.tree.map(lambda g: g * np.float32(np.nan), gradients_of(params))
     for _ in range(2):
         _, state = run.update(bad, state, params, value=np.float32(1))
-    _, state = run.update(bad, lbw_optax.override(state), params, value=np.float32(1))
-    assert not bool(guard_in(state).control.exhausted)  # one skip after the order, of two
+    _, state = run.update(bad, lbw_optax.reset(state), params, value=np.float32(1))
+    assert not bool(guard_in(state).law.control.exhausted)  # one skip after the order, of two
 
 
 # --- events and the audit log ------------------------------------------------------------------
@@ -239,7 +242,7 @@ def test_audit_log_writes_each_intervention_once(tmp_path):
                 audit.record(step, state)
         assert audit.record(100, state) == 0
         written = lines(path)  # complete without closing
-    assert [line["number"] for line in written] == list(range(int(guard_in(state).ring.recorded)))
+    assert [line["number"] for line in written] == list(range(int(guard_in(state).events.recorded)))
     assert [{k: v for k, v in line.items() if k != "recorded_at"} for line in written] == [
         event._asdict() for event in lbw_optax.events(state)
     ]
@@ -254,6 +257,8 @@ def test_audit_log_writes_each_intervention_once(tmp_path):
         "action": "skip",
         "scale_before": pytest.approx(control.FIRST_SCALE),
         "scale_after": pytest.approx(control.FIRST_SCALE),
+        "from_step": None,
+        "to_step": None,
         "recorded_at": 9,
     }
 
@@ -334,7 +339,7 @@ def test_an_empty_log(tmp_path):
 
 def test_check_names_what_to_do():
     *_, (_, state) = storm(40)
-    with pytest.raises(lbw_optax.GuardExhausted, match="override") as error:
+    with pytest.raises(lbw_optax.GuardExhausted, match=r"lbw_optax\.reset") as error:
         lbw_optax.check({"optimizer": (optax.EmptyState(), state)})
     assert "step 39: skip for nonfinite_gradients = 16 (threshold 0)" in str(error.value)
 

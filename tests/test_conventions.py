@@ -28,7 +28,7 @@ from support import (
 import lbw_optax
 from lbw_optax import lbw_guard
 from lbw_optax.law.control import Control
-from lbw_optax.law.divergence import Distress
+from lbw_optax.law.divergence import Divergence
 from lbw_optax.law.events import Ring
 from lbw_optax.law.statistics import Running, Statistics
 from lbw_optax.law.telemetry import Probe, Telemetry
@@ -92,7 +92,7 @@ def test_converges_without_compiling_again(inner, placement):
     assert run.update._cache_size() == compiled
     assert loss_of(params) < 0.02 * loss_of(small_params())
     assert_all_finite(params, state)
-    assert not bool(guard_in(state).control.exhausted)
+    assert not bool(guard_in(state).law.control.exhausted)
 
 
 @over_placements_compiled
@@ -171,7 +171,7 @@ def test_scan_equals_the_loop():
     for gradients in many:
         looped = run.step(*looped, gradients, VALUE)
     chex.assert_trees_all_close(scanned, looped, rtol=1e-4, atol=1e-6)
-    assert int(guard_in(scanned[1]).control.skips) == 1
+    assert int(guard_in(scanned[1]).law.control.skips) == 1
 
 
 # --- extra arguments ---------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_guard_itself_can_be_injected_with_schedules():
     bad = jax.tree.map(lambda g: g * np.float32(np.nan), gradients_of(params))
     for step in range(4):
         _, state = run.update(bad, state, params, value=VALUE)
-        assert bool(guard_in(state).control.exhausted) == (step >= 2)
+        assert bool(guard_in(state).law.control.exhausted) == (step >= 2)
     assert_all_finite(state)
 
 
@@ -286,7 +286,7 @@ def test_traced_knobs_in_a_vmap_over_settings():
         tx = lbw_guard(optax.sgd(0.1), min_scale=min_scale, max_skips=max_skips)
         params = small_params()
         state = tx.init(params)
-        return tx.update(params, state, params)[1].control.log_scale
+        return tx.update(params, state, params)[1].law.control.log_scale
 
     floors = jnp.array([0.01, 0.1, 0.5])
     scales = jax.jit(jax.vmap(first_scale))(floors, jnp.array([3, 4, 5]))
@@ -396,7 +396,7 @@ def test_donation(placement):
     given_state = run.tx.init(given)  # not compiled: no buffer may appear in it twice
     for _ in range(3):
         # Flags that the next step does not read are not donated; all that is large is.
-        old = jax.tree.leaves((given, *guard_in(given_state)._replace(ring=None, telemetry=None)))
+        old = jax.tree.leaves((given, *guard_in(given_state)._replace(events=None, telemetry=None)))
         gradients = gradients_of(kept)
         given, given_state = step(given, given_state, gradients)
         assert all(leaf.is_deleted() for leaf in old)
@@ -430,7 +430,7 @@ def test_vmap_over_runs_equals_the_separate_runs(placement):
             run.step(*one, g, np.float32(1)) for one, g in zip(separate, gradients, strict=True)
         ]
     chex.assert_trees_all_close(together, _stack(separate), rtol=1e-3, atol=1e-4)
-    np.testing.assert_array_equal(guard_in(together[1]).control.skips, [0, 1, 1, 0])
+    np.testing.assert_array_equal(guard_in(together[1]).law.control.skips, [0, 1, 1, 0])
 
 
 def test_state_is_arrays_of_fixed_types_from_init_on():
@@ -442,7 +442,7 @@ def test_state_is_arrays_of_fixed_types_from_init_on():
 
 
 def _own_names() -> set[str]:
-    parts = (GuardState, Telemetry, Probe, Running, Statistics, Control, Distress, Ring)
+    parts = (GuardState, Telemetry, Probe, Running, Statistics, Control, Divergence, Ring)
     return {name for part in parts for name in part._fields} - {"inner_state"}
 
 

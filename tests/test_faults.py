@@ -84,19 +84,19 @@ def assert_skips(run, params, state, gradients, value):
     after = guard_in(new_state)
     assert_same_bits(new_params, params)
     assert_same_bits(after.inner_state, before.inner_state)
-    assert int(after.control.skips) == int(before.control.skips) + 1
-    assert float(after.control.log_scale) == float(before.control.log_scale)
+    assert int(after.law.control.skips) == int(before.control.skips) + 1
+    assert float(after.law.control.log_scale) == float(before.control.log_scale)
     assert_all_finite(new_params, new_state)
     return new_params, new_state
 
 
 def assert_converges(run, params, state, steps=400, share=0.02):
     """To this share of the loss at the very beginning; and no healthy step is skipped."""
-    skips = int(guard_in(state).control.skips)
+    skips = int(guard_in(state).law.control.skips)
     start = loss_of(small_params())
     params, state = train(run, params, state, steps)
     assert loss_of(params) < share * start
-    assert int(guard_in(state).control.skips) == skips
+    assert int(guard_in(state).law.control.skips) == skips
     assert_all_finite(params, state)
 
 
@@ -145,7 +145,7 @@ def test_ten_nan_gradients_in_a_row(moment, inner):
     params, state = trained(inner, "f32", MOMENTS[moment])
     for _ in range(10):
         params, state = assert_skips(run, params, state, _every(gradients_of(params), NAN), NAN)
-    assert int(guard_in(state).control.skips_in_a_row) == 10
+    assert int(guard_in(state).law.control.skips_in_a_row) == 10
     lbw_optax.check(state)  # thirty in a row would be too many, ten are not
     assert_converges(run, params, state)
 
@@ -157,7 +157,7 @@ def test_five_hundred_bad_steps_exhaust_the_guard_and_pass_nothing(inner):
     params, bad = start, _every(gradients_of(start), NAN)
     for step in range(500):
         params, state = run.step(params, state, bad, NAN)
-        exhausted = bool(guard_in(state).control.exhausted)
+        exhausted = bool(guard_in(state).law.control.exhausted)
         assert exhausted == (step + 1 >= 30)
     assert_same_bits(params, start)
     assert_same_bits(
@@ -201,7 +201,7 @@ def test_extreme_but_healthy_gradients_are_not_skipped(dtype, size):
         params, state = run.step(params, state, gradients, np.float32(1))
     norm = size * math.sqrt(16)
     np.testing.assert_allclose(guard_in(state).telemetry.gradient_norm, norm, rtol=0.2)
-    assert int(guard_in(state).control.skips) == 0
+    assert int(guard_in(state).law.control.skips) == 0
     assert not lbw_optax.events(state)
     assert_all_finite(state, params)
 
@@ -219,7 +219,7 @@ def test_zero_gradients_for_a_hundred_steps(inner):
     for _ in range(100):
         params, state = run.step(params, state, _every(gradients_of(params), 0), np.float32(1))
         assert_all_finite(params, state)
-    assert int(guard_in(state).control.skips) == 0
+    assert int(guard_in(state).law.control.skips) == 0
     assert_converges(run, params, state)
 
 
@@ -265,7 +265,7 @@ def test_trees(tree):
         if bad:
             assert_same_bits((params, guard_in(state).inner_state), before)
         assert_all_finite(params, state)
-    assert int(guard_in(state).control.skips) == 1
+    assert int(guard_in(state).law.control.skips) == 1
     if any(leaf.size for leaf in jax.tree.leaves(tree)):
         params, state = train(run, params, state, 400)
         assert loss_of(params) < 0.02 * loss_of(tree)
@@ -289,7 +289,7 @@ def test_integer_leaves():
         if step == 2:
             assert_same_bits(params, before)
     assert_same_bits(params["index"], jnp.arange(3))
-    assert int(guard_in(state).control.skips) == 1
+    assert int(guard_in(state).law.control.skips) == 1
 
 
 def test_integer_updates_are_skipped_too():
@@ -322,9 +322,9 @@ def test_a_lasting_shift_of_level_is_accepted_again(factor, most, noise):
     for step in range(160):
         level = (factor if step >= 100 else 1.0) * math.exp(noise * rng.normal())
         gradients = _every(gradients_of(params), level / 4)
-        before = int(guard_in(state).control.skips)
+        before = int(guard_in(state).law.control.skips)
         params, state = run.step(params, state, gradients, np.float32(1))
-        skipped.append(int(guard_in(state).control.skips) > before)
+        skipped.append(int(guard_in(state).law.control.skips) > before)
     assert not any(skipped[:100])
     assert sum(skipped) <= most
     assert not any(skipped[100 + most :])
@@ -358,7 +358,7 @@ def test_missing_value():
         updates, state = run.update(bad, state, params)
         params = optax.apply_updates(params, updates)
     assert loss_of(params) < 0.02 * loss_of(small_params())
-    assert int(guard_in(state).control.skips) == 2
+    assert int(guard_in(state).law.control.skips) == 2
     assert_all_finite(state)
 
 
@@ -375,8 +375,8 @@ def test_missing_params():
         if step in (0, 7):
             assert_same_bits((params, guard_in(state).inner_state), before)
     assert loss_of(params) < 0.02 * loss_of(small_params())
-    assert int(guard_in(state).control.skips) == 2
-    assert float(guard_in(state).control.log_scale) > math.log(0.5)
+    assert int(guard_in(state).law.control.skips) == 2
+    assert float(guard_in(state).law.control.log_scale) > math.log(0.5)
 
 
 # --- accumulation of gradients -----------------------------------------------------------------
@@ -458,7 +458,7 @@ def test_chained_guard_keeps_every_fault_out(fault):
     params, state = train(run, params, run.init(params), 20)
     bad = FAULTS[fault][0](gradients_of(params), np.float32(1))
     after, state = run.step(params, state, *bad)
-    assert int(guard_in(state).control.skips) == 1
+    assert int(guard_in(state).law.control.skips) == 1
     assert_all_finite(after, state)
     assert loss_of(after) != loss_of(params)  # momentum moves them: not a full skip
     after, state = train(run, after, state, 400)

@@ -24,7 +24,7 @@ from support import (
 
 import lbw_optax
 from lbw_optax import lbw_guard
-from lbw_optax.law import control
+from lbw_optax.law import control, statistics
 
 RUNS = {"wrapped": guarded, "chained": chained}
 
@@ -107,17 +107,71 @@ def test_wrapped_guard_applies_the_scaled_updates_of_the_inner_optimizer(inner):
     assert len(set(scales)) > 5
 
 
-def test_chained_guard_scales_gradients():
-    """Momentum SGD obeys them; for AdamW, see the README."""
-    run, inner_run, params = chained("sgd_momentum"), bare("sgd_momentum"), small_params()
-    state, inner_state = run.init(params), inner_run.init(params)
-    for gradients in random_gradients(20):
-        updates, state = run.update(gradients, state, params, value=np.float32(1))
-        scale = np.float32(lbw_optax.metrics(state)["scale"])
-        scaled = jax.tree.map(lambda g, s=scale: s * g, gradients)
-        expected, inner_state = inner_run.update(scaled, inner_state, params, value=np.float32(1))
-        chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("inner", ["adamw", "sgd_momentum"])
+def test_chained_guard_leaves_a_sound_run_as_it_is_to_the_bit(inner):
+    """It reports a scale and applies none; the chain is run operation by operation."""
+    tx, bare_tx, params = chained(inner).tx, bare(inner).tx, small_params()
+    state, bare_state, scales = tx.init(params), bare_tx.init(params), set()
+    for gradients in random_gradients(12):
+        gradients = jax.tree.map(jnp.asarray, gradients)
+        updates, state = tx.update(gradients, state, params, value=jnp.float32(1))
+        expected, bare_state = bare_tx.update(gradients, bare_state, params, value=jnp.float32(1))
+        assert_same_bits((updates, state[1]), (expected, bare_state))
         params = optax.apply_updates(params, updates)
+        scales.add(float(lbw_optax.metrics(state)["scale"]))
+    assert len(scales) > 3
+
+
+@pytest.mark.parametrize("factor", [1e2, 1e12])
+def test_chained_guard_limits_a_gradient_that_jumps(factor):
+    """To the length that the run has shown: the geometric mean of the norms before it."""
+    tx, norms = lbw_guard(), []
+    params = small_params()
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step, gradients in enumerate(random_gradients(40)):
+        if step == 30:
+            gradients = jax.tree.map(lambda g: np.float32(factor) * g, gradients)
+        updates, state = update(gradients, state, params, value=np.float32(1))
+        norms.append(np.linalg.norm(flat(jax.tree.leaves(gradients))))
+        if step < 30:
+            chex.assert_trees_all_close(updates, gradients, rtol=1e-6)
+        elif step == 30:
+            limited, whole = (flat(jax.tree.leaves(t)) for t in (updates, gradients))
+            decay = statistics.GRADIENT.decay ** np.arange(30)[::-1]
+            shown = np.exp(np.average(np.log(norms[:30]), weights=decay))
+            np.testing.assert_allclose(limited, whole * shown / norms[-1], rtol=2e-2)
+            event = lbw_optax.events(state)[-1]
+            assert (event.action, event.signal, event.step) == ("clip", "gradient_norm", 30)
+    assert int(guard_in(state).law.control.skips) == 1
+
+
+def test_chain_gives_the_guard_authority_over_what_follows():
+    params, clip = small_params(), optax.clip_by_global_norm(0.1)
+    inner = optax.adamw(0.1), optax.scale(0.5)
+    chain = lbw_optax.chain(clip, lbw_guard(min_scale=0.01), *inner)
+    written = optax.chain(clip, lbw_guard(optax.chain(*inner), min_scale=0.01))
+    assert_same_bits(chain.init(params), written.init(params))
+    programs = [
+        str(jax.make_jaxpr(tx.update)(params, tx.init(params), params, value=1.0))
+        for tx in (chain, written)
+    ]
+    assert programs[0] == programs[1]
+
+
+@pytest.mark.parametrize(
+    "transformations",
+    [
+        [],
+        [optax.adamw(0.1)],
+        [optax.adamw(0.1), lbw_guard()],
+        [lbw_guard(), lbw_guard(), optax.adamw(0.1)],
+        [lbw_guard(optax.adamw(0.1)), optax.scale(0.5)],
+    ],
+    ids=["nothing", "no guard", "nothing after it", "two", "one that governs already"],
+)
+def test_a_chain_without_one_guard_at_its_head_is_refused(transformations):
+    with pytest.raises(ValueError, match=r"lbw_optax.chain\(lbw_guard\(\), optax.adamw"):
+        lbw_optax.chain(*transformations)
 
 
 def same_or_both_nan(actual, expected):
@@ -161,9 +215,9 @@ def test_observing_leaves_every_bit_as_the_bare_optimizer_has_it(inner, placemen
         params = optax.apply_updates(params, updates)
         bare_params = optax.apply_updates(bare_params, expected)
     # It watched all the same, and no NaN of the run got into its own memory.
-    assert int(guard_in(state).control.skips) >= 5
-    # (Chained, the probe is a sample of the parameters, which are NaN by now.)
-    probe = guard_in(state).probe.gradient if placement == "chained" else guard_in(state).probe
+    assert int(guard_in(state).law.control.skips) >= 5
+    # (Chained, the probe samples the parameters, which are NaN by now.)
+    probe = guard_in(state).probe._replace(last_step=None, parameters=None)
     assert_all_finite(guard_in(state)._replace(inner_state=None, probe=probe))
     assert lbw_optax.events(state)[0].signal == "nonfinite_loss"
 
@@ -189,9 +243,9 @@ def test_mode_of_the_factory_is_the_mode_of_the_state():
 
 def test_without_inner_it_transforms_gradients():
     tx, gradients = lbw_guard(min_scale=0.5), {"w": jnp.array([2.0, -4.0])}
-    updates, state = jax.jit(tx.update)(gradients, tx.init(gradients), gradients)
-    scale = lbw_optax.metrics(state)["scale"]
-    chex.assert_trees_all_close(updates, jax.tree.map(lambda g: scale * g, gradients))
+    updates, state = jax.jit(tx.update)(gradients, tx.init(gradients), gradients, value=1.0)
+    chex.assert_trees_all_equal(updates, gradients)
+    assert float(lbw_optax.metrics(state)["scale"]) >= 0.5
 
 
 def test_the_state_is_small():
@@ -211,4 +265,4 @@ def test_min_scale_one_only_skips():
         updates, state = run.update(factor * gradients, state, params, value=np.float32(1))
         moved = np.float32(-0.1) * gradients * np.isfinite(factor)
         np.testing.assert_allclose(updates, moved, rtol=1e-6)
-    assert int(guard_in(state).control.skips) == 1
+    assert int(guard_in(state).law.control.skips) == 1

@@ -129,7 +129,7 @@ def assert_equal_runs(actual, expected, placement):
     (history, state), (alone, alone_state) = actual, expected
     chex.assert_trees_all_close(history, alone, rtol=1e-4, atol=1e-5)
     guard, alone_guard = guard_in(state), guard_in(alone_state)
-    chex.assert_trees_all_equal(jax.device_get(guard.control.skips), np.int32(1))
+    chex.assert_trees_all_equal(jax.device_get(guard.law.control.skips), np.int32(1))
     for name in ("statistics", "control", "telemetry"):
         part, alone_part = getattr(guard, name), getattr(alone_guard, name)
         chex.assert_trees_all_close(

@@ -1,41 +1,33 @@
 """Made-up runs, as the law sees them: their signals step by step, and the law run over them."""
 
-import functools
-import inspect
 import math
 
 import jax
 import numpy as np
 from reference import Signals
 
-from lbw_optax import lbw_guard
-from lbw_optax.law import control, divergence, statistics, telemetry
-from lbw_optax.law.control import Bounds, Control, Decision, Evidence
+from lbw_optax import law
+from lbw_optax.law import telemetry
+from lbw_optax.law.control import Bounds, Control, Decision
 
 LENGTH = 400
-DEFAULTS = inspect.signature(lbw_guard).parameters
-BOUNDS = Bounds(*[DEFAULTS[name].default for name in Bounds._fields])
-
-
-def law(carry, seen, bounds):
-    """One step of the guard's judgement, as `guard.update_fn` puts it together."""
-    remembered, state, asking = carry
-    why = control.poison(seen, remembered)
-    after = statistics.absorb(remembered, seen, why > 0)
-    evidence = control.judge(state, seen, remembered, after, why)
-    state, decision = control.decide(state, evidence, bounds)
-    asking = divergence.assess(asking, seen, remembered, why, state.skips_in_a_row)
-    return (after, state, asking), (state, evidence, decision, asking)
+BOUNDS = Bounds()
 
 
 @jax.jit
 def scan(seen: telemetry.Telemetry, bounds: Bounds):
-    start = (statistics.init(), control.init(bounds), divergence.init())
-    return jax.lax.scan(functools.partial(law, bounds=bounds), start, seen)[1]
+    """The law's state and its decision in every step."""
+
+    def step(state, one):
+        state, decision = law.step(state, one, bounds)
+        return state, (state, decision)
+
+    return jax.lax.scan(step, law.init(bounds), seen)[1]
 
 
-def run_law(seen, bounds=BOUNDS) -> tuple[Control, Evidence, Decision]:
-    return jax.device_get(scan(seen, bounds))[:3]
+def run_law(seen, bounds=BOUNDS) -> tuple[Control, Decision]:
+    state, decision = jax.device_get(scan(seen, bounds))
+    return state.control, decision
 
 
 def nothing_seen(steps: int) -> telemetry.Telemetry:

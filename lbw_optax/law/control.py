@@ -4,7 +4,9 @@
 regime, and whether the step is skipped. Any float whatever goes in; the scale stays in bounds.
 """
 
+import enum
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,44 +17,82 @@ from lbw_optax.law import statistics as stats
 from lbw_optax.law.statistics import Statistics
 from lbw_optax.law.telemetry import Telemetry
 
-# The version of all that decides: this module, `statistics`, `distress` and the signals they read.
-# Records of benchmarks carry it. Whoever changes a decision raises it and runs the tables again.
+# The version of all that decides: this module, `statistics`, `divergence` and the signals they
+# read. Records of benchmarks carry it. Whoever changes a decision raises it and runs the tables
+# again.
 LAW = "G"
-REGIMES = ("nominal", "stressed", "unstable", "recovering")
-NOMINAL, STRESSED, UNSTABLE, RECOVERING = range(4)
-SIGNALS = (
-    "none",
-    "nonfinite_gradients",
-    "nonfinite_loss",
-    "nonfinite_updates",
-    "gradient_norm",
-    "loss",
-    "overshoot",
-    "relative_step",
-)
-ACTIONS = ("none", "skip", "hold", "cut", "recover", "rollback")
-NOTHING, SKIP, HOLD, CUT, RECOVER, ROLLBACK = range(6)
-# Poison that says that sound gradients make broken updates.
-BROKEN_STATE = (3, 7)
 
-# Spikes: this many spreads above the mean, and for the gradient norm at least this factor.
-SPIKE_SPREADS, SPIKE_FACTOR = 6.0, 10.0
-# The law (see `alarm`): tolerated relative step, its weight, progress that earns credit, the gain.
-KAPPA, STEP_WEIGHT, CREDIT_FROM, GAIN = 0.01, 4.0, 3.0, 0.05
+
+class Regime(enum.IntEnum):
+    """What state a run is in."""
+
+    NOMINAL = 0  # the scale is near 1
+    STRESSED = 1  # it was cut by a fifth or more
+    UNSTABLE = 2  # a skip or a loss spike in the last steps: no growth
+    RECOVERING = 3  # it grows again
+
+
+class Signal(enum.IntEnum):
+    """What decided."""
+
+    NONE = 0
+    NONFINITE_GRADIENTS = 1
+    NONFINITE_LOSS = 2
+    NONFINITE_UPDATES = 3
+    GRADIENT_NORM = 4
+    LOSS = 5
+    OVERSHOOT = 6
+    RELATIVE_STEP = 7
+
+
+class Action(enum.IntEnum):
+    """What was done, as far as it is reported."""
+
+    NONE = 0
+    SKIP = 1  # the step changes nothing
+    HOLD = 2  # no growth of the scale
+    CUT = 3  # the scale fell by a fifth
+    RECOVER = 4  # it grows again
+    ROLLBACK = 5  # the host's
+    CLIP = 6  # chained before an optimizer: a gradient that jumped was scaled back
+
+
+REGIMES = tuple(regime.name.lower() for regime in Regime)
+# Rejected for one of these: sound gradients made broken updates.
+BROKEN_STATE = (Signal.NONFINITE_UPDATES, Signal.RELATIVE_STEP)
+
+# A spike of the loss or of log |g|: this many standard deviations above the mean.
+SPIKE_STDS = 6.0
+# And for the gradient norm at least this factor: a quiet run's norm may well triple.
+SPIKE_FACTOR = 10.0
+# The relative step that is tolerated for good, whatever the progress.
+KAPPA = 0.01
+# Weight of log(r / kappa) against standard errors of the overshoot: an e-fold too long weighs as
+# much as an overshoot that is hardly chance.
+STEP_WEIGHT = 4.0
+# Progress beyond this many standard deviations of the loss earns credit: less may be noise.
+CREDIT_FROM = 3.0
+# Change of log(scale) a unit of alarm.
+GAIN = 0.05
 # Bounds of one step's change of log(scale): a cut, growth at kappa, growth far below it.
 MOST_CUT, GROWTH, MOST_GROWTH = 0.4, 0.1, 0.5
-# A step of more than FAR times kappa is cut to that at once, to a tenth of the scale at most.
+# A step of more than FAR times kappa is cut to that at once, to a tenth of the scale at most: ten
+# such steps would ruin the run.
 FAR, AT_ONCE = 3.0, 10.0
-# At about the full rate, overshoot of this many standard errors is still no reason to cut, nor is a
-# step of this many times kappa.
-FULL, TRUST, TRUST_STEP = 0.9, 3.0, 1.5
+# From this scale on the learning rate is the user's own, and has the benefit of the doubt:
+FULL = 0.9
+# overshoot of this many standard errors is no reason to cut,
+TRUST = 3.0
+# nor is a step of this many times kappa.
+TRUST_STEP = 1.5
 # Growth gains up to this much more, e-fold by e-fold below kappa, until the first alarm of one
-# standard error.
+# standard error: a soft start should not cost more steps than it must.
 QUICK, FIRST_ALARM = 2.0, 1.0
-# Soft start: the first step moves the parameters by this share of their length; the scale before
-# anything could be measured.
-FIRST_STEP, FIRST_SCALE = 0.001, 0.01
-# A turn of the scale by this factor is an intervention (down) or a recovery (up).
+# Soft start: the first step moves the parameters by this share of their length.
+FIRST_STEP = 0.001
+# The scale before anything could be measured.
+FIRST_SCALE = 0.01
+# A turn of the scale by this factor is an intervention (down) or a recovery (up): less is wavering.
 TURN = 0.8
 # Steps without evidence of trouble before the scale may grow again after an unstable step.
 COOL_DOWN = 10
@@ -63,9 +103,9 @@ EARNED = 0.1
 class Bounds(NamedTuple):
     """The user's limits; Python numbers or scalars."""
 
-    min_scale: float
-    max_skips: int
-    max_interventions: int
+    min_scale: float = 0.001
+    max_skips: int = 30
+    max_interventions: int = 50
 
 
 class Control(NamedTuple):
@@ -73,7 +113,7 @@ class Control(NamedTuple):
 
     log_scale: jax.Array  # float32, in [log(min_scale), 0]
     turning_point: jax.Array  # float32, extreme of log_scale since the last turn
-    regime: jax.Array  # int32, index into REGIMES
+    regime: jax.Array  # int32, a `Regime`
     calm_steps: jax.Array  # int32, since the last skip or loss spike
     skips_in_a_row: jax.Array  # int32
     skips: jax.Array  # int32, in all
@@ -89,12 +129,12 @@ class Control(NamedTuple):
 class Evidence(NamedTuple):
     """What a step's signals amount to."""
 
-    poison: jax.Array  # int32, index into SIGNALS: why this step must be skipped, or 0
+    rejected: jax.Array  # int32, a `Signal`: why this step must be skipped, or NONE
     spike: jax.Array  # bool, the loss jumped
     alarm: jax.Array  # float32, > 0: the scale is too large
     log_step: jax.Array  # float32, log(r / kappa); 0 if r could not be measured
     has_step: jax.Array  # bool, r could be measured
-    signal: jax.Array  # int32, index into SIGNALS: what decided
+    signal: jax.Array  # int32, a `Signal`: what decided
     value: jax.Array  # float32, of that signal
     threshold: jax.Array  # float32, for that signal
 
@@ -105,7 +145,15 @@ class Decision(NamedTuple):
     skip: jax.Array  # bool
     scale: jax.Array  # float32
     scale_before: jax.Array  # float32
-    action: jax.Array  # int32, index into ACTIONS; 0: nothing to report
+    regime: jax.Array  # int32, a `Regime`, after the step
+    action: jax.Array  # int32, an `Action`; NONE: nothing to report
+    signal: jax.Array  # int32, a `Signal`: what decided
+    value: jax.Array  # float32, of that signal
+    threshold: jax.Array  # float32, for that signal
+
+
+Alarm = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""How much too large the scale is, of overshoot, log(r / kappa) and progress; see `alarm`."""
 
 
 def init(bounds: Bounds) -> Control:
@@ -115,7 +163,7 @@ def init(bounds: Bounds) -> Control:
     return Control(
         log_scale=first,
         turning_point=first,
-        regime=jnp.int32(RECOVERING),
+        regime=jnp.int32(Regime.RECOVERING),
         calm_steps=jnp.int32(COOL_DOWN),
         skips_in_a_row=zero,
         skips=zero,
@@ -129,8 +177,8 @@ def init(bounds: Bounds) -> Control:
     )
 
 
-def poison(seen: Telemetry, before: Statistics) -> jax.Array:
-    """Why this step must not be applied: index into SIGNALS, 0 if it may.
+def reject(seen: Telemetry, before: Statistics) -> jax.Array:
+    """Why this step must not be applied: int32, a `Signal`, NONE if it may.
 
     Non-finite gradients, loss or updates; a gradient norm that overflows; one that jumps:
     log |g| > m + max(6 s, log 10), with m and s of the steps before; and, though the gradients are
@@ -138,40 +186,59 @@ def poison(seen: Telemetry, before: Statistics) -> jax.Array:
     """
     jump = jnp.log(seen.gradient_norm) > _gradient_threshold(before)
     jump = (jump & (before.gradient.weight > 0)) | ~seen.has_gradient
-    reasons = [
-        (seen.nonfinite_gradients > 0, 1),
-        (seen.nonfinite_loss > 0, 2),
-        (jump, 4),
-        (seen.nonfinite_updates > 0, 3),
-        (seen.updates_broken, 7),
-    ]
-    return jnp.select([r for r, _ in reasons], [jnp.int32(i) for _, i in reasons], jnp.int32(0))
+    return first_of(
+        (seen.nonfinite_gradients > 0, Signal.NONFINITE_GRADIENTS),
+        (seen.nonfinite_loss > 0, Signal.NONFINITE_LOSS),
+        (jump, Signal.GRADIENT_NORM),
+        (seen.nonfinite_updates > 0, Signal.NONFINITE_UPDATES),
+        (seen.updates_broken, Signal.RELATIVE_STEP),
+        otherwise=Signal.NONE,
+    )
 
 
 def judge(
-    control: Control, seen: Telemetry, before: Statistics, after: Statistics, why: jax.Array
+    control: Control,
+    seen: Telemetry,
+    before: Statistics,
+    after: Statistics,
+    rejected: jax.Array,
+    alarm: Alarm,
 ) -> Evidence:
     """Weigh the signals of one step: thresholds of the steps before, mean overshoot with it."""
-    loss_threshold = before.loss.mean + SPIKE_SPREADS * stats.spread(before.loss, stats.LOSS)
+    loss_threshold = before.loss.mean + SPIKE_STDS * stats.std(before.loss, stats.LOSS)
     spike = seen.has_loss & (before.loss.weight > 0) & (stats.symlog(seen.loss) > loss_threshold)
     overshoot = after.overshoot.mean / stats.standard_error(after.overshoot, stats.OVERSHOOT)
     log_step = jnp.where(seen.has_step, jnp.log(jnp.maximum(seen.relative_step, 1e-30) / KAPPA), 0)
     against = _without_doubt(control, overshoot, log_step)
     measured = seen.has_step | seen.has_overshoot
     by_step = STEP_WEIGHT * log_step > jnp.maximum(overshoot, 0)
-    law = jnp.where(by_step, SIGNALS.index("relative_step"), SIGNALS.index("overshoot"))
-    signal = jnp.where(why > 0, why, jnp.where(spike, SIGNALS.index("loss"), law))
-    values = [0.0, seen.nonfinite_gradients, seen.nonfinite_loss, seen.nonfinite_updates]
-    values += [seen.gradient_norm, seen.loss, overshoot, seen.relative_step]
-    thresholds = [0.0, 0.0, 0.0, 0.0, jnp.exp(_gradient_threshold(before))]
-    thresholds += [jnp.sign(loss_threshold) * jnp.expm1(jnp.abs(loss_threshold)), 0.0, KAPPA]
+    signal = first_of(
+        (rejected > 0, rejected),
+        (spike, Signal.LOSS),
+        (by_step, Signal.RELATIVE_STEP),
+        otherwise=Signal.OVERSHOOT,
+    )
+    values: dict[Signal, jax.Array | float] = {
+        Signal.NONFINITE_GRADIENTS: seen.nonfinite_gradients,
+        Signal.NONFINITE_LOSS: seen.nonfinite_loss,
+        Signal.NONFINITE_UPDATES: seen.nonfinite_updates,
+        Signal.GRADIENT_NORM: seen.gradient_norm,
+        Signal.LOSS: seen.loss,
+        Signal.OVERSHOOT: overshoot,
+        Signal.RELATIVE_STEP: seen.relative_step,
+    }
+    thresholds: dict[Signal, jax.Array | float] = {
+        Signal.GRADIENT_NORM: jnp.exp(_gradient_threshold(before)),
+        Signal.LOSS: stats.inverse_symlog(loss_threshold),
+        Signal.RELATIVE_STEP: KAPPA,
+    }
     return Evidence(
-        poison=why,
+        rejected=rejected,
         spike=spike,
         alarm=jnp.where(measured, alarm(*against, progress(after)), 0.0),
         log_step=log_step,
         has_step=seen.has_step,
-        signal=signal.astype(jnp.int32),
+        signal=signal,
         value=_pick(values, signal),
         threshold=_pick(thresholds, signal),
     )
@@ -207,7 +274,7 @@ def progress(statistics: Statistics) -> jax.Array:
     Without a loss nothing is known, and nothing is granted.
     """
     gained = statistics.loss_start.mean - statistics.loss.mean
-    return jnp.maximum(gained / stats.spread(statistics.loss, stats.LOSS), 0.0)
+    return jnp.maximum(gained / stats.std(statistics.loss, stats.LOSS), 0.0)
 
 
 def _without_doubt(
@@ -225,7 +292,7 @@ def _without_doubt(
 
 def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Control, Decision]:
     """One step of the law: skip or not, the new scale, the regime, the budget."""
-    skip = evidence.poison > 0
+    skip = evidence.rejected > 0
     trouble = skip | evidence.spike
     calm = jnp.where(trouble, 0, optax.safe_increment(control.calm_steps))
     log_scale = _next_scale(control, evidence, calm, bounds)
@@ -238,7 +305,7 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
     control = control._replace(turning_point=turning_point)
     regime, turning_point = _next_regime(control, log_scale, trouble, calm)
     action = _action(control.regime, regime, skip)
-    intervened = (action == SKIP) | (action == CUT) | (action == HOLD)
+    intervened = (action == Action.SKIP) | (action == Action.CUT) | (action == Action.HOLD)
     outstanding = control.outstanding + jnp.where(intervened, 1.0, -EARNED)
     in_a_row = jnp.where(skip, optax.safe_increment(control.skips_in_a_row), 0)
     spent = (in_a_row >= bounds.max_skips) | (outstanding > bounds.max_interventions)
@@ -257,7 +324,16 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
         log_ceiling=control.log_ceiling,
         ceiling_steps=jnp.maximum(control.ceiling_steps - 1, 0),
     )
-    return new, Decision(skip, jnp.exp(log_scale), jnp.exp(control.log_scale), action)
+    return new, Decision(
+        skip=skip,
+        scale=jnp.exp(log_scale),
+        scale_before=jnp.exp(control.log_scale),
+        regime=regime,
+        action=action,
+        signal=evidence.signal,
+        value=jnp.nan_to_num(evidence.value),
+        threshold=jnp.nan_to_num(evidence.threshold),
+    )
 
 
 def _next_scale(control: Control, evidence: Evidence, calm: jax.Array, bounds: Bounds) -> jax.Array:
@@ -277,7 +353,7 @@ def _next_scale(control: Control, evidence: Evidence, calm: jax.Array, bounds: B
     change = jnp.where(excess > 0, jnp.minimum(change, -excess), change)
     first = jnp.log(FIRST_STEP / KAPPA) - evidence.log_step
     change = jnp.where(evidence.has_step & ~control.started, first, change)
-    change = jnp.where((evidence.poison > 0) | ~jnp.isfinite(change), 0.0, change)
+    change = jnp.where((evidence.rejected > 0) | ~jnp.isfinite(change), 0.0, change)
     floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
     moved = jnp.clip(control.log_scale + change, floor, 0.0)
     return jnp.where(control.pinned, control.log_scale, moved)
@@ -293,35 +369,46 @@ def _next_regime(
     was, turn = control.regime, -jnp.log(jnp.float32(TURN))
     fell = log_scale < control.turning_point - turn
     rose = log_scale > control.turning_point + turn
-    rules = [
-        (trouble, UNSTABLE),
-        ((was == UNSTABLE) & (calm < COOL_DOWN), UNSTABLE),
-        (was == UNSTABLE, RECOVERING),
-        ((was == STRESSED) & rose, RECOVERING),
-        ((was != STRESSED) & fell, STRESSED),
-        ((was == RECOVERING) & (log_scale >= -turn), NOMINAL),
-    ]
-    regime = jnp.select([when for when, _ in rules], [jnp.int32(r) for _, r in rules], was)
+    regime = first_of(
+        (trouble, Regime.UNSTABLE),
+        ((was == Regime.UNSTABLE) & (calm < COOL_DOWN), Regime.UNSTABLE),
+        (was == Regime.UNSTABLE, Regime.RECOVERING),
+        ((was == Regime.STRESSED) & rose, Regime.RECOVERING),
+        ((was != Regime.STRESSED) & fell, Regime.STRESSED),
+        ((was == Regime.RECOVERING) & (log_scale >= -turn), Regime.NOMINAL),
+        otherwise=was,
+    )
     peak = jnp.maximum(control.turning_point, log_scale)
     trough = jnp.minimum(control.turning_point, log_scale)
-    followed = jnp.where(regime == STRESSED, trough, peak)
-    restart = (regime == UNSTABLE) | ((regime != was) & (regime != NOMINAL))
+    followed = jnp.where(regime == Regime.STRESSED, trough, peak)
+    restart = (regime == Regime.UNSTABLE) | ((regime != was) & (regime != Regime.NOMINAL))
     return regime, jnp.where(restart, log_scale, followed)
 
 
 def _action(was: jax.Array, regime: jax.Array, skip: jax.Array) -> jax.Array:
     """What to report: every skip, and every change of regime but the return to nominal."""
-    entered = [(UNSTABLE, HOLD), (STRESSED, CUT), (RECOVERING, RECOVER)]
-    rules = [(skip, SKIP)] + [((regime == r) & (was != r), a) for r, a in entered]
-    return jnp.select(
-        [when for when, _ in rules], [jnp.int32(a) for _, a in rules], jnp.int32(NOTHING)
+    entered = regime != was
+    return first_of(
+        (skip, Action.SKIP),
+        (entered & (regime == Regime.UNSTABLE), Action.HOLD),
+        (entered & (regime == Regime.STRESSED), Action.CUT),
+        (entered & (regime == Regime.RECOVERING), Action.RECOVER),
+        otherwise=Action.NONE,
     )
 
 
 def _gradient_threshold(before: Statistics) -> jax.Array:
-    width = SPIKE_SPREADS * stats.spread(before.gradient, stats.GRADIENT)
+    width = SPIKE_STDS * stats.std(before.gradient, stats.GRADIENT)
     return before.gradient.mean + jnp.maximum(width, jnp.log(jnp.float32(SPIKE_FACTOR)))
 
 
-def _pick(candidates: list, index: jax.Array) -> jax.Array:
-    return jnp.stack([jnp.asarray(x, jnp.float32) for x in candidates])[index]
+def first_of(*rules: tuple[jax.Array, int | jax.Array], otherwise: int | jax.Array) -> jax.Array:
+    """The number of the first rule that holds, int32."""
+    numbers = [jnp.asarray(number, jnp.int32) for _, number in rules]
+    return jnp.select([when for when, _ in rules], numbers, jnp.asarray(otherwise, jnp.int32))
+
+
+def _pick(candidates: dict[Signal, jax.Array | float], signal: jax.Array) -> jax.Array:
+    """What belongs to this signal, float32; 0 for one that is not among the candidates."""
+    values = [jnp.asarray(candidates.get(s, 0.0), jnp.float32) for s in Signal]
+    return jnp.stack(values)[signal]

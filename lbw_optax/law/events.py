@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lbw_optax.law.control import ACTIONS, REGIMES, ROLLBACK, SIGNALS, Control, Decision, Evidence
-from lbw_optax.law.divergence import REASONS
+from lbw_optax.law.control import Action, Decision, Regime, Signal
+from lbw_optax.law.divergence import Reason
 
 SIZE = 64
 
@@ -19,14 +19,16 @@ class Ring(NamedTuple):
     """The newest `SIZE` events, one array a field; event i lies at i % SIZE."""
 
     recorded: jax.Array  # int32, events in all
-    at_step: jax.Array  # int32[SIZE]
-    regime: jax.Array  # int32[SIZE]
-    signal: jax.Array  # int32[SIZE]
-    action: jax.Array  # int32[SIZE]
-    signal_value: jax.Array  # float32[SIZE]
-    threshold: jax.Array  # float32[SIZE]
+    at_step: jax.Array  # int32[SIZE], call of `update`
+    action: jax.Array  # int32[SIZE], an `Action`
+    regime: jax.Array  # int32[SIZE], a `Regime`
+    signal: jax.Array  # int32[SIZE], a `Signal`; of a rollback, a `Reason`
+    signal_value: jax.Array  # float32[SIZE]; of a rollback 0
+    threshold: jax.Array  # float32[SIZE]; of a rollback 0
     scale_before: jax.Array  # float32[SIZE]
     scale_after: jax.Array  # float32[SIZE]
+    from_step: jax.Array  # int32[SIZE], of a rollback; else 0
+    to_step: jax.Array  # int32[SIZE], of a rollback; else 0
 
 
 class Event(NamedTuple):
@@ -37,60 +39,92 @@ class Event(NamedTuple):
       step: call of `update` in which it happened, from 0.
       regime: regime after it, one of `lbw_optax.REGIMES`.
       signal: the signal that decided; of a rollback, the reason.
-      value: of that signal; of a rollback, the step that it left.
-      threshold: for that signal; of a rollback, the step that it went back to.
-      action: "skip", "cut", "hold" (no growth of the scale), "recover" or "rollback".
+      value: of that signal; of a rollback None.
+      threshold: for that signal; of a rollback None.
+      action: "skip", "clip" (of a gradient), "cut", "hold" (no growth of the scale), "recover" or
+        "rollback".
       scale_before: before the step.
       scale_after: after it.
+      from_step: of a rollback, the step that it left.
+      to_step: of a rollback, the step that it went back to.
     """
 
     number: int
     step: int
     regime: str
     signal: str
-    value: float
-    threshold: float
+    value: float | None
+    threshold: float | None
     action: str
     scale_before: float
     scale_after: float
+    from_step: int | None = None
+    to_step: int | None = None
 
 
 def init() -> Ring:
     """A ring without events."""
     whole, real = jnp.zeros([SIZE], jnp.int32), jnp.zeros([SIZE], jnp.float32)
-    return Ring(jnp.zeros([], jnp.int32), *[whole] * 4, *[real] * 4)
+    return Ring(
+        recorded=jnp.zeros([], jnp.int32),
+        at_step=whole,
+        action=whole,
+        regime=whole,
+        signal=whole,
+        signal_value=real,
+        threshold=real,
+        scale_before=real,
+        scale_after=real,
+        from_step=whole,
+        to_step=whole,
+    )
 
 
-def record(
-    ring: Ring, step: jax.Array, control: Control, evidence: Evidence, decision: Decision
-) -> Ring:
+def record(ring: Ring, step: jax.Array, decision: Decision) -> Ring:
     """Write this step's event, if there is one."""
-    happened, place = decision.action > 0, ring.recorded % SIZE
-    new = {
-        "at_step": step,
-        "regime": control.regime,
-        "signal": evidence.signal,
-        "action": decision.action,
-        "signal_value": jnp.nan_to_num(evidence.value),
-        "threshold": jnp.nan_to_num(evidence.threshold),
-        "scale_before": decision.scale_before,
-        "scale_after": decision.scale,
-    }
-
-    def write(field: jax.Array, x: jax.Array) -> jax.Array:
-        return field.at[place].set(jnp.where(happened, x, field[place]))
-
-    written = {name: write(getattr(ring, name), x) for name, x in new.items()}
-    recorded = jnp.where(happened, optax.safe_increment(ring.recorded), ring.recorded)
-    return Ring(recorded=recorded, **written)
+    return _write(
+        ring,
+        decision.action != Action.NONE,
+        at_step=step,
+        action=decision.action,
+        regime=decision.regime,
+        signal=decision.signal,
+        signal_value=decision.value,
+        threshold=decision.threshold,
+        scale_before=decision.scale_before,
+        scale_after=decision.scale,
+        from_step=jnp.int32(0),
+        to_step=jnp.int32(0),
+    )
 
 
-def record_rollback(ring: Ring, at_step: jax.Array, event: dict[str, jax.Array]) -> Ring:
+def record_rollback(
+    ring: Ring,
+    step: jax.Array,
+    *,
+    reason: jax.Array,
+    from_step: jax.Array,
+    to_step: jax.Array,
+    regime: jax.Array,
+    scale_before: jax.Array,
+    scale_after: jax.Array,
+) -> Ring:
     """Write a rollback into the ring of the state that is left, which the restored state keeps."""
-    place = ring.recorded % SIZE
-    new = {"at_step": at_step, "action": jnp.int32(ROLLBACK), **event}
-    written = {name: getattr(ring, name).at[place].set(x) for name, x in new.items()}
-    return Ring(recorded=optax.safe_increment(ring.recorded), **written)
+    nothing = jnp.zeros([], jnp.float32)
+    return _write(
+        ring,
+        jnp.array(True),
+        at_step=step,
+        action=jnp.int32(Action.ROLLBACK),
+        regime=regime,
+        signal=reason,
+        signal_value=nothing,
+        threshold=nothing,
+        scale_before=scale_before,
+        scale_after=scale_after,
+        from_step=from_step,
+        to_step=to_step,
+    )
 
 
 def read(ring: Ring) -> list[Event]:
@@ -100,17 +134,32 @@ def read(ring: Ring) -> list[Event]:
     return [_event(ring, number) for number in range(max(0, total - SIZE), total)]
 
 
+def _write(ring: Ring, happened: jax.Array, **event: jax.Array) -> Ring:
+    place = ring.recorded % SIZE
+
+    def write(field: jax.Array, x: jax.Array) -> jax.Array:
+        return field.at[place].set(jnp.where(happened, x, field[place]))
+
+    written = {name: write(getattr(ring, name), x) for name, x in event.items()}
+    recorded = jnp.where(happened, optax.safe_increment(ring.recorded), ring.recorded)
+    return Ring(recorded=recorded, **written)
+
+
 def _event(ring: Ring, number: int) -> Event:
     at = number % SIZE
-    names = REASONS if ring.action[at] == ROLLBACK else SIGNALS
+    action = Action(int(ring.action[at]))
+    is_rollback = action == Action.ROLLBACK
+    signal = (Reason if is_rollback else Signal)(int(ring.signal[at]))
     return Event(
         number=number,
         step=int(ring.at_step[at]),
-        regime=REGIMES[ring.regime[at]],
-        signal=names[ring.signal[at]],
-        value=float(ring.signal_value[at]),
-        threshold=float(ring.threshold[at]),
-        action=ACTIONS[ring.action[at]],
+        regime=Regime(int(ring.regime[at])).name.lower(),
+        signal=signal.name.lower(),
+        value=None if is_rollback else float(ring.signal_value[at]),
+        threshold=None if is_rollback else float(ring.threshold[at]),
+        action=action.name.lower(),
         scale_before=float(ring.scale_before[at]),
         scale_after=float(ring.scale_after[at]),
+        from_step=int(ring.from_step[at]) if is_rollback else None,
+        to_step=int(ring.to_step[at]) if is_rollback else None,
     )

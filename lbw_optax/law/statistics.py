@@ -1,6 +1,6 @@
 """Running statistics of this run: debiased, winsorised, and closed to non-finite values.
 
-A threshold here is `mean + k * spread`. Everything is float32 and scalar.
+A threshold here is `mean + k * std`. Everything is float32 and scalar.
 """
 
 from typing import NamedTuple
@@ -10,8 +10,11 @@ import jax.numpy as jnp
 
 from lbw_optax.law.telemetry import Telemetry
 
-# A value enters at most this many spreads away from the mean, and never beyond what can be squared.
-WINSOR, LARGEST = 3.0, 1e18
+# A value enters at most this many standard deviations away from the mean: one outlier of any size
+# moves the mean by little, and a lasting shift is accepted within a stated number of steps.
+WINSOR = 3.0
+# A value beyond this is taken as this: its square is still a float32.
+LARGEST = 1e18
 
 
 class Memory(NamedTuple):
@@ -19,8 +22,8 @@ class Memory(NamedTuple):
 
     Attributes:
       decay: beta in [0, 1); the memory is about 1 / (1 - beta) values.
-      floor: least spread, in units of the quantity.
-      prior: spread assumed before anything was seen; it fades as beta^(n / 2).
+      floor: least standard deviation, in units of the quantity.
+      prior: standard deviation assumed before anything was seen; it fades as beta^(n / 2).
     """
 
     decay: float
@@ -32,7 +35,7 @@ GRADIENT = Memory(decay=0.95, floor=0.1, prior=1.0)  # log |g|
 OVERSHOOT = Memory(decay=0.8, floor=0.01, prior=0.1)  # cosine
 LOSS = Memory(decay=0.9, floor=0.02, prior=1.0)  # symlog(loss)
 LOSS_SLOW = Memory(decay=0.97, floor=0.02, prior=1.0)  # symlog(loss)
-# The loss at the start is the mean of this many first ones.
+# The loss at the start is the mean of this many first ones: fewer are one batch's luck.
 START_STEPS = 10
 
 
@@ -66,10 +69,10 @@ def init() -> Statistics:
     return Statistics(nothing, nothing, nothing, nothing, nothing)
 
 
-def absorb(statistics: Statistics, seen: Telemetry, poisoned: jax.Array) -> Statistics:
+def absorb(statistics: Statistics, seen: Telemetry, rejected: jax.Array) -> Statistics:
     """Take the signals of one step in.
 
-    A poisoned step says nothing of the last one, so its overshoot stays out; its gradient norm
+    A rejected step says nothing of the last one, so its overshoot stays out; its gradient norm
     and loss enter, winsorised, so that a lasting shift of level is accepted in the end.
     """
     loss = symlog(seen.loss)
@@ -79,7 +82,7 @@ def absorb(statistics: Statistics, seen: Telemetry, poisoned: jax.Array) -> Stat
             statistics.gradient, jnp.log(seen.gradient_norm), seen.has_gradient, GRADIENT
         ),
         overshoot=update(
-            statistics.overshoot, seen.overshoot, seen.has_overshoot & ~poisoned, OVERSHOOT
+            statistics.overshoot, seen.overshoot, seen.has_overshoot & ~rejected, OVERSHOOT
         ),
         loss=update(statistics.loss, loss, seen.has_loss, LOSS),
         loss_slow=update(statistics.loss_slow, loss, seen.has_loss, LOSS_SLOW),
@@ -97,8 +100,8 @@ def update(running: Running, x: jax.Array, keep: jax.Array, memory: Memory) -> R
 
     Without the clip this is the exponentially weighted mean and variance of the values seen so
     far, free of a bias towards the start. With it, one outlier of any size moves the mean by at
-    most 3 a_t s (0.15 s for the gradient norm, once warm, and a threshold six spreads away by at
-    most 1.32 s), and a lasting shift of level widens s by a constant factor a step until it is
+    most 3 a_t s (0.15 s for the gradient norm, once warm, and a threshold 6 s away by at most
+    1.32 s), and a lasting shift of level widens s by a constant factor a step until it is
     accepted: a gradient norm 25 times as large after at most 9 skipped steps, 10^6 times after 18.
     The first value is taken as it is.
 
@@ -115,7 +118,7 @@ def update(running: Running, x: jax.Array, keep: jax.Array, memory: Memory) -> R
     keep = keep & jnp.isfinite(x)
     weight = memory.decay * running.weight + (1 - memory.decay)
     rate = (1 - memory.decay) / weight
-    limit = jnp.where(first, LARGEST, WINSOR * spread(running, memory))
+    limit = jnp.where(first, LARGEST, WINSOR * std(running, memory))
     x = jnp.clip(jnp.where(keep, x, running.mean), -LARGEST, LARGEST)
     step = jnp.clip(x - running.mean, -limit, limit)
     updated = Running(
@@ -126,7 +129,7 @@ def update(running: Running, x: jax.Array, keep: jax.Array, memory: Memory) -> R
     return jax.tree.map(lambda new, old: jnp.where(keep, new, old), updated, running)
 
 
-def spread(running: Running, memory: Memory) -> jax.Array:
+def std(running: Running, memory: Memory) -> jax.Array:
     """Standard deviation for thresholds: sqrt(v + floor^2 + prior^2 (1 - w))."""
     fading = memory.prior**2 * (1 - running.weight)
     return jnp.sqrt(running.variance + memory.floor**2 + fading)
@@ -140,9 +143,14 @@ def standard_error(running: Running, memory: Memory) -> jax.Array:
     """
     weight = jnp.maximum(running.weight, 1 - memory.decay)
     squares = (1 - memory.decay) / (1 + memory.decay) * (2 - weight) / weight
-    return spread(running, memory) * jnp.sqrt(squares)
+    return std(running, memory) * jnp.sqrt(squares)
 
 
 def symlog(x: jax.Array) -> jax.Array:
     """sign(x) log(1 + |x|): a log scale for a loss that may also be zero or negative."""
     return jnp.sign(x) * jnp.log1p(jnp.abs(x))
+
+
+def inverse_symlog(y: jax.Array) -> jax.Array:
+    """sign(y) (exp(|y|) - 1)."""
+    return jnp.sign(y) * jnp.expm1(jnp.abs(y))

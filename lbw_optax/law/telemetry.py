@@ -5,10 +5,12 @@ whole pytrees and return float32 scalars; no decision is taken here.
 """
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -32,7 +34,7 @@ class Telemetry(NamedTuple):
     gradient_norm: jax.Array  # |g|
     update_norm: jax.Array  # s |u|, at the scale held before this step
     parameter_norm: jax.Array  # |p|, before the step
-    relative_step: jax.Array  # s |u| / |p| sqrt(sized)
+    relative_step: jax.Array  # s |u| / |p| sqrt(nonzero_fraction)
     overshoot: jax.Array  # cos(g_t, u_{t-1}) on the probe; > 0: the last step went too far
     curvature: jax.Array  # <g_t - g_{t-1}, u_{t-1}> / |u_{t-1}|^2 on the probe
     loss: jax.Array
@@ -46,7 +48,7 @@ class Telemetry(NamedTuple):
     has_overshoot: jax.Array  # bool, overshoot and curvature are new
     has_loss: jax.Array  # bool
     histogram: jax.Array  # int32[16], log2 |g| on the probe
-    sized: jax.Array  # share of the coordinates that lie in leaves not zero at the start
+    nonzero_fraction: jax.Array  # share of the coordinates in leaves that were not zero at first
 
 
 class Probe(NamedTuple):
@@ -56,8 +58,9 @@ class Probe(NamedTuple):
     products of probes estimate those of whole pytrees without bias.
     """
 
-    anchor: jax.Array  # wrapped: the last step u_{t-1}; chained: the parameters p_{t-1}
+    last_step: jax.Array  # u_{t-1}, as it was applied
     gradient: jax.Array  # g_{t-1}
+    parameters: jax.Array  # p_{t-1}; float32[0] where the guard sees the steps themselves
 
 
 def init(params: Any) -> Telemetry:
@@ -81,29 +84,49 @@ def init(params: Any) -> Telemetry:
         has_overshoot=no,
         has_loss=no,
         histogram=jnp.zeros([len(HISTOGRAM_EDGES)], jnp.int32),
-        sized=_sized(params),
+        nonzero_fraction=_nonzero_fraction(params),
     )
 
 
+def take_loss(value: Any, extra_args: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The loss among what `update` was given, and what the inner optimizer is given.
+
+    It is `value`, or else `loss`. Without one the guard sees neither a loss that is not finite nor
+    how far the run has come: that is a warning, when the step is traced.
+    """
+    value = extra_args.get("loss") if value is None else value
+    if value is not None:
+        return value, {**extra_args, "value": value}
+    scalars = [name for name, x in extra_args.items() if _is_real_scalar(x)]
+    hint = f" (is it {' or '.join(scalars)}, which it ignores?)" if scalars else ""
+    warnings.warn(
+        f"lbw_guard is given no loss{hint}: call update(grads, state, params, value=loss), or it "
+        "cannot tell a loss that is not finite, nor how far the run has come.",
+        UserWarning,
+        stacklevel=3,
+    )
+    return None, extra_args
+
+
 def observe_gradients(
-    before: Telemetry, remembered: Probe, gradients: Any, last_step: jax.Array, value: Any
-) -> tuple[Telemetry, jax.Array]:
+    before: Telemetry, probe: Probe, gradients: Any, value: Any
+) -> tuple[Telemetry, Probe]:
     """Measure what arrives: gradients, loss, and how the last step turned out.
 
     overshoot = <g_t, u_{t-1}> / (|g_t| |u_{t-1}|) and
     curvature = <g_t - g_{t-1}, u_{t-1}> / |u_{t-1}|^2, both on the probe.
 
     Returns:
-      The telemetry, and the probe of the gradients: float32[n].
+      The telemetry, and the probe with these gradients in it.
     """
     norm, nonfinite = norm_and_nonfinite(gradients)
     has_gradient = jnp.isfinite(norm)
-    sampled = probe(gradients)
+    sampled, last_step = sample(gradients), probe.last_step
     slope = jnp.vdot(sampled, last_step)
     product, step_square = _length(sampled) * _length(last_step), jnp.vdot(last_step, last_step)
     has_overshoot = has_gradient & jnp.isfinite(slope) & jnp.isfinite(product) & (product > 0)
-    has_curvature = has_overshoot & (_length(remembered.gradient) > 0)
-    change = slope - jnp.vdot(remembered.gradient, last_step)
+    has_curvature = has_overshoot & (_length(probe.gradient) > 0)
+    change = slope - jnp.vdot(probe.gradient, last_step)
     loss, has_loss, nonfinite_loss = _loss(value)
     seen = before._replace(
         gradient_norm=jnp.where(has_gradient, norm, before.gradient_norm),
@@ -117,15 +140,16 @@ def observe_gradients(
         has_loss=has_loss,
         histogram=_histogram(gradients),
     )
-    return seen, sampled
+    return seen, probe._replace(gradient=sampled)
 
 
 def observe_step(seen: Telemetry, updates: Any, params: Any, scale: jax.Array) -> Telemetry:
     """Measure the step that the inner optimizer proposes, at the scale held so far.
 
-    relative_step = scale |u| / |p| sqrt(sized), root mean squares of the step over all coordinates
-    and of the parameters over those that started with a size: LoRA's zero-initialised factor moves,
-    and has no length to be compared with. It is missing where the parameters are, or are all zero.
+    relative_step = scale |u| / |p| sqrt(nonzero_fraction), root mean squares of the step over all
+    coordinates and of the parameters over those that started with a size: LoRA's zero-initialised
+    factor moves, and has no length to be compared with. It is missing where the parameters are, or
+    are all zero.
     By the triangle inequality |p_t| <= |p_{t-1}| + |u_{t-1}|; more than twice that is corruption.
     """
     norm, nonfinite = norm_and_nonfinite(updates)
@@ -146,12 +170,12 @@ def observe_step(seen: Telemetry, updates: Any, params: Any, scale: jax.Array) -
     )
 
 
-def observe_moved(seen: Telemetry, last_step: jax.Array, params_probe: jax.Array) -> Telemetry:
+def observe_moved(seen: Telemetry, probe: Probe, scale: jax.Array) -> Telemetry:
     """As `observe_step`, for a guard that does not see the optimizer's step: the last one, probed.
 
-    relative_step = |p_t - p_{t-1}| / |p_t| sqrt(sized) on the probe.
+    relative_step = scale |p_t - p_{t-1}| / |p_t| sqrt(nonzero_fraction) on the probe.
     """
-    norm, length = _length(last_step), _length(params_probe)
+    norm, length = scale * _length(probe.last_step), _length(probe.parameters)
     has_step = jnp.isfinite(norm) & jnp.isfinite(length) & (norm > 0) & (length > 0)
     return seen._replace(
         parameters_broken=~jnp.isfinite(length),
@@ -162,14 +186,14 @@ def observe_moved(seen: Telemetry, last_step: jax.Array, params_probe: jax.Array
     )
 
 
-def forget(remembered: Probe, wrapped: bool) -> Probe:
-    """The probe after a poisoned step: no gradient, and no step where steps are remembered."""
-    nothing = jnp.zeros_like(remembered.gradient)
-    return Probe(anchor=nothing if wrapped else remembered.anchor, gradient=nothing)
+def forget(probe: Probe) -> Probe:
+    """The probe after a rejected step: no step was taken, and its gradient is not compared with."""
+    nothing = jnp.zeros_like(probe.gradient)
+    return probe._replace(last_step=nothing, gradient=nothing)
 
 
-def probe(tree: Any) -> jax.Array:
-    """Sample a pytree at its fixed coordinates: float32[n], replicated over devices."""
+def sample(tree: Any) -> jax.Array:
+    """A pytree at its fixed coordinates: float32[n], replicated over devices."""
     return _concatenate([_sample(leaf) * _weight(leaf) for leaf in _leaves(tree, jnp.floating)])
 
 
@@ -190,6 +214,12 @@ def norm_and_nonfinite(tree: Any) -> tuple[jax.Array, jax.Array]:
     return norm, jax.lax.cond(jnp.isfinite(norm), lambda: jnp.int32(0), count)
 
 
+def _is_real_scalar(x: Any) -> bool:
+    if isinstance(x, bool) or not isinstance(x, jax.Array | np.ndarray | np.generic | float | int):
+        return False
+    return jnp.shape(x) == () and jnp.issubdtype(jnp.result_type(x), jnp.floating)
+
+
 def _leaves(tree: Any, kind: Any) -> list[jax.Array]:
     """The non-empty leaves of this kind of number."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), kind)]
@@ -200,18 +230,19 @@ def _length(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.vdot(x, x))
 
 
-def _sized(params: Any) -> jax.Array:
+def _nonzero_fraction(params: Any) -> jax.Array:
     """Share of the coordinates in leaves that are not all zero; 1 if there are none."""
     leaves = _leaves(params, jnp.inexact)
     sizes = [jnp.where(jnp.any(leaf != 0), float(leaf.size), 0.0) for leaf in leaves]
-    share = sum(sizes, jnp.float32(0)) / max(sum(leaf.size for leaf in leaves), 1)
+    # As a float: an int beyond 2^31 is none that JAX can take.
+    share = sum(sizes, jnp.float32(0)) / float(max(sum(leaf.size for leaf in leaves), 1))
     return jnp.where(share > 0, share, 1.0)
 
 
 def _relative(
     seen: Telemetry, norm: jax.Array, length: jax.Array, has_step: jax.Array
 ) -> jax.Array:
-    return _ratio(norm * jnp.sqrt(seen.sized), length, has_step, seen.relative_step)
+    return _ratio(norm * jnp.sqrt(seen.nonzero_fraction), length, has_step, seen.relative_step)
 
 
 def _ratio(top: jax.Array, bottom: jax.Array, valid: jax.Array, otherwise: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ class Health(NamedTuple):
     """What the guard said of one step."""
 
     step: int
-    asked: int  # index into REASONS
+    asked: int  # a `Reason`
     troubled: bool  # skipped, or the loss jumped
     suspected: bool  # the loss is above its level
     governs: bool

@@ -12,13 +12,15 @@ import numpy as np
 from lbw_optax.audit import GuardExhausted
 from lbw_optax.law import divergence
 from lbw_optax.law import events as ring
-from lbw_optax.law.divergence import REASONS, REQUEST, UNCERTAIN
+from lbw_optax.law.divergence import UNCERTAIN, Reason
 from lbw_optax.rollback.agreement import largest
 from lbw_optax.rollback.candidates import Health, Plan, Targets
 from lbw_optax.rollback.checkpoints import Unreadable
 from lbw_optax.rollback.folder import Folder
-from lbw_optax.state import MODES, GuardState, find_all, map_guards
+from lbw_optax.state import GuardState, Mode, find_all, map_guards
 
+_REASONS = {reason.name.lower(): reason for reason in Reason}
+_UNCERTAIN = tuple(reason.name.lower() for reason in UNCERTAIN)
 # After a rollback the scale stays under this share of what it was, for so many steps.
 CEILING, CEILING_STEPS = 0.5, 20
 # `max_rollbacks` are allowed in so many calls of `step`.
@@ -31,7 +33,7 @@ class Rollback(NamedTuple):
     Attributes:
       from_step: the step that was left.
       to_step: the step that it went back to.
-      reason: one of `lbw_optax.law.divergence.REASONS`, or what `request` was given.
+      reason: a `lbw_optax.law.divergence.Reason` by its name, or what `request` was given.
       tier: "memory" or "disk".
       skipped_batches: batches that are not used again.
       at_call: calls of `step` before it.
@@ -167,7 +169,7 @@ class RollbackManager:
             self._in_a_row = 0
         reason, self._requested = self._requested, None
         if health is not None and health.governs and health.asked:
-            reason = reason or REASONS[health.asked]
+            reason = reason or Reason(health.asked).name.lower()
         if reason is not None:
             return self._roll_back(step, tree, reason)
         if health is None or not (health.is_trouble or health.suspected):
@@ -232,7 +234,7 @@ class RollbackManager:
             f"The guard asks for a rollback at step {step} ({reason}), and no state within "
             f"{self._max_distance} steps has proven healthy"
         )
-        if reason not in UNCERTAIN:
+        if reason not in _UNCERTAIN:
             raise GuardExhausted(f"{asked}{self._say_history()}.")
         _warn(f"{asked}: the run goes on, for this reason is not certain.")
         self._report = None
@@ -247,7 +249,7 @@ class RollbackManager:
         self._journal.rollbacks.append(rollback._asdict())
         self._targets.return_to(to_step)
         self._report = self._guard_steps = None
-        number = REASONS.index(reason) if reason in REASONS else REQUEST
+        number = _REASONS.get(reason, Reason.REQUEST)
         return _rejoin(good, left, number, step, to_step, CEILING**self._in_a_row)
 
     def _require_resumed(self) -> None:
@@ -295,10 +297,10 @@ def _start_report(tree: Any) -> jax.Array:
     """The guard's verdict in one small array of its own, on its way to the host."""
     parts = [
         (
-            guard.distress.rollback_asked,
-            guard.control.calm_steps,
+            guard.law.divergence.rollback_asked,
+            guard.law.control.calm_steps,
             guard.guard_steps,
-            guard.distress.loss_excess,
+            guard.law.divergence.loss_excess,
             guard.mode,
         )
         for guard in find_all(tree)
@@ -311,15 +313,15 @@ def _start_report(tree: Any) -> jax.Array:
 @jax.jit
 def _summarise(parts: list[tuple[jax.Array, ...]]) -> jax.Array:
     asked, calm, steps, excess, mode = (jnp.stack(x) for x in zip(*parts, strict=True))
-    governs = mode == MODES.index("govern")
+    governs = mode == Mode.GOVERN
     numbers = [asked.max(), (-calm).max(), steps.max(), (excess > 0).any(), governs.any()]
     return jnp.stack([x.astype(jnp.int32) for x in numbers])
 
 
 def _rejoin(good: Any, left: Any, reason: int, step: int, to_step: int, share: float) -> Any:
     """The good state with the events of the one that is left, and under a ceiling for a while."""
-    rings = iter([guard.ring for guard in find_all(left)])
-    numbers = np.int32(reason), np.float32(step), np.float32(to_step), np.float32(share)
+    rings = iter([guard.events for guard in find_all(left)])
+    numbers = np.int32(reason), np.int32(step), np.int32(to_step), np.float32(share)
     return map_guards(lambda guard: _place(_back(guard, next(rings), *numbers), guard), good)
 
 
@@ -327,27 +329,29 @@ def _rejoin(good: Any, left: Any, reason: int, step: int, to_step: int, share: f
 def _back(
     guard: GuardState, events: ring.Ring, reason: Any, step: Any, to_step: Any, share: Any
 ) -> GuardState:
-    control = guard.control
+    control = guard.law.control
     log_ceiling = control.log_scale + jnp.log(share)
-    event = {
-        "regime": control.regime,
-        "signal": reason,
-        "signal_value": step,
-        "threshold": to_step,
-        "scale_before": jnp.exp(control.log_scale),
-        "scale_after": jnp.exp(log_ceiling),
-    }
-    return guard._replace(
-        inner_state=None,
-        control=control._replace(log_ceiling=log_ceiling, ceiling_steps=jnp.int32(CEILING_STEPS)),
-        distress=divergence.after_rollback(guard.distress),
-        ring=ring.record_rollback(events, guard.guard_steps, event),
+    held = control._replace(log_ceiling=log_ceiling, ceiling_steps=jnp.int32(CEILING_STEPS))
+    calm = _calm_down(guard)
+    return calm._replace(
+        law=calm.law._replace(control=held),
+        events=ring.record_rollback(
+            events,
+            guard.guard_steps,
+            reason=reason,
+            from_step=step,
+            to_step=to_step,
+            regime=control.regime,
+            scale_before=jnp.exp(control.log_scale),
+            scale_after=jnp.exp(log_ceiling),
+        ),
     )
 
 
 @jax.jit
 def _calm_down(guard: GuardState) -> GuardState:
-    return guard._replace(inner_state=None, distress=divergence.after_rollback(guard.distress))
+    quiet = divergence.after_rollback(guard.law.divergence)
+    return guard._replace(inner_state=None, law=guard.law._replace(divergence=quiet))
 
 
 def _place(guard: GuardState, like: GuardState) -> GuardState:

@@ -29,7 +29,7 @@ SIGNALS = (
 )
 CONSTANTS = {
     control: (
-        *("SPIKE_SPREADS", "SPIKE_FACTOR", "KAPPA", "STEP_WEIGHT", "CREDIT_FROM", "GAIN"),
+        *("SPIKE_STDS", "SPIKE_FACTOR", "KAPPA", "STEP_WEIGHT", "CREDIT_FROM", "GAIN"),
         *("MOST_CUT", "GROWTH", "MOST_GROWTH", "FAR", "AT_ONCE", "FULL", "TRUST", "TRUST_STEP"),
         *("QUICK", "FIRST_ALARM", "FIRST_STEP", "FIRST_SCALE", "TURN", "COOL_DOWN", "EARNED"),
     ),
@@ -37,8 +37,8 @@ CONSTANTS = {
         *("WINSOR", "LARGEST", "GRADIENT", "OVERSHOOT", "LOSS", "LOSS_SLOW", "START_STEPS"),
     ),
     divergence: (
-        *("INNER_STEPS", "SKIP_STEPS", "FIRST_STEPS", "MARGIN_SPREADS", "MOST_EVIDENCE"),
-        *("ENOUGH_EVIDENCE", "ECHO_SHARE", "FARTHEST", "MOST_ECHO", "GRACE"),
+        *("INNER_STEPS", "SKIP_STEPS", "FIRST_STEPS", "MARGIN_STDS", "MOST_EVIDENCE"),
+        *("ENOUGH_EVIDENCE", "AUTOCORRELATION_SHARE", "FARTHEST", "MOST_AUTOCORRELATION", "GRACE"),
     ),
 }
 
@@ -67,14 +67,14 @@ def outputs(signals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _outputs(seen: Telemetry) -> dict[str, np.ndarray]:
-    state, evidence, decision, asking = jax.device_get(scan(seen, BOUNDS))
+    (_, held, asking), decision = jax.device_get(scan(seen, BOUNDS))
     return {
-        "log_scale": state.log_scale,
-        "outstanding": state.outstanding,
+        "log_scale": held.log_scale,
+        "outstanding": held.outstanding,
         "loss_excess": asking.loss_excess,
-        "regime": state.regime.astype(np.int8),
-        "exhausted": state.exhausted,
-        "signal": evidence.signal.astype(np.int8),
+        "regime": decision.regime.astype(np.int8),
+        "exhausted": held.exhausted,
+        "signal": decision.signal.astype(np.int8),
         "action": decision.action.astype(np.int8),
         "skip": decision.skip,
         "rollback_asked": asking.rollback_asked.astype(np.int8),

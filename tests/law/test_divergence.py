@@ -9,27 +9,31 @@ from reference import LawReference, Signals
 from trajectories import BOUNDS, DISTRESSED, batch, change, falling, noisy, risen, scan
 
 from lbw_optax.law import divergence, statistics
-from lbw_optax.law.divergence import REASONS, Distress
+from lbw_optax.law.divergence import Divergence, Reason
 
 BAD_GRADIENT = {"nonfinite_gradients": 3, "gradient_norm": None}
 
 
-def assess(steps: list[Signals]) -> Distress:
-    return jax.device_get(scan(batch(steps), BOUNDS)[3])
+def assess(steps: list[Signals]) -> Divergence:
+    return jax.device_get(scan(batch(steps), BOUNDS)[0].divergence)
+
+
+def name_of(reason: int) -> str:
+    return Reason(reason).name.lower()
 
 
 def asked_at(steps: list[Signals]) -> tuple[str, int | None]:
     """The reason, and the first step that asks."""
     asked = assess(steps).rollback_asked
     first = int(np.argmax(asked > 0)) if asked.any() else None
-    return REASONS[asked[-1]], first
+    return name_of(asked[-1]), first
 
 
 @pytest.mark.parametrize("steps", DISTRESSED.values(), ids=DISTRESSED)
 def test_trajectory_equals_the_reference(steps):
     state, reference = assess(steps), LawReference(*BOUNDS)
     expected = [reference.step(step) for step in steps]
-    asked = [REASONS[i] for i in state.rollback_asked]
+    asked = [name_of(i) for i in state.rollback_asked]
     assert asked == [outcome.rollback_asked for outcome in expected]
     excess = [outcome.loss_excess for outcome in expected]
     np.testing.assert_allclose(state.loss_excess, excess, rtol=1e-3, atol=5e-3)
@@ -38,7 +42,7 @@ def test_trajectory_equals_the_reference(steps):
 def test_every_reason_occurs():
     """Or else the comparison above would prove less than it seems to."""
     reasons = {asked_at(steps)[0] for steps in DISTRESSED.values()}
-    assert reasons == set(REASONS) - {"request"}
+    assert reasons == {name_of(reason) for reason in Reason} - {"request"}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -66,7 +70,7 @@ def test_how_soon_each_reason_asks(steps, reason, after):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_loss_that_rises_out_of_a_steep_fall_asks_as_soon(seed):
-    """By a spread that holds the trend too, no rise of this size would stand out."""
+    """By a standard deviation that holds the trend too, no rise of this size would stand out."""
     steps = falling(2.0, start=60, seed=seed)
     assert asked_at(steps) == ("loss", pytest.approx(68, abs=1))
     assert asked_at(falling(0.0, start=60, seed=seed)) == ("none", None)
@@ -84,7 +88,7 @@ def _ordered(correlation: float, seed: int, length=1000) -> list[Signals]:
 
 @pytest.mark.parametrize("seed", [0, 1, 4, 7, 8, 17, 19])
 def test_text_in_its_order_does_not_ask_and_a_rise_in_it_does(seed):
-    """By the spread of the surprise alone each of these would ask."""
+    """By the standard deviation of the innovation alone each of these would ask."""
     steps = _ordered(0.75, seed)
     assert asked_at(steps) == ("none", None)
     for step in steps[800:]:
@@ -94,21 +98,23 @@ def test_text_in_its_order_does_not_ask_and_a_rise_in_it_does(seed):
     assert 800 < at < 860
 
 
-def test_the_echo_is_the_correlation_of_neighbours():
+def test_the_autocorrelation_is_that_of_neighbours():
     """Of independent noise it is nearly none, and of correlated noise what NumPy says."""
     for correlation in (0.0, 0.75):
         steps = _ordered(correlation, seed=0, length=3000)
         states = assess(steps)
         y = np.log1p([step.loss for step in steps])
-        surprise = (y[1:] - states.level.mean[:-1])[300:]
-        expected = np.corrcoef(surprise[:-1], surprise[1:])[0, 1]
-        assert states.echo[300:].mean() == pytest.approx(expected, abs=0.1)
+        innovation = (y[1:] - states.level.mean[:-1])[300:]
+        expected = np.corrcoef(innovation[:-1], innovation[1:])[0, 1]
+        assert states.autocorrelation[300:].mean() == pytest.approx(expected, abs=0.1)
 
 
-def test_after_a_rollback_the_echo_stays_known():
-    state = divergence.init()._replace(echo=np.float32(0.5), loss_excess=np.float32(3))
+def test_after_a_rollback_the_autocorrelation_stays_known():
+    state = divergence.init()._replace(autocorrelation=np.float32(0.5), loss_excess=np.float32(3))
     again = divergence.after_rollback(state)
-    assert again == divergence.init()._replace(echo=state.echo, grace=again.grace)
+    assert again == divergence.init()._replace(
+        autocorrelation=state.autocorrelation, grace=again.grace
+    )
     assert again.grace == divergence.GRACE
 
 
@@ -160,7 +166,7 @@ def _after_rollback(steps: list[Signals], grace: int) -> list[str]:
     for i, b in enumerate(bad):
         skips[i] = skips[i - 1] + 1 if b else 0
     states = jax.jit(lambda *xs: jax.lax.scan(one, start, xs)[1])(batch(steps), why, skips)
-    return [REASONS[i] for i in np.asarray(states.rollback_asked)]
+    return [name_of(i) for i in np.asarray(states.rollback_asked)]
 
 
 def test_a_lasting_fault_outside_of_the_state_does_not_ask_again():

@@ -30,7 +30,7 @@ LENGTH = 24
 def _scan(values: jax.Array, memory: Memory) -> tuple[Running, jax.Array, jax.Array]:
     def step(running, x):
         running = statistics.update(running, x, jnp.array(True), memory)
-        spread = statistics.spread(running, memory)
+        spread = statistics.std(running, memory)
         return running, (running, spread, statistics.standard_error(running, memory))
 
     return jax.lax.scan(step, NOTHING, values)[1]
@@ -71,7 +71,7 @@ def test_trajectory_equals_the_weighted_history(case, memory):
         reference.add(float(np.float32(x)))
         actual = [part[i] for part in (*running, spreads, errors)]
         expected = [reference.mean, reference.variance, reference.weight]
-        expected += [reference.spread, reference.standard_error]
+        expected += [reference.std, reference.standard_error]
         np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-5, err_msg=f"step {i}")
 
 
@@ -131,8 +131,8 @@ def test_one_outlier_moves_mean_and_threshold_by_less_than_stated(memory, outlie
     values = np.append(_noise(history), outlier)
     running, spreads, _ = trajectory(values, memory)
     rate = (1 - memory.decay) / running.weight[-1]
-    most_mean, most_threshold = outlier_bound(rate, control.SPIKE_SPREADS)
-    threshold = running.mean + control.SPIKE_SPREADS * spreads
+    most_mean, most_threshold = outlier_bound(rate, control.SPIKE_STDS)
+    threshold = running.mean + control.SPIKE_STDS * spreads
     moved_mean, moved = np.diff(running.mean)[-1], np.diff(threshold)[-1]
     assert abs(moved_mean) <= most_mean * spreads[-2] * (1 + 1e-5) + 1e-6
     assert moved <= most_threshold * spreads[-2] * (1 + 1e-5) + 1e-6
@@ -148,10 +148,10 @@ def test_one_outlier_moves_mean_and_threshold_by_less_than_stated(memory, outlie
 def test_outlier_bounds_that_the_docstring_states(memory, mean, threshold):
     """Once warm, one outlier of any size moves the mean and the threshold by so many spreads."""
     running, spreads, _ = trajectory(np.append(_noise(400), 1e30), memory)
-    moved = running.mean + control.SPIKE_SPREADS * spreads
+    moved = running.mean + control.SPIKE_STDS * spreads
     assert np.diff(running.mean)[-1] / spreads[-2] <= mean * (1 + 1e-3)
     assert np.diff(moved)[-1] / spreads[-2] <= threshold
-    assert outlier_bound(1 - memory.decay, control.SPIKE_SPREADS)[1] <= threshold
+    assert outlier_bound(1 - memory.decay, control.SPIKE_STDS)[1] <= threshold
 
 
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)

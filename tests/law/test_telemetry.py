@@ -38,11 +38,11 @@ def test_wrapped_signals_equal_numpy_over_a_trajectory(dtype):
     params = small_params(dtype)
     state = run.init(params)
     last_step, gradient_before = np.zeros(16), np.zeros(16)
-    scale = math.exp(guard_in(state).control.log_scale)
+    scale = math.exp(guard_in(state).law.control.log_scale)
     for step in range(40):
         gradients = _noisy_gradients(params, rng)
         updates, state = run.update(gradients, state, params, value=jnp.float32(step))
-        seen, control = guard_in(state).telemetry, guard_in(state).control
+        seen, control = guard_in(state).telemetry, guard_in(state).law.control
         gradient = flat(jax.tree.leaves(gradients))
         applied = flat(jax.tree.leaves(updates))
         length = np.linalg.norm(flat(jax.tree.leaves(params)))
@@ -70,18 +70,20 @@ def test_wrapped_signals_equal_numpy_over_a_trajectory(dtype):
 
 
 def test_chained_signals_equal_numpy_over_a_trajectory():
-    """The step is what the parameters moved by; it is seen one call later."""
+    """The step is what the parameters moved by, at the scale that would have been held."""
     rng, run, params = np.random.default_rng(3), chained("adamw"), small_params()
     state, before, gradient_before = run.init(params), None, np.zeros(16)
     for step in range(40):
+        scale = math.exp(guard_in(state).law.control.log_scale)
         gradients, here = _noisy_gradients(params, rng), flat(jax.tree.leaves(params))
         params, state = run.step(params, state, gradients, np.float32(1.0))
         seen, gradient = guard_in(state).telemetry, flat(jax.tree.leaves(gradients))
         np.testing.assert_allclose(seen.gradient_norm, np.linalg.norm(gradient), rtol=1e-5)
         if step:
             moved = here - before
-            # |p| ~ 4 and a soft-started step of ~ 1e-3: float32 keeps three digits of p - p'.
-            expected = [np.linalg.norm(moved), np.linalg.norm(moved) / np.linalg.norm(here)]
+            # |p| ~ 4: float32 keeps few digits of p - p'.
+            length = scale * np.linalg.norm(moved)
+            expected = [length, length / np.linalg.norm(here)]
             np.testing.assert_allclose([seen.update_norm, seen.relative_step], expected, rtol=1e-3)
             np.testing.assert_allclose(seen.overshoot, cosine(gradient, moved), atol=1e-3)
             slope = curvature(gradient, gradient_before, moved)
@@ -99,7 +101,7 @@ def test_curvature_of_a_quadratic_is_its_second_derivative():
     np.testing.assert_allclose(guard_in(state).telemetry.curvature, 0.37, rtol=1e-2)
 
 
-probe = jax.jit(telemetry.probe)
+probe = jax.jit(telemetry.sample)
 
 
 def _tree(rng, shapes):
@@ -269,7 +271,7 @@ def test_leaves_that_start_at_zero_have_no_length_to_be_compared_with():
     state, share = tx.init(params), 20 / 32
     for _ in range(3):
         gradients = jax.tree.map(jnp.ones_like, params)
-        scale = math.exp(state.control.log_scale)
+        scale = math.exp(state.law.control.log_scale)
         length = np.linalg.norm(flat(jax.tree.leaves(params)))
         updates, state = tx.update(gradients, state, params)
         expected = scale * 0.1 * math.sqrt(32) / length * math.sqrt(share)
@@ -279,7 +281,7 @@ def test_leaves_that_start_at_zero_have_no_length_to_be_compared_with():
 
 @pytest.mark.parametrize("params", [None, {}, jnp.zeros(3), jnp.ones(3)], ids=str)
 def test_where_no_leaf_or_every_leaf_has_a_size_all_coordinates_count(params):
-    assert telemetry.init(params).sized == 1
+    assert telemetry.init(params).nonzero_fraction == 1
 
 
 def test_no_parameters_no_relative_step():
@@ -298,3 +300,24 @@ def test_loss_must_be_a_scalar(value):
     state = run.init(params)
     with pytest.raises(ValueError, match="value must be the scalar loss"):
         run.tx.update(gradients_of(params), state, params, value=value)
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ({}, "given no loss:"),
+        ({"objective": 2.0}, r"no loss \(is it objective, which it ignores\?\)"),
+    ],
+    ids=["none", "under another name"],
+)
+def test_a_loss_that_does_not_arrive_is_a_warning(given, hint):
+    tx, params = lbw_guard(optax.sgd(0.1)), small_params()
+    with pytest.warns(UserWarning, match=hint):
+        tx.update(gradients_of(params), tx.init(params), params, **given)
+
+
+def test_loss_is_another_name_for_value():
+    run, params = guarded("sgd_momentum"), small_params()
+    for name in ("value", "loss"):
+        _, state = run.update(gradients_of(params), run.init(params), params, **{name: 2.5})
+        assert float(guard_in(state).telemetry.loss) == 2.5

@@ -304,9 +304,9 @@ def test_the_scale_stays_under_a_ceiling_for_a_while(tmp_path):
     def watch(rollback, step, tree):
         guard = guard_in(tree[1])
         if not rollback.history:
-            before[step] = math.exp(guard.control.log_scale)
+            before[step] = math.exp(guard.law.control.log_scale)
         else:
-            scales.append(math.exp(guard.control.log_scale))
+            scales.append(math.exp(guard.law.control.log_scale))
 
     _, rollback, _ = run(tmp_path, 140, {50: nan_parameter}, on_step=watch)
     ceiling = CEILING * before[rollback.history[0].to_step]

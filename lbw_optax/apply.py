@@ -1,0 +1,32 @@
+"""What a decision does to a pytree: it is scaled, or nothing of it is left."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def scaled(tree: Any, scale: jax.Array, skip: jax.Array) -> Any:
+    """Each leaf times `scale`, in its own dtype; zeros where `skip`.
+
+    Args:
+      tree: gradients or updates. Leaves of integers are not scaled.
+      scale: float32 scalar.
+      skip: bool scalar; selects, so that a NaN does not survive a product with zero.
+    """
+
+    def act(x: jax.Array) -> jax.Array:
+        if x.dtype == jax.dtypes.float0:  # what JAX gives for the gradient of an integer
+            return x
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return jnp.where(skip, jnp.zeros_like(x), x)
+        y = (x * scale.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+        # Adding -0.0 leaves every float as it is; adding 0.0 would turn -0.0 into 0.0.
+        return jnp.where(skip, jnp.full_like(x, -0.0), y)
+
+    return jax.tree.map(act, tree)
+
+
+def either(first: jax.Array, a: Any, b: Any) -> Any:
+    """`a` where the bool scalar `first` is true, `b` elsewhere."""
+    return jax.tree.map(lambda x, y: jnp.where(first, x, y), a, b)
