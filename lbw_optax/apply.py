@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lbw_optax.law.telemetry import wide_type
+
 
 def scaled(tree: Any, scale: jax.Array, skip: jax.Array) -> Any:
     """Each leaf times `scale`, in its own dtype; zeros where `skip`.
@@ -20,7 +22,8 @@ def scaled(tree: Any, scale: jax.Array, skip: jax.Array) -> Any:
             return x
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             return jnp.where(skip, jnp.zeros_like(x), x)
-        y = (x * scale.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+        wide = wide_type(x.dtype)
+        y = (x.astype(wide) * scale.astype(wide)).astype(x.dtype)
         # Adding -0.0 leaves every float as it is; adding 0.0 would turn -0.0 into 0.0.
         return jnp.where(skip, jnp.full_like(x, -0.0), y)
 

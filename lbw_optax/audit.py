@@ -13,7 +13,7 @@ from lbw_optax import sentences
 from lbw_optax.law import events as ring
 from lbw_optax.law.events import Event
 from lbw_optax.law.telemetry import HISTOGRAM_EDGES
-from lbw_optax.state import MODES, GuardState, find, find_all, map_guards
+from lbw_optax.state import MODES, GuardState, find, find_all, find_named, map_guards, of_one_run
 
 
 class GuardExhausted(RuntimeError):
@@ -23,8 +23,9 @@ class GuardExhausted(RuntimeError):
 def metrics(state: Any) -> dict[str, jax.Array]:
     """The guard's signals and decisions of the newest step, as a flat dict of scalars.
 
-    Works on any optimizer state that holds one guard, also inside ``jit``. A signal that could
-    not be measured in this step keeps its last value.
+    Works on any optimizer state that holds a guard, also inside ``jit``. A signal that could not be
+    measured in this step keeps its last value. Where there are several guards, each name begins
+    with the path of its guard in the state, ``inner_states/decoder/scale``.
 
     ==========================  ====================================================================
     ``scale``                   factor of the updates; observing or chained, what it would be
@@ -50,7 +51,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     ==========================  ====================================================================
 
     Raises:
-      ValueError: if the state holds no guard, or several.
+      ValueError: if the state holds no guard.
 
     Example:
       >>> import jax.numpy as jnp, optax, lbw_optax
@@ -59,7 +60,15 @@ def metrics(state: Any) -> dict[str, jax.Array]:
       >>> print(f"{m['scale']:.2f}", lbw_optax.REGIMES[int(m["regime"])])
       0.01 recovering
     """
-    guard = find(state)
+    guards = find_named(state)
+    if len(guards) == 1:
+        return _metrics(*guards.values())
+    return {
+        f"{path}/{name}": x for path, guard in guards.items() for name, x in _metrics(guard).items()
+    }
+
+
+def _metrics(guard: GuardState) -> dict[str, jax.Array]:
     seen, remembered, control = guard.telemetry, guard.law.statistics, guard.law.control
     return {
         "scale": jnp.exp(control.log_scale),
@@ -91,12 +100,19 @@ def metrics(state: Any) -> dict[str, jax.Array]:
 def events(state: Any) -> list[Event]:
     """The interventions still in the state's ring, oldest first, as Python values.
 
-    The ring holds 64, and a step makes at most one: read every 64 steps and none is lost.
+    The ring holds 64, and a step makes at most one: read every 64 steps and none is lost. Where
+    there are several guards, one's follow another's, and `Event.guard` is the path of each.
 
     Raises:
-      ValueError: if the state holds no guard, or several.
+      ValueError: if the state holds no guard, or several runs in one (``vmap``).
     """
-    return ring.read(find(state).events)
+    guards = find_named(state)
+    alone = len(guards) == 1
+    return [
+        event if alone else event._replace(guard=path)
+        for path, guard in guards.items()
+        for event in ring.read(of_one_run(guard).events)
+    ]
 
 
 def check(state: Any) -> None:
@@ -107,8 +123,16 @@ def check(state: Any) -> None:
       ValueError: if the state holds no guard.
     """
     for guard in find_all(state):
-        if bool(guard.law.control.exhausted):
-            raise GuardExhausted(sentences.exhausted(jax.device_get(guard)))
+        exhausted = np.asarray(guard.law.control.exhausted)
+        if exhausted.any():  # of several runs in one, the first that is
+            raise GuardExhausted(sentences.exhausted(_run(guard, exhausted)))
+
+
+def _run(guard: GuardState, which: np.ndarray) -> GuardState:
+    """The first run that is marked, where a state holds several in one; else the guard itself."""
+    first = np.unravel_index(which.argmax(), which.shape)
+    own = jax.device_get(guard._replace(inner_state=None))
+    return jax.tree.map(lambda x: x[first], own)
 
 
 def override(state: Any, *, scale: float | str | None = None, mode: str | None = None) -> Any:

@@ -35,8 +35,8 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
     """The guard as a transformation of gradients."""
 
     def init_fn(params: Any) -> GuardState:
-        here = telemetry.sample(params)
-        nothing = jnp.zeros_like(here)
+        nothing = telemetry.sample_of_zeros(params)
+        here = nothing if telemetry.is_abstract(params) else telemetry.sample(params)
         probe = Probe(last_step=nothing, gradient=nothing, parameters=here)
         return states.init(params, probe, bounds, mode)._replace(inner_state=optax.EmptyState())
 

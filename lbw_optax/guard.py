@@ -140,10 +140,11 @@ def govern(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> GuardState:
-        nothing = jnp.zeros_like(telemetry.sample(params))
+        nothing = telemetry.sample_of_zeros(params)
         probe = Probe(last_step=nothing, gradient=nothing, parameters=jnp.zeros([0], jnp.float32))
-        state = states.init(params, probe, bounds, mode)
-        return state._replace(inner_state=inner.init(params))
+        inner_state = inner.init(params)
+        _refuse_to_and_fro(inner_state)
+        return states.init(params, probe, bounds, mode)._replace(inner_state=inner_state)
 
     def update_fn(
         updates: Any, state: GuardState, params: Any = None, *, value: Any = None, **extra_args: Any
@@ -158,7 +159,7 @@ def govern(
         governing = state.mode == Mode.GOVERN
         skip = governing & decision.skip
         applied = scaled(proposed, jnp.where(governing, decision.scale, 1.0), skip)
-        probe = probe._replace(last_step=telemetry.sample(applied))
+        probe = probe._replace(last_step=telemetry.sample(applied, like=updates))
         return applied, GuardState(
             inner_state=either(skip, state.inner_state, inner_state),
             guard_steps=optax.safe_increment(state.guard_steps),
@@ -170,6 +171,19 @@ def govern(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _refuse_to_and_fro(inner_state: Any) -> None:
+    kind = optax.contrib.SAMState
+    if any(isinstance(node, kind) for node in _nodes(inner_state, kind)):
+        raise ValueError(
+            "optax.contrib.sam steps to and fro, which the guard would hold for divergence: put "
+            "the guard inside, optax.contrib.sam(lbw_guard(optimizer), adversarial_optimizer)."
+        )
+
+
+def _nodes(tree: Any, kind: type) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
 
 
 def _validate(inner: Any, bounds: Bounds, mode: str) -> None:

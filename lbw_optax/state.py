@@ -2,11 +2,12 @@
 
 import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lbw_optax import law
 from lbw_optax.law import events, telemetry
@@ -64,10 +65,10 @@ def init(params: Any, probe: Probe, bounds: Bounds, mode: str) -> GuardState:
 
 
 def find(state: Any) -> GuardState:
-    """The one guard in an optimizer state.
+    """The one guard in an optimizer state, of one run.
 
     Raises:
-      ValueError: if the state holds no guard, or several.
+      ValueError: if the state holds no guard, or several, or several runs in one (``vmap``).
     """
     guards = find_all(state)
     if len(guards) > 1:
@@ -75,7 +76,7 @@ def find(state: Any) -> GuardState:
             f"This optimizer state holds {len(guards)} guards: pass the part of it that holds the "
             "one you mean, for example state.inner_states['decoder']."
         )
-    return guards[0]
+    return of_one_run(guards[0])
 
 
 def find_all(state: Any) -> list[GuardState]:
@@ -84,14 +85,41 @@ def find_all(state: Any) -> list[GuardState]:
     Raises:
       ValueError: if the state holds no guard.
     """
-    leaves = jax.tree.leaves(state, is_leaf=_is_guard)
-    guards = [_plain(leaf) for leaf in leaves if _is_guard(leaf)]
+    return list(find_named(state).values())
+
+
+def find_named(state: Any) -> dict[str, GuardState]:
+    """Every guard in an optimizer state, outermost only, by its path in it.
+
+    Raises:
+      ValueError: if the state holds no guard.
+    """
+    nodes, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_guard)
+    guards = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): _plain(node)
+        for path, node in nodes
+        if _is_guard(node)
+    }
     if not guards:
         raise ValueError(
             "This optimizer state holds no guard: build the optimizer with "
             "lbw_guard(inner), or pass the state that its update returned."
         )
     return guards
+
+
+def of_one_run(guard: GuardState) -> GuardState:
+    """The guard itself.
+
+    Raises:
+      ValueError: if it is several in one, as ``vmap`` and ``pmap`` make them.
+    """
+    if jnp.ndim(guard.guard_steps):
+        raise ValueError(
+            f"This optimizer state holds {jnp.size(guard.guard_steps)} runs in one, as vmap and "
+            "pmap make it: pass one of them, jax.tree.map(lambda x: x[0], state)."
+        )
+    return guard
 
 
 def map_guards(change: Callable[[GuardState], GuardState], state: Any) -> Any:
@@ -103,10 +131,7 @@ def map_guards(change: Callable[[GuardState], GuardState], state: Any) -> Any:
     find_all(state)
 
     def visit(node: Any) -> Any:
-        if not _is_guard(node):
-            return node
-        changed = change(_plain(node))._replace(inner_state=node.inner_state)
-        return jax.tree.unflatten(jax.tree.structure(node), jax.tree.leaves(changed))
+        return _put(node, change(_plain(node))) if _is_guard(node) else node
 
     return jax.tree.map(visit, state, is_leaf=_is_guard)
 
@@ -144,7 +169,7 @@ def adopt(state: Any, bare: Any) -> Any:
         )
     parts = structure.flatten_up_to(jax.tree.unflatten(wanted, bare_leaves))
     adopted = [
-        node._replace(inner_state=part) if _is_guard(node) else part
+        _with_inner(node, part) if _is_guard(node) else part
         for node, part in zip(nodes, parts, strict=True)
     ]
     return jax.tree.unflatten(structure, adopted)
@@ -164,27 +189,70 @@ def strip(state: Any) -> Any:
     """
     find_all(state)
     return jax.tree.map(
-        lambda node: node.inner_state if _is_guard(node) else node, state, is_leaf=_is_guard
+        lambda node: _child(node, "inner_state") if _is_guard(node) else node,
+        state,
+        is_leaf=_is_guard,
     )
+
+
+# What a framework may make of a guard's state. Flax NNX keeps each leaf of an optimizer state in a
+# variable of its own, and `nnx.split` makes mappings from field to part of all NamedTuples; a part
+# without an array in it, as an empty inner state, is missing there.
 
 
 def _is_guard(node: Any) -> bool:
+    if isinstance(node, Mapping):
+        return set(node) | {"inner_state"} == set(GuardState._fields)
     return isinstance(node, GuardState)
 
 
-def _plain(guard: GuardState) -> GuardState:
-    """The guard's own parts as bare arrays, out of any wrapper that a framework put around them.
+def _plain(node: Any) -> GuardState:
+    """The guard's own parts as bare arrays."""
+    return _rebuild(_skeleton(), node)._replace(inner_state=_child(node, "inner_state"))
 
-    Flax NNX keeps each leaf of an optimizer state in a variable of its own.
-    """
-    own = jax.tree.leaves(guard._replace(inner_state=None))
-    return jax.tree.unflatten(_structure(), own)._replace(inner_state=guard.inner_state)
+
+def _rebuild(skeleton: Any, node: Any) -> Any:
+    if skeleton is None:
+        return None
+    if not isinstance(skeleton, tuple):
+        return jax.tree.leaves(node)[0]
+    names: tuple[str, ...] = skeleton._fields  # type: ignore[attr-defined]
+    return type(skeleton)(*[_rebuild(getattr(skeleton, n), _child(node, n)) for n in names])
+
+
+def _put(node: Any, guard: GuardState) -> Any:
+    """The node with the guard's own parts in it, in whatever wrappers it has."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(node)
+    return jax.tree.unflatten(structure, [_follow(guard, path, leaf) for path, leaf in paths])
+
+
+def _follow(guard: GuardState, path: tuple[Any, ...], leaf: Any) -> Any:
+    """The guard's array at this path; the inner state's leaves stay."""
+    part: Any = guard
+    for key in path:
+        name = str(getattr(key, "name", getattr(key, "key", None)))
+        if name == "inner_state":
+            return leaf
+        if not isinstance(part, tuple):  # inside of a wrapper
+            break
+        part = getattr(part, name)
+    return part
+
+
+def _with_inner(node: Any, inner_state: Any) -> Any:
+    if isinstance(node, Mapping):
+        return type(node)({**node, "inner_state": inner_state})  # type: ignore[call-arg]
+    return node._replace(inner_state=inner_state)
+
+
+def _child(node: Any, name: str) -> Any:
+    if isinstance(node, Mapping):
+        return node.get(name, optax.EmptyState() if name == "inner_state" else None)
+    return getattr(node, name)
 
 
 @functools.cache
-def _structure() -> Any:
+def _skeleton() -> GuardState:
     nothing = jnp.zeros([0], jnp.float32)
     probe = Probe(nothing, nothing, nothing)
-    return jax.tree.structure(
-        jax.eval_shape(lambda: init(None, probe, Bounds(), MODES[Mode.GOVERN]))
-    )
+    return jax.eval_shape(lambda: init(None, probe, Bounds(), MODES[Mode.GOVERN]))

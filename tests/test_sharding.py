@@ -130,8 +130,8 @@ def assert_equal_runs(actual, expected, placement):
     chex.assert_trees_all_close(history, alone, rtol=1e-4, atol=1e-5)
     guard, alone_guard = guard_in(state), guard_in(alone_state)
     chex.assert_trees_all_equal(jax.device_get(guard.law.control.skips), np.int32(1))
-    for name in ("statistics", "control", "telemetry"):
-        part, alone_part = getattr(guard, name), getattr(alone_guard, name)
+    parts = [(g.law.statistics, g.law.control, g.telemetry) for g in (guard, alone_guard)]
+    for part, alone_part in zip(*parts, strict=True):
         chex.assert_trees_all_close(
             jax.device_get(part), jax.device_get(alone_part), rtol=1e-3, atol=1e-4
         )

@@ -47,6 +47,7 @@ class Event(NamedTuple):
       scale_after: after it.
       from_step: of a rollback, the step that it left.
       to_step: of a rollback, the step that it went back to.
+      guard: where a state holds several guards, the path of this one in it.
     """
 
     number: int
@@ -60,6 +61,7 @@ class Event(NamedTuple):
     scale_after: float
     from_step: int | None = None
     to_step: int | None = None
+    guard: str = ""
 
 
 def init() -> Ring:

@@ -122,6 +122,7 @@ def observe_gradients(
     norm, nonfinite = norm_and_nonfinite(gradients)
     has_gradient = jnp.isfinite(norm)
     sampled, last_step = sample(gradients), probe.last_step
+    _require_same_leaves(sampled, last_step)
     slope = jnp.vdot(sampled, last_step)
     product, step_square = _length(sampled) * _length(last_step), jnp.vdot(last_step, last_step)
     has_overshoot = has_gradient & jnp.isfinite(slope) & jnp.isfinite(product) & (product > 0)
@@ -192,9 +193,24 @@ def forget(probe: Probe) -> Probe:
     return probe._replace(last_step=nothing, gradient=nothing)
 
 
-def sample(tree: Any) -> jax.Array:
-    """A pytree at its fixed coordinates: float32[n], replicated over devices."""
-    return _concatenate([_sample(leaf) * _weight(leaf) for leaf in _leaves(tree, jnp.floating)])
+def sample(tree: Any, like: Any = None) -> jax.Array:
+    """A pytree at its fixed coordinates: float32[n], replicated over devices.
+
+    A complex leaf counts as its real and its imaginary part, one of integers not at all. With
+    `like` it is that tree's numbers that tell: updates may be floats where gradients are integers.
+    """
+    return _concatenate([_sample(leaf) * _weight(leaf) for leaf in _sampled_leaves(tree, like)])
+
+
+def sample_of_zeros(tree: Any) -> jax.Array:
+    """The sample of a tree of zeros in these shapes, which may be abstract."""
+    sizes = [_sample_size(x) * (1 + _is_complex(x)) for x in _leaves(tree, jnp.inexact)]
+    return jnp.zeros([sum(sizes)], jnp.float32)
+
+
+def is_abstract(tree: Any) -> bool:
+    """Whether it holds shapes instead of arrays, as ``init`` is given by who wants shapes only."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
 def norm_and_nonfinite(tree: Any) -> tuple[jax.Array, jax.Array]:
@@ -204,7 +220,7 @@ def norm_and_nonfinite(tree: Any) -> tuple[jax.Array, jax.Array]:
     the tree once.
     """
     leaves = _leaves(tree, jnp.inexact)
-    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
+    wide = [leaf.astype(wide_type(leaf.dtype)) for leaf in leaves]
     norm = jnp.asarray(optax.tree.norm(wide), jnp.float32)
 
     def count() -> jax.Array:
@@ -220,10 +236,44 @@ def _is_real_scalar(x: Any) -> bool:
     return jnp.shape(x) == () and jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
-def _leaves(tree: Any, kind: Any) -> list[jax.Array]:
-    """The non-empty leaves of this kind of number."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), kind)]
-    return [jnp.asarray(leaf) for leaf in leaves if jnp.size(leaf)]
+def wide_type(dtype: Any) -> Any:
+    """The type that arithmetic on this one is done in: float32 for all narrower floats."""
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.float32 if narrow else dtype
+
+
+def _leaves(tree: Any, kind: Any) -> list[Any]:
+    """The non-empty leaves of this kind of number; abstract ones are as they are."""
+    leaves = [
+        leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
+        for leaf in jax.tree.leaves(tree)
+        if jnp.issubdtype(jnp.result_type(leaf), kind)
+    ]
+    return [leaf for leaf in leaves if leaf.size]
+
+
+def _sampled_leaves(tree: Any, like: Any) -> list[jax.Array]:
+    if like is not None:
+        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
+        tree = [x for x, y in pairs if jnp.issubdtype(jnp.result_type(y), jnp.inexact)]
+    parts = []
+    for leaf in _leaves(tree, jnp.inexact):
+        parts += [leaf.real, leaf.imag] if _is_complex(leaf) else [leaf]
+    return parts
+
+
+def _is_complex(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jnp.complexfloating))
+
+
+def _require_same_leaves(sampled: jax.Array, before: jax.Array) -> None:
+    if sampled.shape != before.shape:
+        raise ValueError(
+            "The gradients have other leaves than the parameters that init was given "
+            f"({sampled.size} sampled coordinates, {before.size} then): lbw_guard governs "
+            "optimizers whose gradients have the shape of their parameters. Put "
+            "optax.lookahead around it, optax.lookahead(lbw_guard(optax.adamw(lr)), ...)."
+        )
 
 
 def _length(x: jax.Array) -> jax.Array:
@@ -233,10 +283,15 @@ def _length(x: jax.Array) -> jax.Array:
 def _nonzero_fraction(params: Any) -> jax.Array:
     """Share of the coordinates in leaves that are not all zero; 1 if there are none."""
     leaves = _leaves(params, jnp.inexact)
-    sizes = [jnp.where(jnp.any(leaf != 0), float(leaf.size), 0.0) for leaf in leaves]
+    sizes = [jnp.where(_has_size(leaf), float(leaf.size), 0.0) for leaf in leaves]
     # As a float: an int beyond 2^31 is none that JAX can take.
     share = sum(sizes, jnp.float32(0)) / float(max(sum(leaf.size for leaf in leaves), 1))
     return jnp.where(share > 0, share, 1.0)
+
+
+def _has_size(leaf: Any) -> jax.Array:
+    """Whether it is not all zero; of an abstract leaf that is not known, and taken for granted."""
+    return jnp.array(True) if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.any(leaf != 0)
 
 
 def _relative(
@@ -265,7 +320,7 @@ def _loss(value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _histogram(gradients: Any) -> jax.Array:
-    values = _concatenate([_sample(leaf) for leaf in _leaves(gradients, jnp.floating)])
+    values = _concatenate([_sample(leaf) for leaf in _sampled_leaves(gradients, None)])
     finite = jnp.isfinite(values)
     _, exponent = jnp.frexp(jnp.where(finite, values, 0.0))
     bucket = jnp.where(values == 0, 0, (exponent - 1 - HISTOGRAM_EDGES[0]) // 2)
@@ -278,7 +333,7 @@ def _concatenate(parts: list[jax.Array]) -> jax.Array:
     return jnp.concatenate(parts) if parts else jnp.zeros([0], jnp.float32)
 
 
-def _sample_size(leaf: jax.Array) -> int:
+def _sample_size(leaf: Any) -> int:
     return min(leaf.size, max(PROBE_LEAST, min(PROBE_MOST, leaf.size // PROBE_SHARE)))
 
 
