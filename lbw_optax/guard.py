@@ -12,6 +12,7 @@ from lbw_optax import chained, law
 from lbw_optax import state as states
 from lbw_optax.apply import either, scaled
 from lbw_optax.chained import ChainedGuard
+from lbw_optax.frozen import Frozen
 from lbw_optax.law import control, events, telemetry
 from lbw_optax.law.control import Alarm, Bounds
 from lbw_optax.law.telemetry import Probe
@@ -138,22 +139,25 @@ def govern(
 ) -> optax.GradientTransformationExtraArgs:
     """The guard around an optimizer; `alarm` is the law's own but in experiments."""
     inner = optax.with_extra_args_support(inner)
+    frozen = Frozen(inner.update)
 
     def init_fn(params: Any) -> GuardState:
         nothing = telemetry.sample_of_zeros(params)
         probe = Probe(last_step=nothing, gradient=nothing, parameters=jnp.zeros([0], jnp.float32))
         inner_state = inner.init(params)
         _refuse_to_and_fro(inner_state)
-        return states.init(params, probe, bounds, mode)._replace(inner_state=inner_state)
+        trained = frozen.updated(params, inner_state)
+        return states.init(trained, probe, bounds, mode)._replace(inner_state=inner_state)
 
     def update_fn(
         updates: Any, state: GuardState, params: Any = None, *, value: Any = None, **extra_args: Any
     ) -> tuple[Any, GuardState]:
         value, extra_args = telemetry.take_loss(value, extra_args)
         proposed, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        seen, probe = telemetry.observe_gradients(state.telemetry, state.probe, updates, value)
+        gradients, trained = frozen.zeroed(updates, state.inner_state, params, extra_args)
+        seen, probe = telemetry.observe_gradients(state.telemetry, state.probe, gradients, value)
         scale = jnp.exp(state.law.control.log_scale)
-        seen = telemetry.observe_step(seen, proposed, params, scale)
+        seen = telemetry.observe_step(seen, proposed, trained, scale)
         new_law, decision = law.step(state.law, seen, bounds, alarm)
 
         governing = state.mode == Mode.GOVERN

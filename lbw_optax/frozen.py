@@ -1,0 +1,100 @@
+"""Which leaves an optimizer never updates, as with ``set_to_zero`` inside ``partition``.
+
+What is not updated does not count: a NaN in its gradient harms nothing, and its length is not what
+a step is compared with. It is known before the first step, from the traced update: the update of
+such a leaf is a zero that depends on no input. Only `optax.masked` and what is made of it
+(`partition`, `freeze`) treat leaves differently, so no other optimizer is looked at.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.extend.core import Jaxpr, Literal
+
+_TREATS_LEAVES_DIFFERENTLY = (optax.MaskedState, optax.transforms.PartitionState)
+# Operations that make zeros out of zeros.
+_KEEP_ZERO = ("broadcast_in_dim", "convert_element_type", "copy", "reshape", "neg")
+
+
+class Frozen:
+    """Finds them once for each kind of tree, and leaves them out.
+
+    Args:
+      update: of the inner optimizer.
+    """
+
+    def __init__(self, update: Callable[..., tuple[Any, Any]]):
+        self._update = update
+        self._known: dict[Any, list[bool]] = {}
+
+    def zeroed(self, gradients: Any, inner_state: Any, params: Any, extra_args: Any) -> list[Any]:
+        """Gradients and params, with zeros for the leaves that are never updated."""
+        frozen = self._find(gradients, inner_state, params, extra_args)
+        return [_where(frozen, jnp.zeros_like, tree) for tree in (gradients, params)]
+
+    def updated(self, params: Any, inner_state: Any) -> Any:
+        """The parameters without them."""
+        frozen = self._find(params, inner_state, params, {"value": 0.0})
+        return _where(frozen, lambda x: None, params)
+
+    def _find(
+        self, gradients: Any, inner_state: Any, params: Any, extra_args: dict[str, Any]
+    ) -> list[bool]:
+        kinds = _TREATS_LEAVES_DIFFERENTLY
+        nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, kinds))
+        if not any(isinstance(node, kinds) for node in nodes):
+            return []
+        leaves, structure = jax.tree.flatten((gradients, params))
+        key = structure, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        if key not in self._known:
+            given = gradients, inner_state, params
+            self._known[key] = _never_updated(self._update, given, extra_args)
+        return self._known[key]
+
+
+def _where(frozen: list[bool], change: Callable[[Any], Any], tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    if not any(frozen) or len(leaves) != len(frozen):
+        return tree
+    changed = [change(x) if f else x for x, f in zip(leaves, frozen, strict=True)]
+    return jax.tree.unflatten(structure, changed)
+
+
+def _never_updated(
+    update: Callable[..., tuple[Any, Any]], given: tuple[Any, ...], extra_args: dict[str, Any]
+) -> list[bool]:
+    try:
+        closed = jax.make_jaxpr(lambda *arrays: update(*arrays, **extra_args)[0])(*given)
+    except (TypeError, KeyError):  # it branches on values, or `init` cannot know what it needs
+        return []
+    is_zero = _zeros(closed.jaxpr)
+    frozen = [is_zero(x) for x in closed.jaxpr.outvars]
+    # Where nothing is updated there is nothing that the rest could be kept apart from.
+    return [] if all(frozen) else frozen
+
+
+def _zeros(jaxpr: Jaxpr) -> Callable[[Any], bool]:
+    """Whether a variable is zero whatever the inputs are."""
+    made_by = {x: equation for equation in jaxpr.eqns for x in equation.outvars}
+
+    def is_zero(x: Any) -> bool:
+        if isinstance(x, Literal):
+            return not np.any(np.asarray(x.val))
+        equation = made_by.get(x)
+        if equation is None:
+            return False
+        if equation.primitive.name == "mul":
+            factors = equation.invars
+            finite = all(is_zero(y) or _is_finite(y) for y in factors)
+            return finite and any(is_zero(y) for y in factors)
+        return equation.primitive.name in _KEEP_ZERO and all(is_zero(y) for y in equation.invars)
+
+    return is_zero
+
+
+def _is_finite(x: Any) -> bool:
+    return isinstance(x, Literal) and bool(np.isfinite(np.asarray(x.val, np.float64)).all())
