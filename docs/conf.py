@@ -35,7 +35,7 @@ napoleon_custom_sections = [("Raises", "params_style")]
 
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
 myst_heading_anchors = 3
-nb_execution_mode = "cache"
+nb_execution_mode = "force"  # a cache would not see that the package has changed
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 
