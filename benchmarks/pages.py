@@ -380,17 +380,17 @@ def faults() -> str:
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {
-        "demo": demo,
+    "README.md": {"demo": demo},
+    "docs/benchmarks.md": {
         "overhead": overhead,
-        "rollback cost": rollback_cost,
         "throughput": throughput_short,
-        "placements": placements,
         "stress": stress,
         "faults": faults,
     },
+    "docs/placements.md": {"placements": placements},
+    "docs/rollback.md": {"rollback cost": rollback_cost},
     "benchmarks/THROUGHPUT.md": {"throughput": throughput},
-    "benchmarks/LAW.md": {
+    "docs/research.md": {
         "more seeds": more_seeds,
         "attempts": functools.partial(attempts, "hidden 64,"),
         "attempts at the benchmark's size": functools.partial(attempts, "hidden 96,"),

@@ -18,15 +18,17 @@ from lbw_optax.law.events import Event
 from lbw_optax.state import GuardState, adopt, strip
 
 if TYPE_CHECKING:
-    from lbw_optax.rollback.manager import RollbackManager
+    from lbw_optax.rollback.manager import RollbackManager as RollbackManager
 
+    __version__: str
+
+# Without `RollbackManager`, so that `from lbw_optax import *` works where Orbax is missing.
 __all__ = [
     "REGIMES",
     "AuditLog",
     "Event",
     "GuardExhausted",
     "GuardState",
-    "RollbackManager",
     "adamw",
     "adopt",
     "chain",
@@ -42,9 +44,17 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`RollbackManager` needs Orbax, an extra: it is imported when it is asked for."""
-    if name != "RollbackManager":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lbw_optax.rollback.manager import RollbackManager
+    """What is made when it is asked for: `RollbackManager` needs Orbax, an extra."""
+    if name == "RollbackManager":
+        from lbw_optax.rollback.manager import RollbackManager
 
-    return RollbackManager
+        return RollbackManager
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("lbw_optax")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "RollbackManager", "__version__"])

@@ -110,7 +110,7 @@ def announce(options: Options, build: Callable[[], Decoder], trained: Any) -> es
     rows = np.zeros((options.batch_size, options.length + 1), np.int32)
     _put(mesh(options))(rows)
     loss_fn = next_token_loss(graphdef, chunk=options.loss_chunk, z_loss=options.z_loss)
-    step = loop.train_step.eval_shape  # type: ignore[attr-defined]
+    step = loop.train_step.eval_shape
     step(loss_fn, tx.update, params, opt_state, frozen, Batch(rows), options.microbatches)
     return cost
 

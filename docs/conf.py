@@ -1,0 +1,66 @@
+"""How the documentation is built: `make docs`. Without a network it has no links to other pages."""
+
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import lbw_optax
+
+project = "lbw_optax"
+author = "The lbw_optax authors"
+copyright = author
+release = version = lbw_optax.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["_build"]
+suppress_warnings = ["mystnb.unknown_mime_type"]
+
+html_theme = "sphinx_book_theme"
+html_title = "lbw_optax"
+html_theme_options = {"show_toc_level": 2}
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Raises", "params_style")]
+
+myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
+myst_heading_anchors = 3
+nb_execution_mode = "force"  # a cache would not see that the package has changed
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+
+INVENTORIES = {
+    "python": "https://docs.python.org/3/",
+    "jax": "https://docs.jax.dev/en/latest/",
+    "optax": "https://optax.readthedocs.io/en/latest/",
+    "flax": "https://flax.readthedocs.io/en/latest/",
+    "orbax": "https://orbax.readthedocs.io/en/latest/",
+}
+
+
+def _reachable() -> dict[str, tuple[str, str]]:
+    """The pages that can be linked to from here: an inventory that is not to be had is no error."""
+    folder, found = Path(tempfile.mkdtemp()), {}
+    for name, url in INVENTORIES.items():
+        path = folder / name
+        try:
+            with urllib.request.urlopen(url + "objects.inv", timeout=5) as reply:
+                path.write_bytes(reply.read())
+        except (urllib.error.URLError, OSError) as error:
+            print(f"No links to {url}: {error}")
+            continue
+        found[name] = (url, str(path))
+    return found
+
+
+intersphinx_mapping = _reachable()

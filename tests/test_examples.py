@@ -1,0 +1,70 @@
+"""Every example runs, is short, and prints what it is there to show."""
+
+import importlib.util
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+NEEDS = {
+    "adopt_midway": [],
+    "equinox_mlp": ["equinox"],
+    "flax_linen": ["flax"],
+    "flax_nnx": ["flax"],
+    "log_to_wandb": ["wandb"],
+    "own_checkpoints": ["orbax"],
+}
+# What the bare optimizer, at a rate this far above its tuned one, ends above.
+HELD = 0.1
+
+
+@pytest.fixture
+def said(request, monkeypatch, tmp_path, capfd):
+    """The last line that the example prints. Its temporary files lie in the test's folder."""
+    name = request.param
+    missing = [package for package in NEEDS[name] if importlib.util.find_spec(package) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}: pip install --group examples")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    return capfd.readouterr().out.splitlines()[-1]
+
+
+def test_every_example_is_tested_and_shown():
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    shown = (EXAMPLES.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert names == set(NEEDS)
+    assert all(f"../examples/{name}.py" in shown for name in names)
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_an_example_is_short(name):
+    assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 60
+
+
+@pytest.mark.parametrize("said", ["flax_nnx", "flax_linen", "equinox_mlp"], indirect=True)
+def test_a_rate_that_is_too_high_is_held(said):
+    loss, scale = map(float, re.findall(r"[\d.]+", said))
+    assert loss < HELD
+    assert 0.001 <= scale < 0.5
+
+
+@pytest.mark.parametrize("said", ["adopt_midway"], indirect=True)
+def test_the_guard_is_added_and_taken_away(said):
+    before, after = map(float, re.findall(r"\d\.\d+", said))
+    assert after < before
+    assert said.endswith("moments kept: True; back: True")
+
+
+@pytest.mark.parametrize("said", ["own_checkpoints"], indirect=True)
+def test_a_restored_run_is_the_same_run(said):
+    assert said.endswith("True")
+
+
+@pytest.mark.parametrize("said", ["log_to_wandb"], indirect=True)
+def test_an_intervention_reaches_the_log(said, tmp_path):
+    assert "skip at 42" in said
+    assert list(tmp_path.rglob("run-*.wandb"))
