@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import generality as generality_run
 from benchmarks.faults import tables as faults_tables
+from benchmarks.records import one_law
 from benchmarks.stress import grid as stress_grid
 from benchmarks.stress import run as stress_run
 from benchmarks.stress import tables as stress_tables
@@ -262,14 +263,14 @@ def more_seeds() -> str:
 
 
 _LAWS = {
-    "8c31f5e7ede374b8": "law G",
-    "77c0aa6d5361d611": "law G with steps trusted to 2.5 κ (attempt 19)",
+    "G": "law G",
+    "G, steps trusted to 2.5 kappa": "law G with steps trusted to 2.5 κ (attempt 19)",
 }
 
 
 def generality() -> str:
     """Other models and other inner optimizers: loss, bare and guarded, at both rates."""
-    records = jsonl.newest_law(jsonl.read(RESULTS / "generality.jsonl"), by="guarded")
+    records = one_law(jsonl.read(RESULTS / "generality.jsonl"))
     head = ["model", "inner", "tuned rate", "bare ×1", "guarded ×1", "bare ×30", "guarded ×30"]
     parts = []
     for schedule in dict.fromkeys(r["schedule"] for r in records):

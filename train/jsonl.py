@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,20 +32,6 @@ def read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return [record for record in records if isinstance(record, dict)]
-
-
-def newest_law(records: Iterable[dict[str, Any]], by: str = "method") -> list[dict[str, Any]]:
-    """Of a guarded method only the cells of its newest code: a table never mixes two laws.
-
-    `by` is the field that tells guarded records from others.
-
-    >>> cells = [{"method": "guard", "law": law} for law in ("old", "new")]
-    >>> newest_law([*cells, {"method": "adamw", "law": None}])
-    [{'method': 'guard', 'law': 'new'}, {'method': 'adamw', 'law': None}]
-    """
-    records = list(records)
-    laws = {r[by]: r["law"] for r in records}
-    return [r for r in records if r["law"] == laws[r[by]]]
 
 
 def _is_torn(file: BinaryIO) -> bool:

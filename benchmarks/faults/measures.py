@@ -110,7 +110,7 @@ def judge(
         "nonfinite": bool(trace.nonfinite.any()),
         "recovery": [recovery(over_clean, trace.still, at) for at in strikes],
         "lost": lost_steps(trace),
-        "steps": int(trace.step[-1]) + 1,
+        "steps_done": int(trace.step[-1]) + 1,
         "interventions": interventions(trace),
         "rollbacks": distances(trace),
         "exhausted": bool(trace.guard and trace.guard["exhausted"][-1]),

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from benchmarks.faults.cells import RESULTS
 from benchmarks.faults.figure import draw
 from benchmarks.faults.methods import METHODS, MIX_EVERY, MIX_STEPS, SCENARIOS
+from benchmarks.records import one_law
 from train import jsonl
 from train.provenance import commits, machines
 
@@ -79,7 +80,7 @@ def load(records: Iterable[Record]) -> Results:
 
 def _cells(records: Iterable[Record]) -> list[Record]:
     """Without the tuning, and of one law."""
-    return jsonl.newest_law(r for r in records if "scenario" in r)
+    return one_law(r for r in records if "scenario" in r)
 
 
 def report(results: Results, records: Sequence[Record], picture: str) -> str:
@@ -181,7 +182,7 @@ def _crashes(results: Results) -> str:
     bare, ours = (sum(not pair[i]["survived"] for pair in pairs) for i in (0, 1))
     if not bare:
         return "–"
-    steps = sum(pair[1]["steps"] for pair in pairs)
+    steps = sum(pair[1]["steps_done"] for pair in pairs)
     return f"{_percent(ours / bare)} ({ours} for {bare}, in {steps / 1000:.0f} k steps)"
 
 
@@ -249,7 +250,7 @@ def mix_table(results: Results) -> str:
                 METHODS[method].title,
                 f"{len(records)}",
                 _spans(results.mix[method]),
-                f"{sum(r['steps'] for r in records)}",
+                f"{sum(r['steps_done'] for r in records)}",
                 f"{sum(len(r['kinds']) for r in records)}",
                 f"{sum(not r['survived'] for r in records)}",
                 _steps(statistics.median(steps)) if steps else "–",

@@ -10,9 +10,9 @@ import statistics
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from benchmarks.records import one_law
 from benchmarks.stress.methods import METHODS
 from benchmarks.stress.regimes import REGIMES
-from train import jsonl
 
 Record = dict[str, Any]
 
@@ -54,11 +54,11 @@ class Grid(NamedTuple):
 def load(records: list[Record], split: str) -> Grid:
     """The newest record of every cell, of the data and model of the newest record of all.
 
-    Of one law (`jsonl.newest_law`).
+    Of one law (`benchmarks.records.one_law`).
     """
     same = ("tokens", "size", "model", "base_steps")
     records = [r for r in records if all(r[k] == records[-1][k] for k in same)]
-    records = [r for r in jsonl.newest_law(records) if r["method"] in METHODS]
+    records = [r for r in one_law(records) if r["method"] in METHODS]
     tuned = {r["regime"]: r["tuned"] for r in records if r["tuned"] is not None}
     cells = {}
     for record in records:

@@ -5,7 +5,6 @@ The small form of the benchmark's grid: one seed of the real decoder on a Markov
 
 import functools
 import json
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from benchmarks.faults import cells, measures, run
 from benchmarks.faults.measures import Trace
 from benchmarks.faults.methods import METHODS, MIX_STEPS, SCENARIOS, STRUCK, mix
 from benchmarks.faults.run import BATCH, CONFIG, IN_DATA, LENGTH, PLACES, STRETCH
+from lbw_optax.law import control
 from lbw_optax.testing import KINDS, Fault
 from train import jsonl
 
@@ -55,7 +55,7 @@ RUINS_ADAMW += ("lr-10", "lr-50")
 
 @functools.cache
 def measured(scenario, method):
-    return cells.measure(text(), RATE, cells.Cell("grid", scenario, method, seed=0))
+    return cells.measure(text(), cells.cell_of("grid", scenario, method, 0, RATE))
 
 
 @pytest.mark.parametrize("scenario", SURVIVED)
@@ -256,7 +256,7 @@ def test_judge():
     found = measures.judge(seen, np.full(4, 4.0), 4.1, 4.0, [2])
     assert found["survived"]
     assert found["nonfinite"]
-    assert (found["lost"], found["rollbacks"], found["steps"]) == (3, [3], 4)
+    assert (found["lost"], found["rollbacks"], found["steps_done"]) == (3, [3], 4)
     json.dumps(jsonl.finite(found))
 
 
@@ -281,26 +281,31 @@ def test_resumes_where_it_was_killed(short, tmp_path, capsys):
     cells.main([*COMMAND, "--out", str(out)])
     assert "1 cells are there, 1 to run" in capsys.readouterr().err
     again = jsonl.read(out)
-    assert [record["key"] for record in again] == [record["key"] for record in records]
+    names = ("part", "scenario", "method", "seed", "rate", "law")
+    assert [[r.get(n) for n in names] for r in again] == [
+        [r.get(n) for n in names] for r in records
+    ]
     assert {record["rate"] for record in again} <= {1e-3, 3e-3}
 
 
-def test_a_cell_is_run_again_when_what_decides_it_changes(monkeypatch):
-    cell = cells.Cell("grid", "nan-loss", "guard", 0)
-    key = cells._key({}, RATE, cell)
-    assert key != cells._key({}, 2 * RATE, cell)
-    assert key != cells._key({"tokens": "other"}, RATE, cell)
-    assert key != cells._key({}, RATE, cell._replace(seed=1))
-    bare = cells._key({}, RATE, cell._replace(method="adamw"))
-    monkeypatch.setattr(cells, "GUARD_CODE", "changed")
-    assert key != cells._key({}, RATE, cell)
-    back = cells._key({}, RATE, cell._replace(method="guard-rollback"))
-    monkeypatch.setattr(cells, "ROLLBACK_CODE", "changed")
-    assert back != cells._key({}, RATE, cell._replace(method="guard-rollback"))
-    assert bare == cells._key({}, RATE, cell._replace(method="adamw"))
-    longer = SCENARIOS["nan-loss"]._replace(fault=replace(SCENARIOS["nan-loss"].fault, length=2))
-    monkeypatch.setitem(SCENARIOS, "nan-loss", longer)
-    assert bare != cells._key({}, RATE, cell._replace(method="adamw"))
+def test_a_cell_states_what_decides_it():
+    given = cells.cell_of("grid", "nan-500", "guard", 3, RATE)
+    assert given == {
+        "part": "grid",
+        "scenario": "nan-500",
+        "method": "guard",
+        "seed": 3,
+        "rate": RATE,
+        "steps": 800,
+        "law": control.LAW,
+    }
+    assert cells.cell_of("grid", "nan-500", "adamw", 3, RATE) == given | {
+        "method": "adamw",
+        "law": None,
+    }
+    episode = cells.cell_of("mix", "mix", "guard-rollback", 7, RATE)
+    assert (episode["steps"], episode["law"]) == (MIX_STEPS, control.LAW)
+    assert episode["kinds"] == [fault.kind for fault in mix(7)]
 
 
 @pytest.mark.parametrize(

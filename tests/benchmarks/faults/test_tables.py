@@ -31,6 +31,7 @@ def record(part, scenario, method, seed, survived=True, **details):
         "recovery": [3 if survived else None],
         "lost": 4,
         "steps": 500 if part == "mix" else 300,
+        "steps_done": 500 if part == "mix" else 300,
         "interventions": 2,
         "rollbacks": [],
         "reasons": [],
