@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import generality as generality_run
 from benchmarks.faults import tables as faults_tables
-from benchmarks.records import one_law
+from benchmarks.records import one_law, read
 from benchmarks.stress import grid as stress_grid
 from benchmarks.stress import run as stress_run
 from benchmarks.stress import tables as stress_tables
@@ -218,7 +218,7 @@ def placements() -> str:
 
 def sensitivity() -> str:
     """Each knob over decades: perplexity at the tuned rate and far above it."""
-    records = jsonl.read(RESULTS / "sensitivity.jsonl")
+    records = one_law(read(RESULTS / "sensitivity.jsonl"))
     columns = [("lora", 1), ("lora", 100), ("recipe", 1), ("recipe", 30)]
     rows = []
     for knob, value in dict.fromkeys((r["knob"], r["value"]) for r in records):
@@ -235,7 +235,7 @@ def sensitivity() -> str:
 
 def stress() -> str:
     """The short table of the stress benchmark."""
-    grid = stress_grid.load(jsonl.read(stress_run.RESULTS), "test")
+    grid = stress_grid.load(read(stress_run.RESULTS), "test")
     note = (
         "Final test perplexity over that of AdamW at its tuned rate, in each regime at that rate, "
         "10 and 30 times it, median over seeds; **bold** is the best of a column. All methods, all "
@@ -246,7 +246,7 @@ def stress() -> str:
 
 def more_seeds() -> str:
     """Warm-up + cosine at the tuned rate, over more seeds: two laws over AdamW."""
-    records = jsonl.read(RESULTS / "stress_more_seeds.jsonl")
+    records = read(RESULTS / "stress_more_seeds.jsonl")
     bare = {r["seed"]: r["perplexity"]["test"] for r in records if r["method"] == "adamw"}
     said = []
     for law, title in _LAWS.items():
@@ -270,7 +270,7 @@ _LAWS = {
 
 def generality() -> str:
     """Other models and other inner optimizers: loss, bare and guarded, at both rates."""
-    records = one_law(jsonl.read(RESULTS / "generality.jsonl"))
+    records = one_law(read(RESULTS / "generality.jsonl"))
     head = ["model", "inner", "tuned rate", "bare ×1", "guarded ×1", "bare ×30", "guarded ×30"]
     parts = []
     for schedule in dict.fromkeys(r["schedule"] for r in records):
@@ -306,11 +306,12 @@ def _median(losses: list[float | None]) -> str:
 
 def attempts(model: str) -> str:
     """Every law that was tried on a model so described: geometric mean over seeds."""
+    tried = [t for t in jsonl.read(RESULTS / "law_attempts.jsonl") if t["model"].startswith(model)]
     cells: dict[str, dict[tuple[str, float], list[float]]] = {}
-    for r in jsonl.read(RESULTS / "law_attempts.jsonl"):
-        if r["model"].startswith(model):
-            found = cells.setdefault(r["law"], {})
-            found.setdefault((r["regime"], r["learning_rate"]), []).append(r["perplexity"])
+    for attempt in tried:
+        found = cells.setdefault(attempt["law"], {})
+        for regime, rate, _, perplexity, *_ in attempt["runs"]:
+            found.setdefault((regime, rate), []).append(perplexity)
     parts = []
     for regime, title in {
         "lora": "LoRA",
@@ -339,7 +340,7 @@ def _mean(values: list[float] | None) -> str:
 
 def signals() -> str:
     """Each candidate signal of bare AdamW, median over seeds, and whether one threshold does."""
-    records = jsonl.read(RESULTS / "signals.jsonl")
+    records = read(RESULTS / "signals.jsonl")
     titles = {
         "relative_step": "relative step, in κ",
         "median_leaf": "the same, median leaf",
@@ -375,7 +376,7 @@ def signals() -> str:
 
 def faults() -> str:
     """What each method survives of the faults that are put into its runs."""
-    records = jsonl.read(RESULTS / "faults.jsonl")
+    records = read(RESULTS / "faults.jsonl")
     where = f"`python -m benchmarks.faults`, {made_at([records[-1]])}"
     return f"{faults_tables.summary(faults_tables.load(records))}\n\n({where}.)"
 

@@ -1,4 +1,12 @@
-"""What a record of a result file says of its run, and which records make a table.
+"""Result files: what a record says of its run, where it says it, and which records make a table.
+
+A result file is JSON Lines, appended to as runs end. What many records share (data, model, commit,
+machine, ...) stands once, in a line of its own before the first of them, under a number:
+
+    {"setting": 1, "facts": {"tokens": "1c4b084510f9a219", "commit": "f75922d1", ...}}
+    {"setting": 1, "method": "adamw", "seed": 0, "law": null, "loss": 4.03}
+
+A record may as well state its facts itself, and name no setting.
 
 A cell is one run, as a dict of the facts that tell it from others: its method, rate, seed, ... Its
 record has these facts too. They are compared one by one, so that a record is recognised whichever
@@ -9,13 +17,51 @@ A name in a record stands for what the code has under it: whoever changes the co
 a regime or a fault gives it another name, or deletes its records.
 """
 
+import fcntl
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from lbw_optax.law.control import LAW
+from train import jsonl
 
 Cell = dict[str, Any]
 Record = dict[str, Any]
+
+
+def read(path: Path) -> list[Record]:
+    """All records, each with the facts of its setting.
+
+    Raises:
+      ValueError: a record names a setting that no line before it states.
+    """
+    settings: dict[int, Record] = {}
+    records = []
+    for line in jsonl.read(path):
+        number = line.pop("setting", None)
+        if "facts" in line:
+            settings[number] = line["facts"]
+        elif number is None or number in settings:
+            records.append({**settings.get(number, {}), **line})
+        else:
+            raise ValueError(f"{path}: no line before {line} states setting {number}")
+    return records
+
+
+def append(path: Path, record: Record, facts: Record) -> Record:
+    """Write a record, after its setting where that is new, and give it as `read` will.
+
+    Several processes may append to one file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # two processes must not give two settings one number
+        stated = {line["setting"]: line["facts"] for line in jsonl.read(path) if "facts" in line}
+        number = next((n for n, known in stated.items() if known == facts), None)
+        lines = [] if number else [{"setting": len(stated) + 1, "facts": facts}]
+        line = jsonl.append(path, *lines, {"setting": number or len(stated) + 1, **record})
+    line.pop("setting")
+    return {**facts, **line}
 
 
 def law(guarded: bool) -> str | None:

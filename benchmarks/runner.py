@@ -12,8 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks import records
 from benchmarks.records import Cell, Record
-from train import jsonl
 from train.provenance import provenance
 
 
@@ -24,15 +24,21 @@ class Book:
       path: of the result file.
       facts: of the setting (data, model, ...), which a record must share to be found.
       measure: runs a cell, and returns its numbers.
-      about: more that a record states of its setting, and that decides no number.
+      about: more that is said of the setting, and that decides no number.
+      shared: facts of a cell that so many cells share that they stand with the setting.
     """
 
     def __init__(
-        self, path: Path, facts: Record, measure: Callable[[Cell], Record], about: Record
+        self,
+        path: Path,
+        facts: Record,
+        measure: Callable[[Cell], Record],
+        about: Record,
+        shared: Sequence[str] = (),
     ) -> None:
-        self._path, self._measure = path, measure
+        self._path, self._measure, self._shared = path, measure, shared
         self._setting = {**facts, **about, **provenance()}  # now, before anything is edited
-        self._records = [r for r in jsonl.read(path) if _shares(r, facts)]
+        self._records = [r for r in records.read(path) if _shares(r, facts)]
         self._found: dict[tuple[str, ...], dict[tuple[Any, ...], Record]] = {}
 
     def find(self, cell: Cell) -> Record | None:
@@ -46,8 +52,9 @@ class Book:
         """The record of this cell, which is run where there is none."""
         found = self.find(cell)
         if found is None:
-            line = {**cell, **self._measure(cell), **self._setting}
-            found = jsonl.append(self._path, line)
+            record = {**cell, **self._measure(cell)}
+            shared = {name: record.pop(name) for name in self._shared if name in cell}
+            found = records.append(self._path, record, {**shared, **self._setting})
             self._records.append(found)
             for names, known in self._found.items():
                 known[_values(found, names)] = found

@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
-def append(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Write one line, whole, in one call, and give the record as `read` will.
+def append(path: Path, *records: dict[str, Any]) -> dict[str, Any]:
+    """Write a line a record, whole, in one call, and give the last record as `read` will.
 
     Several processes may append to one file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
+    lines = [
+        json.dumps(finite(record), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        for record in records
+    ]
     with path.open("ab+") as file:
-        file.write((b"\n" if _is_torn(file) else b"") + line.encode() + b"\n")
-    return json.loads(line)
+        torn = b"\n" if _is_torn(file) else b""
+        file.write(torn + b"".join(line.encode() + b"\n" for line in lines))
+    return json.loads(lines[-1])
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ cell of the guard is run again when the law has another version (`lbw_optax.law.
 import argparse
 import functools
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,15 @@ from benchmarks import runner
 from benchmarks.command import check_names, refuse
 from benchmarks.faults import measures, run
 from benchmarks.faults.measures import Trace
-from benchmarks.faults.methods import METHODS, MIX_STEPS, SCENARIOS, STRUCK, mix
+from benchmarks.faults.methods import (
+    DRAWN,
+    DRAWN_METHODS,
+    METHODS,
+    MIX_STEPS,
+    SCENARIOS,
+    STRUCK,
+    mix,
+)
 from benchmarks.faults.run import State, Text
 from benchmarks.records import Cell, Record, law
 from benchmarks.runner import Book
@@ -44,6 +51,8 @@ SEEDS = {"grid": range(20), "calm": range(2), "mix": range(200)}
 QUICK_SEEDS = {"grid": range(2), "calm": range(0), "mix": range(4)}
 QUICK_FAULTS = ("nan-gradient", "nan-10", "gradient-1e3", "flip-mu", "lr-10")
 MIX_METHODS = ("adamw", "guard", "guard-rollback")
+SHARED = ("part", "method", "rate", "law")
+"""Facts of a cell that stand with the setting in the result file."""
 LADDER, TUNING_SEEDS = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2), (1000, 1001)
 
 
@@ -62,7 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DataError as error:
         refuse(str(error))
     about = run.about(options.data_dir)
-    book = Book(options.out, run.facts(text), functools.partial(measure, text), about)
+
+    def measured(cell: Cell) -> Record:
+        return kept(cell, measure(text, cell))
+
+    book = Book(options.out, run.facts(text), measured, about, SHARED)
     rate = tune(book)
     cells = [cell for part in options.parts for cell in plan(part, rate, options)]
     runner.run(book, cells, _line)
@@ -92,9 +105,21 @@ def cell_of(part: str, scenario: str, method: str, seed: int, rate: float) -> Ce
 
 def measure(text: Text, cell: Cell) -> Record:
     """The numbers of one cell: see `benchmarks.faults.measures`."""
-    began = time.perf_counter()
-    of_part = {"tuning": _tuning, "calm": _calm, "grid": _struck, "mix": _struck}[cell["part"]]
-    return {**of_part(text, cell), "seconds": round(time.perf_counter() - began, 2)}
+    of_part = {"tuning": _tuning, "calm": _calm, "grid": _struck, "mix": _struck}
+    return of_part[cell["part"]](text, cell)
+
+
+def kept(cell: Cell, found: Record) -> Record:
+    """Of the measures those that a table or the figure needs; what is usual is not stated."""
+    names = ["valid"] if cell["part"] == "tuning" else ["interventions"]
+    if cell["part"] in ("grid", "mix"):
+        names = ["ratio", "survived", "recovery", "lost"]
+        names += [name for name in ("nonfinite", "rollbacks") if found[name]]
+    if cell["part"] == "mix":
+        names.append("steps_done")
+    elif cell.get("scenario") in DRAWN and cell["method"] in DRAWN_METHODS:
+        names.append("curve")
+    return {name: found[name] for name in names}
 
 
 def _tuning(text: Text, cell: Cell) -> Record:
@@ -176,11 +201,9 @@ def _line(record: Record) -> str:
     name = f"{record['part']} {record['scenario']} {record['method']} seed {record['seed']}"
     if record["part"] == "calm":
         return f"{name}: {record['interventions']} interventions"
-    final = "not a number" if record["final"] is None else f"{record['final']:.3f}"
+    ratio = "not a number" if record["ratio"] is None else f"{record['ratio']:.3f}"
     fate = "survived" if record["survived"] else "lost"
-    return (
-        f"{name}: {fate}, loss {final} ({record['clean']:.3f} without), {record['seconds']:.1f} s"
-    )
+    return f"{name}: {fate}, final loss over that without: {ratio}"
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

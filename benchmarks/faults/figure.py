@@ -8,13 +8,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.faults.methods import METHODS, SCENARIOS, STRUCK
+from benchmarks.faults.methods import DRAWN, METHODS, SCENARIOS, STRUCK
 from benchmarks.stress.figure import ADAMW, GUARD
 
 if TYPE_CHECKING:
     from benchmarks.faults.tables import Results
 
-SHOWN = ("nan-10", "flip-mu", "lr-10", "random-10")
 LINES = {"adamw": (ADAMW, "-"), "guard": (GUARD, ":"), "guard-rollback": (GUARD, "-")}
 EVERY = 5
 """Steps between two points of a stored curve."""
@@ -26,8 +25,8 @@ def draw(results: "Results", path: Path) -> None:
     halves: Any = figure.subfigures(1, 2, width_ratios=(1.5, 1))
     table, curves = halves
     _survival(table.subplots(), results)
-    panels = curves.subplots(len(SHOWN), 1, sharex=True)
-    for panel, scenario in zip(panels, SHOWN, strict=True):
+    panels = curves.subplots(len(DRAWN), 1, sharex=True)
+    for panel, scenario in zip(panels, DRAWN, strict=True):
         _curves(panel, results, scenario)
     panels[0].legend(
         *panels[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="upper left"

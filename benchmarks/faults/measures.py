@@ -104,8 +104,7 @@ def judge(
     first = min(strikes, default=0)
     over_clean = ratio(trace, clean, first, extra)
     return {
-        "final": final,
-        "clean": clean_final,
+        "ratio": round(final / clean_final, 5),
         "survived": survived(final, clean_final),
         "nonfinite": bool(trace.nonfinite.any()),
         "recovery": [recovery(over_clean, trace.still, at) for at in strikes],

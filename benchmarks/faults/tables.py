@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 from benchmarks.faults.cells import RESULTS
 from benchmarks.faults.figure import draw
 from benchmarks.faults.methods import METHODS, MIX_EVERY, MIX_STEPS, SCENARIOS
-from benchmarks.records import one_law
-from train import jsonl
+from benchmarks.records import one_law, read
 from train.provenance import commits, machines
 
 Record = dict[str, Any]
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="result file, JSON Lines")
     parser.add_argument("--out", type=Path, default=RESULTS.parent.parent / "FAULTS.md")
     options = parser.parse_args(arguments)
-    records = jsonl.read(options.results)
+    records = read(options.results)
     if not any(record.get("part") == "grid" for record in records):
         parser.exit(2, f"{options.results} holds no cell: run python -m benchmarks.faults first\n")
     picture = options.out.with_suffix(".png")
@@ -227,7 +226,7 @@ def _per_thousand(records: Sequence[Record]) -> float:
 def _distance(results: Results) -> str:
     records = [r for (_, method), found in results.grid.items() if method == OURS for r in found]
     records += results.mix.get(OURS, {}).values()
-    steps = [distance for r in records for distance in r["rollbacks"]]
+    steps = [distance for r in records for distance in r.get("rollbacks", ())]
     if not steps:
         return "–"
     return f"median {statistics.median(steps):g}, at most {max(steps)} ({len(steps)} rollbacks)"
@@ -236,7 +235,7 @@ def _distance(results: Results) -> str:
 def _nonfinite(results: Results) -> str:
     records = [r for (_, method), found in results.grid.items() if method == OURS for r in found]
     records += results.mix.get(OURS, {}).values()
-    return f"in {sum(r['nonfinite'] for r in records)} of {len(records)} runs"
+    return f"in {sum(r.get('nonfinite', False) for r in records)} of {len(records)} runs"
 
 
 def mix_table(results: Results) -> str:
@@ -255,7 +254,7 @@ def mix_table(results: Results) -> str:
                 f"{sum(not r['survived'] for r in records)}",
                 _steps(statistics.median(steps)) if steps else "–",
                 "–" if wasted is None else f"{wasted:.1f}",
-                f"{sum(len(r['rollbacks']) for r in records)}",
+                f"{sum(len(r.get('rollbacks', ())) for r in records)}",
             ]
         )
     head = ["", "episodes", "seeds", "steps", "faults", "crashes", "steps to recover, median"]
@@ -314,7 +313,7 @@ def losses(results: Results) -> str:
         records = results.grid.get((name, OURS), [])
         lost = [r for r in records if not r["survived"]]
         if lost:
-            ratios = [r["final"] / r["clean"] for r in records if r["final"] is not None]
+            ratios = [r["ratio"] for r in records if r["ratio"] is not None]
             ends = (
                 f"median final loss {statistics.median(ratios) - 1:+.1%}" if ratios else "no loss"
             )

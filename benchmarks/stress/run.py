@@ -30,6 +30,7 @@ from benchmarks.records import Cell, Record, law
 from benchmarks.runner import Book
 from benchmarks.stress.bench import Bench, prepare
 from benchmarks.stress.methods import METHODS, QUICK
+from benchmarks.stress.pace import share_of_steps
 from benchmarks.stress.regimes import (
     LONGER,
     REGIMES,
@@ -55,7 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(str(error))
     tuned: dict[str, float] = {}
     before = functools.cache(functools.partial(perplexity_before, bench))
-    measured = functools.partial(measure, bench, before, tuned)
+
+    def measured(cell: Cell) -> Record:
+        run = measure(bench, before, cell)
+        rate = tuned.get(cell["regime"])  # None while it is looked for
+        return {"tuned": rate, **_compared(book, cell, rate, run)}
+
     book = Book(options.out, bench.facts, measured, bench.about)
     for regime in options.regimes:
         loss = functools.cache(functools.partial(_tuning_loss, book, bench, regime))
@@ -120,28 +126,29 @@ def _tuning_loss(book: Book, bench: Bench, regime: str, lr: float) -> float:
     return perplexity
 
 
-def measure(
-    bench: Bench,
-    before: Callable[[Regime, int], dict[str, float]],
-    tuned: dict[str, float],
-    cell: Cell,
-) -> Record:
-    """Run one cell.
-
-    `before` gives the perplexities of a regime and seed before training; `tuned` has AdamW's rate
-    by regime, and while it is looked for none.
-    """
+def measure(bench: Bench, before: Callable[[Regime, int], dict[str, float]], cell: Cell) -> Record:
+    """Run one cell; `before` gives the perplexities of a regime and seed before training."""
     regime, method = REGIMES[cell["regime"]], METHODS[cell["method"]]
     run = run_cell(bench, regime, method.build, cell["lr"] or 1.0, cell["seed"])
     return {
-        "tuned": tuned.get(regime.name),
         "before": before(regime, cell["seed"]),
         "perplexity": run["perplexity"],
-        "train_curve": [round(loss, 4) for loss in run["train_curve"]],
         "valid_curve": [round(loss, 4) for loss in run["valid_curve"]],
         "guard": interventions(**run["metrics"]) if run["metrics"] else None,
         "seconds": round(run["seconds"], 2),
     }
+
+
+def _compared(book: Book, cell: Cell, rate: float | None, run: Record) -> Record:
+    """The same with its pace instead of its curve; AdamW's, which others are compared with, stays.
+
+    Its run at the tuned rate with the same seed comes first, where it is not there.
+    """
+    if cell["method"] == "adamw" or rate is None:
+        return run
+    reference = book.record(cell_of(cell["regime"], "adamw", rate, cell["seed"], cell["steps"]))
+    pace = share_of_steps(run.pop("valid_curve"), reference["valid_curve"])
+    return run | {"pace": pace}
 
 
 def interventions(scale: list[float], events: list[int], skips: list[int]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks import records
 from benchmarks.stress.figure import draw
 from benchmarks.stress.grid import (
     Grid,
@@ -26,7 +27,6 @@ from benchmarks.stress.methods import METHODS
 from benchmarks.stress.regimes import LONGER, REGIMES
 from benchmarks.stress.run import RESULTS, long_results
 from benchmarks.stress.targets import peers, targets
-from train import jsonl
 from train.provenance import commits, machines
 
 
@@ -36,12 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS.parent.parent / "STRESS.md")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     options = parser.parse_args(arguments)
-    grid = load(jsonl.read(options.results), options.split)
+    grid = load(records.read(options.results), options.split)
     if not grid.cells:
         parser.exit(2, f"{options.results} holds no cell: run python -m benchmarks.stress first\n")
     picture = options.out.with_suffix(".png")
     parts = [report(grid, picture.name)]
-    longer = load(jsonl.read(long_results(options.results)), options.split)
+    longer = load(records.read(long_results(options.results)), options.split)
     if longer.cells:
         parts.append(longer_runs(longer))
     options.out.write_text("\n".join(parts), encoding="utf-8")
@@ -110,8 +110,9 @@ def _newest(grid: Grid) -> Record:
 
 
 def _about(grid: Grid, regime: str) -> str:
-    records = [record for key, record in grid.cells.items() if key[0] == regime]
-    before = statistics.median(record["before"][grid.split] for record in records)
+    before = statistics.median(
+        record["before"][grid.split] for key, record in grid.cells.items() if key[0] == regime
+    )
     return (
         f"Final {grid.split} perplexity after {grid.steps(regime)} steps, from {before:.2f} "
         f"before the first. ×1 is AdamW's tuned learning rate, {grid.tuned[regime]:g}."
@@ -251,10 +252,10 @@ def intervention_table(grid: Grid) -> str:
     for regime in grid.regimes():
         for method in grid.methods(regime):
             for multiple in grid.multiples(regime):
-                records = grid.records(regime, method, multiple).values()
-                if METHODS[method].guarded and records:
+                found = grid.records(regime, method, multiple).values()
+                if METHODS[method].guarded and found:
                     cell = [REGIMES[regime].title, METHODS[method].title, f"×{multiple}"]
-                    rows.append(cell + [_middle(r["guard"][key] for r in records) for key in keys])
+                    rows.append(cell + [_middle(r["guard"][key] for r in found) for key in keys])
     return _markdown(["", "", "", *(key.replace("_", " ") for key in keys)], rows)
 
 

@@ -13,8 +13,10 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import records
 from benchmarks.stress import bench, methods, regimes, tables
 from benchmarks.stress import run as stress
+from benchmarks.stress.pace import share_of_steps
 from lbw_optax.law import control
 from train import data, jsonl, loop, model
 
@@ -122,7 +124,7 @@ ARGUMENTS = "--quick --regimes lora --methods adamw prodigy guard --lrs 1 10 --s
 
 def run(place, out, arguments=ARGUMENTS):
     stress.main([*arguments.split(), "--data-dir", str(place / "corpus"), "--out", str(out)])
-    return jsonl.read(out)
+    return records.read(out)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,10 @@ def test_every_cell_is_there_once_with_its_facts(finished):
         assert {"commit", "dirty", "versions", "machine"} < set(record)
         assert record["data"] == "corpus"
         assert record["steps"] == 50
-        assert len(record["valid_curve"]) == len(record["train_curve"]) == 25
+        if record["method"] == "adamw":
+            assert len(record["valid_curve"]) == 25
+        else:
+            assert record["pace"] is None or record["pace"] > 0
         guarded = record["method"] == "guard"
         assert (record["guard"] is not None) == guarded
         assert record["law"] == (control.LAW if guarded else None)
@@ -149,6 +154,28 @@ def test_every_cell_is_there_once_with_its_facts(finished):
 
 def facts(record):
     return tuple(record[name] for name in stress.cell_of("lora", "adamw", 0.1, 0, 50))
+
+
+def test_a_pace_is_that_of_the_curves(ready, finished):
+    """Of the run's own curve against that of AdamW at the tuned rate with the same seed."""
+    found = next(r for r in finished if (r["method"], r["seed"]) == ("guard", 1))
+    (bare,) = [
+        r for r in finished if (r["method"], r["lr"], r["seed"]) == ("adamw", found["tuned"], 1)
+    ]
+    regime, build = regimes.REGIMES["lora"], methods.METHODS["guard"].build
+    curve = regimes.run_cell(ready, regime, build, found["lr"], 1)["valid_curve"]
+    expected = share_of_steps(curve, bare["valid_curve"])
+    assert (math.inf if found["pace"] is None else found["pace"]) == pytest.approx(expected, 1e-2)
+
+
+def test_the_reference_is_run_before_what_is_compared_with_it(place, finished, monkeypatch):
+    out = place / "reference.jsonl"
+    tuning = [r for r in finished if r["tuned"] is None]
+    for record in tuning:
+        jsonl.append(out, record)
+    new = run(place, out, "--quick --regimes lora --methods prodigy --seeds 1")[len(tuning) :]
+    assert [(r["method"], r["seed"]) for r in new] == [("adamw", 1), ("prodigy", 1)]
+    assert new[0]["lr"] == new[0]["tuned"]
 
 
 def test_the_tuned_rate_is_the_best_of_its_neighbours_on_valid(finished):
@@ -238,9 +265,9 @@ def test_a_killed_process_is_continued(place, ready, tmp_path):
         list(itertools.islice(lines, 2))
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    left = jsonl.read(out)
+    left = records.read(out)
     stress.main(arguments)
-    after = jsonl.read(out)
+    after = records.read(out)
     assert after[: len(left)] == left
     assert len(tables.load(after, "test").cells) == 10
     assert len({facts(record) for record in after}) == len(after)

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.stress import grid as grids
 from benchmarks.stress import tables, targets
+from benchmarks.stress.pace import reached
 from benchmarks.stress.regimes import REGIMES
 
 BEFORE = math.exp(6.0)
@@ -96,12 +97,24 @@ def test_pace_is_the_share_of_adamws_steps():
     assert grids.pace(grid, "scratch", "adamw", 1) == pytest.approx(1.0)
 
 
+def test_a_record_may_hold_its_pace_instead_of_its_curve():
+    """None is one that AdamW's final loss is beyond."""
+    by_seed = [{"pace": 0.5}, {"pace": None}, {"pace": 0.75}]
+    lines = [record("scratch", "adamw", 1, 4.0, seed=seed) for seed in range(3)]
+    for seed, pace in enumerate(by_seed):
+        line = record("scratch", "guard", 1, 4.1, seed=seed) | pace
+        del line["valid_curve"]
+        lines.append(line)
+    assert grids.pace(grid_of(*lines), "scratch", "guard", 1) == 0.75
+    assert grids.pace(grid_of(*lines[:5]), "scratch", "guard", 1) == math.inf
+
+
 @pytest.mark.parametrize(
     ("curve", "point"),
     [([3.0], 1), ([9.0, None, 2.0], 3), ([9.0, 4.0], math.inf), ([None, None], math.inf)],
 )
 def test_where_a_curve_meets_its_target(curve, point):
-    assert grids.reached(curve, 3.0) == point
+    assert reached(curve, 3.0) == point
 
 
 def test_the_newest_line_of_a_cell_counts_and_other_models_do_not():

@@ -1,0 +1,177 @@
+"""What records share stands once in a result file, and the files in git are found again whole."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from benchmarks import generality, records, sensitivity, signals
+from benchmarks.faults import cells as faults
+from benchmarks.faults import methods as faults_methods
+from benchmarks.runner import Book
+from benchmarks.stress import run as stress
+from benchmarks.stress.methods import METHODS
+from benchmarks.stress.regimes import REGIMES, SIZES
+from train import jsonl
+
+RESULTS = Path(stress.RESULTS).parent
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "results.jsonl"
+
+
+def test_a_setting_stands_once_before_its_first_record(path):
+    here, there = {"data": "text", "commit": "a"}, {"data": "text", "commit": "b"}
+    given = [({"seed": 0}, here), ({"seed": 1}, there), ({"seed": 2}, here)]
+    appended = [records.append(path, record, facts) for record, facts in given]
+    assert appended == [{**facts, **record} for record, facts in given] == records.read(path)
+    assert jsonl.read(path) == [
+        {"setting": 1, "facts": here},
+        {"setting": 1, "seed": 0},
+        {"setting": 2, "facts": there},
+        {"setting": 2, "seed": 1},
+        {"setting": 1, "seed": 2},
+    ]
+
+
+def test_a_record_may_state_all_itself(path):
+    records.append(path, {"seed": 0}, {"data": "text"})
+    jsonl.append(path, {"seed": 1, "data": "by hand"}, {"setting": 1, "seed": 2, "data": "own"})
+    assert [r["data"] for r in records.read(path)] == ["text", "by hand", "own"]
+
+
+def test_a_setting_that_is_not_stated_is_named(path):
+    jsonl.append(path, {"setting": 7, "seed": 1})
+    with pytest.raises(ValueError, match=r"results.jsonl: no line before .* states setting 7"):
+        records.read(path)
+
+
+@pytest.mark.parametrize("cut", [2, 8, 30, 60])
+def test_a_killed_writer_spoils_no_other_record(path, cut):
+    """Whether what it left is a torn record or a torn setting."""
+    first = records.append(path, {"seed": 0}, {"data": "text"})
+    records.append(path, {"seed": 1}, {"data": "other"})
+    path.write_bytes(path.read_bytes()[:-cut])
+    last = records.append(path, {"seed": 2}, {"data": "third"})
+    assert records.read(path) == [first, last]
+
+
+def _write(path, name):
+    for seed in range(20):
+        records.append(path, {"seed": seed}, {"commit": name, "long": "x" * 5000})
+
+
+def test_two_processes_never_give_two_settings_one_number(path):
+    names = ["a", "b", "c"]
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write, args=(path, name)) for name in names]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    found = {(r["commit"], r["seed"]) for r in records.read(path)}
+    assert found == {(name, seed) for name in names for seed in range(20)}
+    assert len([line for line in jsonl.read(path) if "facts" in line]) == len(names)
+
+
+# --- the files in git --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_git(monkeypatch):
+    """A book on a file in git, in its own setting and of its newest law, that runs nothing."""
+
+    def opened(name, *facts):
+        found = records.read(RESULTS / name)
+        laws = [r["law"] for r in found if r["law"] is not None]
+        monkeypatch.setattr(records, "LAW", laws[-1] if laws else None)
+        return book_of(name, {fact: found[-1][fact] for fact in facts})
+
+    return opened
+
+
+def book_of(name, facts):
+    return Book(RESULTS / name, facts, lambda cell: pytest.fail(f"{cell} was run"), {})
+
+
+SHAPE = ("tokens", "model", "length", "batch_size")
+
+
+def stress_cells(regimes, methods, seeds, size="default", multiples=None):
+    options = stress._options([])
+    options.methods, options.seeds = methods, seeds
+    options.lrs = multiples or options.lrs
+    tuned = {r["regime"]: r["tuned"] for r in records.read(RESULTS / FILES[size]) if r["tuned"]}
+    steps = SIZES[size].steps
+    return [c for r in regimes for c in stress.plan(r, tuned[r], steps[r], options)]
+
+
+FILES = {"default": "stress.jsonl", "long": "stress_long.jsonl"}
+
+
+@pytest.mark.parametrize("size", FILES)
+def test_the_stress_grid_in_git_is_found(size, in_git):
+    book = in_git(FILES[size], *SHAPE, "size", "base_steps", "rank", "evaluated")
+    if size == "default":
+        cells = stress_cells(REGIMES, list(METHODS), (3, 4, 5))
+    else:
+        cells = stress_cells(REGIMES, ["adamw", "guard"], (3, 4, 5), size, [1])
+    missing = [cell for cell in cells if book.find(cell) is None]
+    assert len(cells) >= 24
+    assert missing == []
+
+
+def test_the_faults_in_git_are_found(in_git):
+    book, options = in_git("faults.jsonl", *SHAPE), faults._options([])
+    rate = faults.tune(book)
+    cells = [c for part in ("grid", "calm") for c in faults.plan(part, rate, options)]
+    cells = [c for c in cells if c["part"] == "grid" or c["seed"] == 0]
+    cells += [
+        faults.cell_of("mix", "mix", method, seed, rate)
+        for method in ("adamw", "guard-rollback")
+        for seed in range(350, 550)
+    ]
+    assert len(cells) > len(faults_methods.SCENARIOS) * len(faults_methods.METHODS)
+    assert [cell for cell in cells if book.find(cell) is None] == []
+
+
+class Steps:
+    """What a plan asks of a bench."""
+
+    size = SIZES["default"]
+
+
+@pytest.mark.parametrize("benchmark", [sensitivity, signals])
+def test_small_grids_in_git_are_found(benchmark, in_git):
+    book = in_git(benchmark.RESULTS.name, *SHAPE, "size")
+    cells = benchmark.plan(Steps)
+    assert [cell for cell in cells if book.find(cell) is None] == []
+
+
+def test_the_other_models_in_git_are_found(in_git, monkeypatch):
+    """The command itself, on the file in git: it has nothing to run."""
+    in_git("generality.jsonl")
+    models = dict.fromkeys(task for task, _ in generality.PAIRS)
+    monkeypatch.setattr(generality.data, "load", lambda *_, **__: None)
+    monkeypatch.setattr(generality, "tasks", lambda _: models)
+    monkeypatch.setattr(generality, "measure", lambda _, cell: pytest.fail(f"{cell} was run"))
+    monkeypatch.setattr("sys.argv", ["generality"])
+    generality.main()
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.name)
+def test_no_file_in_git_says_a_thing_twice(path):
+    """A fact that is equal in all records of a file stands with the setting, and so on."""
+    lines = jsonl.read(path)
+    settings = [json.dumps(line["facts"]) for line in lines if "facts" in line]
+    assert len(set(settings)) == len(settings)
+    assert not any("key" in line for line in lines)
+
+
+def test_results_are_small():
+    """What git holds of results; curves and superseded records belong to the history."""
+    assert sum(path.stat().st_size for path in RESULTS.iterdir()) < 2_000_000
