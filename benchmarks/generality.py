@@ -24,15 +24,15 @@ import optax
 
 import lbw_optax
 from benchmarks import runner
-from benchmarks.records import Cell, Record, law
+from benchmarks.ladder import ladder
+from benchmarks.records import FOLDER, Cell, Record, law
 from benchmarks.runner import Book
 from benchmarks.stress.regimes import REGIMES, recipe
-from benchmarks.stress.run import ladder
 from benchmarks.tasks import VOCABULARY, Task, tasks
 from lbw_optax import lbw_guard
 from train import data
 
-RESULTS = Path(__file__).resolve().parent / "results" / "generality.jsonl"
+RESULTS = FOLDER / "generality.jsonl"
 STEPS, TUNING_SEED, SEEDS, MULTIPLES = 250, 0, (3, 4, 5), (1, 30)
 
 Inner = Callable[[Any], optax.GradientTransformation]

@@ -25,6 +25,9 @@ from typing import Any
 from lbw_optax.law.control import LAW
 from train import jsonl
 
+FOLDER = Path(__file__).resolve().parent / "results"
+"""Of the result files in git."""
+
 Cell = dict[str, Any]
 Record = dict[str, Any]
 

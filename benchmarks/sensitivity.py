@@ -12,14 +12,14 @@ import functools
 from pathlib import Path
 
 from benchmarks import runner
-from benchmarks.records import Cell, Record, law
+from benchmarks.records import FOLDER, Cell, Record, law
 from benchmarks.runner import Book
 from benchmarks.stress import methods
 from benchmarks.stress.bench import Bench, prepare
 from benchmarks.stress.regimes import REGIMES, SIZES, Factory, run_cell
 from lbw_optax import lbw_guard
 
-RESULTS = Path(__file__).resolve().parent / "results" / "sensitivity.jsonl"
+RESULTS = FOLDER / "sensitivity.jsonl"
 
 KNOBS: dict[str, tuple[float, ...]] = {
     "min_scale": (1e-4, 1e-3, 1e-2, 1e-1),

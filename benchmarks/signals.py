@@ -33,14 +33,14 @@ import numpy as np
 import optax
 
 from benchmarks import runner
-from benchmarks.records import Cell, Record
+from benchmarks.records import FOLDER, Cell, Record
 from benchmarks.runner import Book
 from benchmarks.stress.bench import Bench, prepare, start
 from benchmarks.stress.methods import METHODS, adamw
 from benchmarks.stress.regimes import REGIMES, SIZES, Regime, batches, recipe, run_cell
 from lbw_optax.law.control import FIRST_SCALE, KAPPA
 
-RESULTS = Path(__file__).resolve().parent / "results" / "signals.jsonl"
+RESULTS = FOLDER / "signals.jsonl"
 SEEDS, MULTIPLES = (0, 1, 2), (1, 3, 10)
 WINDOW = slice(20, 80)
 """The first steps of AdamW are long whatever the rate; the warm-up's peak is at step 40."""

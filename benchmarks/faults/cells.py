@@ -39,12 +39,12 @@ from benchmarks.faults.methods import (
     mix,
 )
 from benchmarks.faults.run import State, Text
-from benchmarks.records import Cell, Record, law
+from benchmarks.records import FOLDER, Cell, Record, law
 from benchmarks.runner import Book
 from lbw_optax.testing import Fault
 from train.data import DataError
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "faults.jsonl"
+RESULTS = FOLDER / "faults.jsonl"
 STEPS, CALM_STEPS = 300, run.LONGEST
 PARTS = ("grid", "calm", "mix")
 SEEDS = {"grid": range(20), "calm": range(2), "mix": range(200)}

@@ -2,24 +2,22 @@
 
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.colours import ADAMW, GUARD
 from benchmarks.faults.methods import DRAWN, METHODS, SCENARIOS, STRUCK
-from benchmarks.stress.figure import ADAMW, GUARD
-
-if TYPE_CHECKING:
-    from benchmarks.faults.tables import Results
+from benchmarks.faults.results import Results
 
 LINES = {"adamw": (ADAMW, "-"), "guard": (GUARD, ":"), "guard-rollback": (GUARD, "-")}
 EVERY = 5
 """Steps between two points of a stored curve."""
 
 
-def draw(results: "Results", path: Path) -> None:
+def draw(results: Results, path: Path) -> None:
     """Write the figure as PNG."""
     figure = Figure(figsize=(13, 9), dpi=130, layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=(1.5, 1))
@@ -35,7 +33,7 @@ def draw(results: "Results", path: Path) -> None:
     figure.savefig(path)
 
 
-def _survival(panel: Axes, results: "Results") -> None:
+def _survival(panel: Axes, results: Results) -> None:
     """Rows are faults, columns are methods; a number is the share of seeds in per cent."""
     methods, scenarios = results.methods(), results.scenarios()
     shares = np.full((len(scenarios), len(methods)), np.nan)
@@ -56,7 +54,7 @@ def _survival(panel: Axes, results: "Results") -> None:
     panel.set_xlabel("seeds that survive, %")
 
 
-def _curves(panel: Axes, results: "Results", scenario: str) -> None:
+def _curves(panel: Axes, results: Results, scenario: str) -> None:
     """Median over seeds of the loss over that without the fault."""
     for method, (colour, style) in LINES.items():
         found = results.grid.get((scenario, method))

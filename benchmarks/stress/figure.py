@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, ScalarFormatter
 
+from benchmarks.colours import ADAMW, GUARD
 from benchmarks.stress.grid import Grid, perplexity
 from benchmarks.stress.methods import METHODS
 from benchmarks.stress.regimes import REGIMES
@@ -15,7 +16,6 @@ from benchmarks.stress.regimes import REGIMES
 # Okabe and Ito's palette, safe for colour-blind readers; black and vermilion are given away.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#999999")
 STYLES = ("-", "--", ":", "-.")
-ADAMW, GUARD = "#000000", "#D55E00"
 
 
 def draw(grid: Grid, path: Path) -> None:

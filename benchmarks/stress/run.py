@@ -26,7 +26,8 @@ from typing import Any
 
 from benchmarks import runner
 from benchmarks.command import check_names, refuse
-from benchmarks.records import Cell, Record, law
+from benchmarks.ladder import ladder
+from benchmarks.records import FOLDER, Cell, Record, law
 from benchmarks.runner import Book
 from benchmarks.stress.bench import Bench, prepare
 from benchmarks.stress.methods import METHODS, QUICK
@@ -42,7 +43,7 @@ from benchmarks.stress.regimes import (
 )
 from train.data import DataError
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "stress.jsonl"
+RESULTS = FOLDER / "stress.jsonl"
 SEEDS = (0, 1, 2)
 TUNING_SEED = 0  # whatever the seeds of this run, so that runs in pieces share one tuned rate
 QUICK_LRS = ("1", "10", "100")
@@ -83,21 +84,6 @@ def long_results(results: Path) -> Path:
 def tune(loss: Callable[[float], float], regime: str) -> float:
     """AdamW's rate in this regime, by its `ladder`."""
     return ladder(loss, REGIMES[regime].guess)
-
-
-def ladder(loss: Callable[[float], float], guess: float) -> float:
-    """The rate on the ladder 1, 2, 5, 10, … whose neighbours are both worse, from a guess.
-
-    >>> ladder(lambda lr: abs(lr - 0.04), guess=0.002)
-    0.05
-    """
-    rungs = [round(digit * 10.0**power, 12) for power in range(-7, 3) for digit in (1, 2, 5)]
-    best = rungs.index(guess)
-    while True:
-        lowest = min((best, best - 1, best + 1), key=lambda i: loss(rungs[i]))
-        if lowest == best:
-            return rungs[best]
-        best = lowest
 
 
 def plan(regime: str, tuned: float, steps: int, options: argparse.Namespace) -> list[Cell]:
