@@ -3,5 +3,5 @@
 ADAMW = "#000000"
 GUARD = "#D55E00"  # vermilion
 OTHERS = ("#0072B2", "#009E73", "#CC79A7")  # blue, green, purple
-AMONG_OTHERS = "#BDBDBD"
+GREY_LINE = "#BDBDBD"
 LOST, KEPT = "#E69F00", "#0072B2"  # orange, blue

@@ -31,6 +31,7 @@ from benchmarks.stress.regimes import REGIMES, recipe
 from benchmarks.tasks import VOCABULARY, Task, tasks
 from lbw_optax import lbw_guard
 from train import data
+from train.provenance import provenance
 
 RESULTS = FOLDER / "generality.jsonl"
 STEPS, TUNING_SEED, SEEDS, MULTIPLES = 250, 0, (3, 4, 5), (1, 30)
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="as for benchmarks.stress")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
     options = parser.parse_args()
+    provenance()  # now, before anything is edited
     known = tasks(data.load(options.data_dir, vocab_size=VOCABULARY))
     book = Book(options.out, {}, lambda cell: measure(known[cell["task"]], cell), {})
     cells = []

@@ -37,7 +37,7 @@ class Book:
         shared: Sequence[str] = (),
     ) -> None:
         self._path, self._measure, self._shared = path, measure, shared
-        self._setting = {**facts, **about, **provenance()}  # now, before anything is edited
+        self._setting = {**facts, **about, **provenance()}
         self._records = [r for r in records.read(path) if _shares(r, facts)]
         self._found: dict[tuple[str, ...], dict[tuple[Any, ...], Record]] = {}
 

@@ -18,6 +18,7 @@ from benchmarks.stress import methods
 from benchmarks.stress.bench import Bench, prepare
 from benchmarks.stress.regimes import REGIMES, SIZES, Factory, run_cell
 from lbw_optax import lbw_guard
+from train.provenance import provenance
 
 RESULTS = FOLDER / "sensitivity.jsonl"
 
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="default")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
     options = parser.parse_args()
+    provenance()  # now, before anything is edited
     bench = prepare(options.data_dir, SIZES[options.size])
     book = Book(options.out, bench.facts, functools.partial(measure, bench), bench.about)
     runner.run(book, plan(bench), _line)

@@ -39,6 +39,7 @@ from benchmarks.stress.bench import Bench, prepare, start
 from benchmarks.stress.methods import METHODS, adamw
 from benchmarks.stress.regimes import REGIMES, SIZES, Regime, batches, recipe, run_cell
 from lbw_optax.law.control import FIRST_SCALE, KAPPA
+from train.provenance import provenance
 
 RESULTS = FOLDER / "signals.jsonl"
 SEEDS, MULTIPLES = (0, 1, 2), (1, 3, 10)
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="as for benchmarks.stress")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
     options = parser.parse_args()
+    provenance()  # now, before anything is edited
     bench = prepare(options.data_dir, SIZES["default"])
     book = Book(options.out, bench.facts, functools.partial(measure, bench), bench.about)
     runner.run(book, plan(bench), str)

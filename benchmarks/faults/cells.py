@@ -43,6 +43,7 @@ from benchmarks.records import FOLDER, Cell, Record, law
 from benchmarks.runner import Book
 from lbw_optax.testing import Fault
 from train.data import DataError
+from train.provenance import provenance
 
 RESULTS = FOLDER / "faults.jsonl"
 STEPS, CALM_STEPS = 300, run.LONGEST
@@ -66,6 +67,7 @@ class Clean(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
+    provenance()  # now, before anything is edited
     try:
         text = run.load(options.data_dir)
     except DataError as error:

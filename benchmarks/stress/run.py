@@ -41,7 +41,9 @@ from benchmarks.stress.regimes import (
     perplexity_before,
     run_cell,
 )
+from train import jsonl
 from train.data import DataError
+from train.provenance import provenance
 
 RESULTS = FOLDER / "stress.jsonl"
 SEEDS = (0, 1, 2)
@@ -51,6 +53,7 @@ QUICK_LRS = ("1", "10", "100")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
+    provenance()  # now, before anything is edited
     try:
         bench = prepare(options.data_dir, SIZES[options.size])
     except DataError as error:
@@ -119,7 +122,7 @@ def measure(bench: Bench, before: Callable[[Regime, int], dict[str, float]], cel
     return {
         "before": before(regime, cell["seed"]),
         "perplexity": run["perplexity"],
-        "valid_curve": [round(loss, 4) for loss in run["valid_curve"]],
+        "valid_curve": jsonl.finite([round(loss, 4) for loss in run["valid_curve"]]),
         "guard": interventions(**run["metrics"]) if run["metrics"] else None,
         "seconds": round(run["seconds"], 2),
     }

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.faults import results, tables, targets
+from benchmarks.faults import figure, results, tables, targets
 from benchmarks.faults.methods import METHODS, SCENARIOS
 from train import jsonl
 
@@ -190,3 +190,12 @@ def test_without_results_there_is_one_sentence(tmp_path, capsys):
         tables.main(["--results", str(tmp_path / "none.jsonl")])
     assert stopped.value.code == 2
     assert "run python -m benchmarks.faults first" in capsys.readouterr().err
+
+
+def test_no_curve_fails_before_the_fault():
+    """The point that is stored first after step 100 began is one step after the fault."""
+    curves = [[1.0] * 20 + [None] * 40, [1.0] * 20 + [None] * 40, [1.0] * 60]
+    steps, heights = figure.since_the_fault(curves)
+    assert (heights[steps <= 0] == 1).all()
+    assert math.isnan(heights[steps == 1][0])
+    assert steps[:2].tolist() == [-99, -94]

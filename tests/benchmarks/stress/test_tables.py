@@ -4,9 +4,11 @@ import json
 import math
 
 import pytest
+from matplotlib.figure import Figure
 
+from benchmarks import colours
+from benchmarks.stress import figure, tables, targets
 from benchmarks.stress import grid as grids
-from benchmarks.stress import tables, targets
 from benchmarks.stress.pace import reached
 from benchmarks.stress.regimes import REGIMES
 
@@ -232,3 +234,35 @@ def rows_of(table):
     """The rows of a Markdown table by their first column."""
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     return {row[0]: row[1:] for row in cells[2:]}
+
+
+def with_peers(losses):
+    """A grid from scratch: AdamW, the guard, and peers that end at these losses at every rate."""
+    lines = [line for peer, loss in losses.items() for line in scratch(peer, [loss] * 4)]
+    return grid_of(*ADAMW, *GUARD, *lines)
+
+
+PEERS = {"zclip": 4.6, "agc": 4.3, "spam": None, "adagc": 4.2, "stable-spam": 4.4}
+
+
+def test_the_best_peers_have_a_colour_and_a_shape_of_their_own():
+    grid = with_peers({**PEERS, "guard-chained": 4.0})
+    assert figure.best_peers(grid) == ["adagc", "agc", "stable-spam"]
+    looks = figure._looks(grid)
+    assert list(looks) == ["guard", "adamw", "adagc", "agc", "stable-spam"]
+    for part in ("color", "marker"):
+        assert len({look[part] for look in looks.values()}) == len(looks)
+
+
+def test_a_peer_with_a_missing_cell_is_none_of_the_best():
+    grid = with_peers(PEERS)
+    del grid.cells["scratch", "adagc", 30, 0]
+    assert figure.best_peers(grid) == ["agc", "stable-spam", "zclip"]
+
+
+def test_the_rest_is_grey_and_has_one_entry_in_the_legend():
+    grid, panel = with_peers(PEERS), Figure().subplots()
+    figure._panel(panel, grid, "scratch", figure._looks(grid))
+    grey = [line for line in panel.get_lines() if line.get_color() == colours.GREY_LINE]
+    assert len(grey) == 2  # ZClip, SPAM
+    assert {line.get_label() for line in grey} == {figure.REST}
