@@ -1,6 +1,6 @@
 """Faults put into training runs on purpose: who survives them, how soon, and at what price.
 
-    python -m benchmarks.faults --data-dir wikitext-2        # everything: an hour, in pieces
+    python -m benchmarks.faults --data-dir wikitext-2        # everything: five hours, in pieces
     python -m benchmarks.faults --quick                      # minutes
     python -m benchmarks.faults.tables                       # tables and figure of what is there
 
@@ -48,8 +48,9 @@ from train.provenance import provenance
 RESULTS = FOLDER / "faults.jsonl"
 STEPS, CALM_STEPS = 300, run.LONGEST
 PARTS = ("grid", "calm", "mix")
-SEEDS = {"grid": range(20), "calm": range(2), "mix": range(200)}
-QUICK_SEEDS = {"grid": range(2), "calm": range(0), "mix": range(4)}
+# With the episodes of earlier seeds the law and the rollback were chosen.
+SEEDS = {"grid": range(20), "calm": range(1), "mix": range(350, 550)}
+QUICK_SEEDS = {"grid": range(2), "calm": range(0), "mix": range(350, 354)}
 QUICK_FAULTS = ("nan-gradient", "nan-10", "gradient-1e3", "flip-mu", "lr-10")
 MIX_METHODS = ("adamw", "guard", "guard-rollback")
 SHARED = ("part", "method", "rate", "law")

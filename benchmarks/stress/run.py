@@ -46,7 +46,7 @@ from train.data import DataError
 from train.provenance import provenance
 
 RESULTS = FOLDER / "stress.jsonl"
-SEEDS = (0, 1, 2)
+SEEDS = (3, 4, 5)  # with 0 to 2 the law was chosen
 TUNING_SEED = 0  # whatever the seeds of this run, so that runs in pieces share one tuned rate
 QUICK_LRS = ("1", "10", "100")
 
@@ -181,7 +181,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--regimes", nargs="+", default=list(REGIMES), metavar="NAME", help=" ".join(REGIMES))
     add("--methods", nargs="+", metavar="NAME", help=" ".join(METHODS))
     add("--lrs", nargs="+", metavar="K", help="multiples of the tuned rate: 1 3 10 30 100 300")
-    add("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2")
+    add("--seeds", nargs="+", type=int, metavar="N", help="default: 3 4 5")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--quick", action="store_true", help="a small model, few methods and rates, one seed"
