@@ -27,6 +27,7 @@ from benchmarks import runner
 from benchmarks.ladder import ladder
 from benchmarks.records import FOLDER, Cell, Record, law
 from benchmarks.runner import Book
+from benchmarks.stress.bench import fingerprint
 from benchmarks.stress.regimes import REGIMES, recipe
 from benchmarks.tasks import VOCABULARY, Task, tasks
 from lbw_optax import lbw_guard
@@ -59,8 +60,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
     options = parser.parse_args()
     provenance()  # now, before anything is edited
-    known = tasks(data.load(options.data_dir, vocab_size=VOCABULARY))
-    book = Book(options.out, {}, lambda cell: measure(known[cell["task"]], cell), {})
+    corpus = data.load(options.data_dir, vocab_size=VOCABULARY)
+    known, facts = tasks(corpus), {"tokens": fingerprint(corpus)}
+    about = {"data": "standard library" if options.data_dir is None else options.data_dir.name}
+    book = Book(options.out, facts, lambda cell: measure(known[cell["task"]], cell), about)
     cells = []
     for schedule, (task, inner) in itertools.product(SCHEDULES, PAIRS):
         tuned = ladder(functools.partial(_loss, book, schedule, task, inner), GUESSES[inner])

@@ -114,12 +114,9 @@ def _tokens(corpus: data.Corpus, *, mixed: bool) -> dict[str, np.ndarray]:
 
 
 def _facts(corpus: data.Corpus, size: Size) -> dict[str, Any]:
-    """What a record says about data and model; a digest stands for the tokens themselves."""
-    digest = hashlib.sha256()
-    for split in data.SPLITS:
-        digest.update(np.ascontiguousarray(getattr(corpus, split)).tobytes())
+    """What a record says about data and model."""
     return {
-        "tokens": digest.hexdigest()[:16],
+        "tokens": fingerprint(corpus),
         "size": size.name,
         "model": {name: getattr(size.config, name) for name in SHAPE},
         "length": size.length,
@@ -128,6 +125,14 @@ def _facts(corpus: data.Corpus, size: Size) -> dict[str, Any]:
         "rank": size.rank,
         "evaluated": size.evaluated,
     }
+
+
+def fingerprint(corpus: data.Corpus) -> str:
+    """A digest that stands for all tokens of a corpus."""
+    digest = hashlib.sha256()
+    for split in data.SPLITS:
+        digest.update(np.ascontiguousarray(getattr(corpus, split)).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _base(bench: Bench) -> dict[str, Any]:
