@@ -60,9 +60,10 @@ def append(path: Path, record: Record, facts: Record) -> Record:
     with path.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # two processes must not give two settings one number
         stated = {line["setting"]: line["facts"] for line in jsonl.read(path) if "facts" in line}
-        number = next((n for n, known in stated.items() if known == facts), None)
-        lines = [] if number else [{"setting": len(stated) + 1, "facts": facts}]
-        line = jsonl.append(path, *lines, {"setting": number or len(stated) + 1, **record})
+        new = max(stated, default=0) + 1
+        number = next((n for n, known in stated.items() if known == facts), new)
+        lines = [{"setting": new, "facts": facts}] if number == new else []
+        line = jsonl.append(path, *lines, {"setting": number, **record})
     line.pop("setting")
     return {**facts, **line}
 

@@ -41,6 +41,26 @@ def test_a_record_may_state_all_itself(path):
     assert [r["data"] for r in records.read(path)] == ["text", "by hand", "own"]
 
 
+def test_two_files_one_after_the_other_are_one(tmp_path, path):
+    """As git leaves them when both branches have appended: numbers come twice."""
+    expected = []
+    for name in ("ours", "theirs"):
+        branch = tmp_path / name
+        expected += [records.append(branch, {"seed": s}, {"commit": name}) for s in (0, 1)]
+        with path.open("ab") as merged:
+            merged.write(branch.read_bytes())
+    assert records.read(path) == expected
+    more = [records.append(path, {"seed": 2}, {"commit": name}) for name in ("ours", "theirs")]
+    assert records.read(path) == expected + more
+
+
+def test_a_number_that_is_left_out_is_not_given_to_another_setting(path):
+    jsonl.append(path, {"setting": 3, "facts": {"commit": "a"}}, {"setting": 3, "seed": 0})
+    records.append(path, {"seed": 1}, {"commit": "b"})
+    records.append(path, {"seed": 2}, {"commit": "c"})
+    assert [r["commit"] for r in records.read(path)] == ["a", "b", "c"]
+
+
 def test_a_setting_that_is_not_stated_is_named(path):
     jsonl.append(path, {"setting": 7, "seed": 1})
     with pytest.raises(ValueError, match=r"results.jsonl: no line before .* states setting 7"):

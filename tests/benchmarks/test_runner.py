@@ -51,6 +51,15 @@ def test_a_record_written_by_hand_or_at_another_commit_is_recognised(path):
     assert opened(path).record(cell_of(rate=1.0))["loss"] == 4.0
 
 
+def test_facts_that_many_cells_share_stand_with_the_setting(path):
+    shared = ("method", "law", "no such fact")
+    book = Book(path, FACTS, lambda cell: {"loss": 3.0}, {}, shared)
+    first = book.record(cell_of())
+    assert [set(line) & set(shared) for line in jsonl.read(path)] == [set(), set()]
+    assert opened(path).record(cell_of()) == first
+    assert opened(path).find(cell_of(method="adamw")) is None
+
+
 @pytest.mark.parametrize(
     "changed",
     [
