@@ -1,11 +1,9 @@
-"""What the commands of the benchmarks share: names that are checked, and keys of their cells."""
+"""What the commands of the benchmarks share: names that are checked, and one way to refuse."""
 
 import difflib
-import hashlib
-import json
 import sys
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 
 def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -20,12 +18,3 @@ def refuse(sentence: str) -> NoReturn:
     """Leave with status 2."""
     print(sentence, file=sys.stderr)
     raise SystemExit(2)
-
-
-def digest(facts: Any) -> str:
-    """A short key of what can be written as JSON.
-
-    >>> digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
-    True
-    """
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,6 +12,7 @@ run at both rates with the reported seeds. A line a run is appended to
 import argparse
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import lbw_optax
+from benchmarks import runner
+from benchmarks.ladder import ladder
+from benchmarks.records import FOLDER, Cell, Record, law
+from benchmarks.runner import Book
+from benchmarks.stress.bench import fingerprint
 from benchmarks.stress.regimes import REGIMES, recipe
-from benchmarks.stress.run import GUARD_CODE, ladder
 from benchmarks.tasks import VOCABULARY, Task, tasks
 from lbw_optax import lbw_guard
-from train import data, jsonl
+from train import data
 from train.provenance import provenance
 
-RESULTS = Path(__file__).resolve().parent / "results" / "generality.jsonl"
+RESULTS = FOLDER / "generality.jsonl"
 STEPS, TUNING_SEED, SEEDS, MULTIPLES = 250, 0, (3, 4, 5), (1, 30)
 
 Inner = Callable[[Any], optax.GradientTransformation]
@@ -54,37 +60,44 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
     options = parser.parse_args()
     provenance()  # now, before anything is edited
-    known = tasks(data.load(options.data_dir, vocab_size=VOCABULARY))
-    done = {_key(record): record for record in jsonl.read(options.out)}
-
-    def loss(schedule: str, task: str, inner: str, guarded: bool, lr: float, seed: int) -> float:
-        cell = {"schedule": schedule, "task": task, "inner": inner, "guarded": guarded}
-        cell |= {"lr": lr, "seed": seed, "law": GUARD_CODE if guarded else None}
-        if _key(cell) not in done:
-            found = run(known[task], INNER[inner], schedule, guarded, lr, seed)
-            done[_key(cell)] = jsonl.append(options.out, cell | found | provenance())
-            who = "guarded" if guarded else "bare"
-            print(f"{schedule}, {task}, {inner}, {who}, {lr:g}: {found['loss']}")
-        found = done[_key(cell)]["loss"]
-        return np.inf if found is None else found
-
+    corpus = data.load(options.data_dir, vocab_size=VOCABULARY)
+    known, facts = tasks(corpus), {"tokens": fingerprint(corpus)}
+    about = {"data": "standard library" if options.data_dir is None else options.data_dir.name}
+    book = Book(options.out, facts, lambda cell: measure(known[cell["task"]], cell), about)
+    cells = []
     for schedule, (task, inner) in itertools.product(SCHEDULES, PAIRS):
-        bare = functools.partial(loss, schedule, task, inner, False)
-        tuned = ladder(functools.cache(lambda lr, bare=bare: bare(lr, TUNING_SEED)), GUESSES[inner])
+        tuned = ladder(functools.partial(_loss, book, schedule, task, inner), GUESSES[inner])
         for guarded, multiple, seed in itertools.product((False, True), MULTIPLES, SEEDS):
-            loss(schedule, task, inner, guarded, round(multiple * tuned, 12), seed)
+            rate = round(multiple * tuned, 12)
+            cells.append(cell_of(schedule, task, inner, guarded, rate, seed))
+    runner.run(book, cells, _line)
 
 
-def run(
-    task: Task, inner: Inner, schedule: str, guarded: bool, lr: float, seed: int
-) -> dict[str, Any]:
+def cell_of(schedule: str, task: str, inner: str, guarded: bool, lr: float, seed: int) -> Cell:
+    """One run."""
+    cell = {"schedule": schedule, "task": task, "inner": inner, "guarded": guarded}
+    return {**cell, "lr": lr, "seed": seed, "steps": STEPS, "law": law(guarded)}
+
+
+def _loss(book: Book, schedule: str, task: str, inner: str, lr: float) -> float:
+    """Of the bare optimizer, for the tuning."""
+    found = book.record(cell_of(schedule, task, inner, False, lr, TUNING_SEED))["loss"]
+    return math.inf if found is None else found
+
+
+def measure(task: Task, cell: Cell) -> Record:
     """Train once: the held-out loss before and after, and the last scale."""
-    params = task.init(seed)
-    batches = np.stack([task.batch(seed, step) for step in range(STEPS)])
-    before, after, scale = _compiled(task.loss, inner, schedule, guarded)(
-        jnp.float32(lr), params, batches, task.held_out
-    )
-    return {"before": float(before), "loss": float(after), "scale": float(scale), "steps": STEPS}
+    params = task.init(cell["seed"])
+    batches = np.stack([task.batch(cell["seed"], step) for step in range(STEPS)])
+    run = _compiled(task.loss, INNER[cell["inner"]], cell["schedule"], cell["guarded"])
+    before, after, scale = run(jnp.float32(cell["lr"]), params, batches, task.held_out)
+    return {"before": float(before), "loss": float(after), "scale": float(scale)}
+
+
+def _line(record: Record) -> str:
+    who = "guarded" if record["guarded"] else "bare"
+    run = f"{record['schedule']}, {record['task']}, {record['inner']}, {who}, {record['lr']:g}"
+    return f"{run}, seed {record['seed']}: {record['loss']}"
 
 
 @functools.lru_cache(maxsize=4)
@@ -100,15 +113,10 @@ def _compiled(loss: Any, inner: Inner, schedule: str, guarded: bool) -> Callable
             return (optax.apply_updates(params, updates), state), None
 
         (trained, state), _ = jax.lax.scan(step, (params, tx.init(params)), batches)
-        scale = jnp.exp(state.law.control.log_scale) if guarded else 1.0
+        scale = lbw_optax.metrics(state)["scale"] if guarded else 1.0
         return loss(params, held_out), loss(trained, held_out), scale
 
     return jax.jit(whole)
-
-
-def _key(record: dict[str, Any]) -> tuple[Any, ...]:
-    names = ("schedule", "task", "inner", "guarded", "lr", "seed", "law")
-    return tuple(record[name] for name in names)
 
 
 if __name__ == "__main__":

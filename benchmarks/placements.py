@@ -19,6 +19,7 @@ from benchmarks.stress import methods
 from benchmarks.stress.bench import prepare
 from benchmarks.stress.regimes import REGIMES, SIZES, Recipe, run_cell
 from lbw_optax import lbw_guard
+from lbw_optax.law.control import LAW
 from train.provenance import provenance
 
 PLACEMENTS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
@@ -49,7 +50,8 @@ def main() -> None:
         return {"code": code, "tuned": tuned, "hundredfold": hundredfold, "moved_by_nan": moved}
 
     rows = [row(code, place) for code, place in PLACEMENTS.items()]
-    result = {"rows": rows, "learning_rate": regime.guess, **bench.facts, **provenance()}
+    facts = {"law": LAW, "learning_rate": regime.guess, **bench.facts, **bench.about}
+    result = {"rows": rows, **facts, **provenance()}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(*rows, sep="\n")
 

@@ -8,15 +8,19 @@ its search from.
 """
 
 import argparse
+import functools
 from pathlib import Path
-from typing import Any
 
+from benchmarks import runner
+from benchmarks.records import FOLDER, Cell, Record, law
+from benchmarks.runner import Book
 from benchmarks.stress import methods
-from benchmarks.stress.bench import prepare
-from benchmarks.stress.regimes import REGIMES, SIZES, run_cell
+from benchmarks.stress.bench import Bench, prepare
+from benchmarks.stress.regimes import REGIMES, SIZES, Factory, run_cell
 from lbw_optax import lbw_guard
-from train import jsonl
 from train.provenance import provenance
+
+RESULTS = FOLDER / "sensitivity.jsonl"
 
 KNOBS: dict[str, tuple[float, ...]] = {
     "min_scale": (1e-4, 1e-3, 1e-2, 1e-1),
@@ -31,45 +35,54 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Sensitivity of the guard's knobs.")
     parser.add_argument("--data-dir", type=Path, help="as for benchmarks.stress")
     parser.add_argument("--size", choices=SIZES, default="default")
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/sensitivity.jsonl"), metavar="FILE"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
     options = parser.parse_args()
-    done = {_key(record) for record in jsonl.read(options.out)}
+    provenance()  # now, before anything is edited
     bench = prepare(options.data_dir, SIZES[options.size])
-    for knob, values in KNOBS.items():
-        for value in values:
-            build = _guarded(knob, value)
-            for regime, multiples in MULTIPLES.items():
-                for multiple in multiples:
-                    cell = {"knob": knob, "value": value, "regime": regime, "multiple": multiple}
-                    if _key(cell) not in done:
-                        print(jsonl.append(options.out, _run(bench, cell, build)))
+    book = Book(options.out, bench.facts, functools.partial(measure, bench), bench.about)
+    runner.run(book, plan(bench), _line)
 
 
-def _key(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("knob", "value", "regime", "multiple"))
+def plan(bench: Bench) -> list[Cell]:
+    """All cells, those of one knob and value together."""
+    return [
+        {
+            "knob": knob,
+            "value": value,
+            "regime": regime,
+            "multiple": multiple,
+            "steps": bench.size.steps[regime],
+            "law": law(guarded=True),
+        }
+        for knob, values in KNOBS.items()
+        for value in values
+        for regime, multiples in MULTIPLES.items()
+        for multiple in multiples
+    ]
 
 
-def _guarded(knob: str, value: Any) -> Any:
-    return lambda recipe: lbw_guard(methods.adamw(recipe), **{knob: value})
-
-
-def _run(bench: Any, cell: dict[str, Any], build: Any) -> dict[str, Any]:
-    regime = REGIMES[cell["regime"]]
-    result = run_cell(
-        bench, regime, build, cell["multiple"] * regime.guess, seed=0, keep=("exhausted",)
-    )
+def measure(bench: Bench, cell: Cell) -> Record:
+    """Run one cell."""
+    regime, build = REGIMES[cell["regime"]], _guarded(cell["knob"], cell["value"])
+    rate = cell["multiple"] * regime.guess
+    result = run_cell(bench, regime, build, rate, seed=0, keep=("exhausted",))
     return {
-        **cell,
-        "learning_rate": cell["multiple"] * regime.guess,
+        "learning_rate": rate,
         "perplexity": result["perplexity"]["valid"],
         "exhausted": bool(result["metrics"]["exhausted"][-1]),
         "interventions": int(result["metrics"]["events"][-1]),
         "smallest_scale": float(min(result["metrics"]["scale"])),
-        **bench.facts,
-        **provenance(),
     }
+
+
+@functools.cache  # one factory a knob and value, for a factory is compiled once
+def _guarded(knob: str, value: float) -> Factory:
+    return lambda recipe: lbw_guard(methods.adamw(recipe), **{knob: value})  # type: ignore[arg-type]
+
+
+def _line(record: Record) -> str:
+    cell = f"{record['knob']}={record['value']:g}, {record['regime']} ×{record['multiple']}"
+    return f"{cell}: perplexity {record['perplexity']:.2f}"
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ Source of the limit: Cohen et al., Adaptive gradient methods at the edge of stab
 """
 
 import argparse
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import runner
+from benchmarks.records import FOLDER, Cell, Record
+from benchmarks.runner import Book
 from benchmarks.stress.bench import Bench, prepare, start
 from benchmarks.stress.methods import METHODS, adamw
 from benchmarks.stress.regimes import REGIMES, SIZES, Regime, batches, recipe, run_cell
 from lbw_optax.law.control import FIRST_SCALE, KAPPA
-from train import jsonl
 from train.provenance import provenance
 
-RESULTS = Path(__file__).resolve().parent / "results" / "signals.jsonl"
+RESULTS = FOLDER / "signals.jsonl"
 SEEDS, MULTIPLES = (0, 1, 2), (1, 3, 10)
 WINDOW = slice(20, 80)
 """The first steps of AdamW are long whatever the rate; the warm-up's peak is at step 40."""
@@ -58,12 +61,37 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="as for benchmarks.stress")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE")
     options = parser.parse_args()
-    done = {_key(record) for record in jsonl.read(options.out)}
+    provenance()  # now, before anything is edited
     bench = prepare(options.data_dir, SIZES["default"])
-    for regime, multiple, seed in itertools.product(REGIMES, MULTIPLES, SEEDS):
-        cell = {"regime": regime, "multiple": multiple, "seed": seed}
-        if _key(cell) not in done:
-            print(jsonl.append(options.out, _run(bench, cell)))
+    book = Book(options.out, bench.facts, functools.partial(measure, bench), bench.about)
+    runner.run(book, plan(bench), str)
+
+
+def plan(bench: Bench) -> list[Cell]:
+    """All cells. Bare AdamW has no law, and the guard that watches it does not act."""
+    return [
+        {
+            "regime": regime,
+            "multiple": multiple,
+            "seed": seed,
+            "steps": bench.size.steps[regime],
+            "law": None,
+        }
+        for regime, multiple, seed in itertools.product(REGIMES, MULTIPLES, SEEDS)
+    ]
+
+
+def measure(bench: Bench, cell: Cell) -> Record:
+    """Run one cell."""
+    regime, seed = REGIMES[cell["regime"]], cell["seed"]
+    rate = cell["multiple"] * regime.guess
+    result = run_cell(bench, regime, METHODS["guard-observe"].build, rate, seed, keep=KEPT)
+    return {
+        "learning_rate": rate,
+        "perplexity": result["perplexity"]["valid"],
+        **signals(result["metrics"]),
+        **by_leaf(*_leaf_lengths(bench, regime, rate, seed)),
+    }
 
 
 def signals(metrics: dict[str, list[float]]) -> dict[str, float]:
@@ -94,25 +122,6 @@ def by_leaf(updates: np.ndarray, params: np.ndarray) -> dict[str, float]:
     return {
         "median_leaf": float(np.median(np.median(ratios, axis=1))),
         "largest_leaf": float(np.median(np.max(ratios, axis=1))),
-    }
-
-
-def _key(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[name] for name in ("regime", "multiple", "seed"))
-
-
-def _run(bench: Bench, cell: dict[str, Any]) -> dict[str, Any]:
-    regime = REGIMES[cell["regime"]]
-    rate = cell["multiple"] * regime.guess
-    result = run_cell(bench, regime, METHODS["guard-observe"].build, rate, cell["seed"], keep=KEPT)
-    return {
-        **cell,
-        "learning_rate": rate,
-        "perplexity": result["perplexity"]["valid"],
-        **signals(result["metrics"]),
-        **by_leaf(*_leaf_lengths(bench, regime, rate, cell["seed"])),
-        **bench.facts,
-        **provenance(),
     }
 
 

@@ -2,21 +2,24 @@
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 
-def append(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Write one line, whole, in one call, and give the record as `read` will.
+def append(path: Path, *records: dict[str, Any]) -> dict[str, Any]:
+    """Write a line a record, whole, in one call, and give the last record as `read` will.
 
     Several processes may append to one file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
+    lines = [
+        json.dumps(finite(record), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        for record in records
+    ]
     with path.open("ab+") as file:
-        file.write((b"\n" if _is_torn(file) else b"") + line.encode() + b"\n")
-    return json.loads(line)
+        torn = b"\n" if _is_torn(file) else b""
+        file.write(torn + b"".join(line.encode() + b"\n" for line in lines))
+    return json.loads(lines[-1])
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -33,20 +36,6 @@ def read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return [record for record in records if isinstance(record, dict)]
-
-
-def newest_law(records: Iterable[dict[str, Any]], by: str = "method") -> list[dict[str, Any]]:
-    """Of a guarded method only the cells of its newest code: a table never mixes two laws.
-
-    `by` is the field that tells guarded records from others.
-
-    >>> cells = [{"method": "guard", "law": law} for law in ("old", "new")]
-    >>> newest_law([*cells, {"method": "adamw", "law": None}])
-    [{'method': 'guard', 'law': 'new'}, {'method': 'adamw', 'law': None}]
-    """
-    records = list(records)
-    laws = {r[by]: r["law"] for r in records}
-    return [r for r in records if r["law"] == laws[r[by]]]
 
 
 def _is_torn(file: BinaryIO) -> bool:

@@ -104,13 +104,12 @@ def judge(
     first = min(strikes, default=0)
     over_clean = ratio(trace, clean, first, extra)
     return {
-        "final": final,
-        "clean": clean_final,
+        "ratio": round(final / clean_final, 5),
         "survived": survived(final, clean_final),
         "nonfinite": bool(trace.nonfinite.any()),
         "recovery": [recovery(over_clean, trace.still, at) for at in strikes],
         "lost": lost_steps(trace),
-        "steps": int(trace.step[-1]) + 1,
+        "steps_done": int(trace.step[-1]) + 1,
         "interventions": interventions(trace),
         "rollbacks": distances(trace),
         "exhausted": bool(trace.guard and trace.guard["exhausted"][-1]),

@@ -94,6 +94,10 @@ SCENARIOS = {
     "stealth": Scenario("adversary: under the thresholds", Fault("stealth", STRUCK)),
 }
 
+DRAWN = ("nan-10", "flip-mu", "lr-10", "random-10")
+DRAWN_METHODS = ("adamw", "guard", "guard-rollback")
+"""What the figure shows the loss of."""
+
 MIX_STEPS, MIX_EVERY = 500, 250
 """An episode of the mix, and the steps to one fault, on average."""
 # Of the lasting faults those that an episode can hold.

@@ -106,18 +106,22 @@ def load(directory: Any) -> Text:
     return Text(np.asarray(corpus.train), final["valid"][:: FINAL_ROWS // CURVE_ROWS], final)
 
 
-def facts(text: Text, directory: Any) -> dict[str, Any]:
-    """What a result line says of data and model; a digest stands for the tokens themselves."""
+def facts(text: Text) -> dict[str, Any]:
+    """What a record says of data and model; a digest stands for the tokens themselves."""
     digest = hashlib.sha256(text.train.tobytes())
     for rows in text.final.values():
         digest.update(rows.tobytes())
     return {
-        "data": "standard library" if directory is None else Path(directory).name,
         "tokens": digest.hexdigest()[:16],
         "model": {name: getattr(CONFIG, name) for name in _SHAPE},
         "length": LENGTH,
         "batch_size": BATCH,
     }
+
+
+def about(directory: Any) -> dict[str, Any]:
+    """What a record says of its run besides, and that decides no number."""
+    return {"data": "standard library" if directory is None else Path(directory).name}
 
 
 _SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")

@@ -5,13 +5,14 @@ Writes ``benchmarks/PAPER.md``; with ``--check`` it only compares.
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
+from benchmarks import markdown
 from benchmarks.paper import rows as paper_rows
 from benchmarks.paper.rows import CASES, LARGE_RATES, METHODS, Case
 from train import estimate, jsonl, lora, qwen_lora, recipes, run, tinyllama_full
@@ -70,7 +71,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     ]
     seconds = [_seconds(found.get(("reference", method))) for method in METHODS]
     rows.insert(1, ["its time", "392.54 s", "357.02 s", *seconds])
-    return _table(["", *(f"paper: {m}" for m in METHODS.values()), *METHODS.values()], rows)
+    return markdown.table(["", *(f"paper: {m}" for m in METHODS.values()), *METHODS.values()], rows)
 
 
 def _paper(case: Case, method: int) -> str:
@@ -134,7 +135,9 @@ def large() -> str:
         need = _need(case.size)
         command = paper_rows.command("qwen2.5-7b", case, "lbw", LARGE_RATES)
         rows.append([case.title, f"`{command}`", f"{need / 1e9:.0f} GB", _device(need)])
-    return _table(["", "with the guard (AdamW: `--optimizer adamw`)", "memory", "device"], rows)
+    return markdown.table(
+        ["", "with the guard (AdamW: `--optimizer adamw`)", "memory", "device"], rows
+    )
 
 
 DEVICES = {"24 GB": 24e9, "48 GB (L40S)": 48e9, "80 GB (A100, H100)": 80e9, "141 GB (H200)": 141e9}
@@ -165,11 +168,6 @@ def _build(options: Options) -> Decoder:
     if isinstance(options, qwen_lora.LoraOptions):
         lora.add_lora(decoder, rank=options.rank, alpha=options.alpha, rngs=nnx.Rngs(0))
     return decoder
-
-
-def _table(head: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ class Bench(NamedTuple):
     """All that the cells share. Made by `prepare`."""
 
     size: Size
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # what decides a run's numbers, as its record states it
+    about: dict[str, Any]  # and what does not
     tokens: dict[str, np.ndarray]  # "pretrain", "finetune", "scratch"
     held_out: dict[str, np.ndarray]  # windows of valid and test
     curve: np.ndarray  # one batch of valid's windows
@@ -65,7 +66,11 @@ def prepare(directory: str | Path | None, size: Size) -> Bench:
     rows = held_out["valid"].reshape(-1, size.length + 1)
     bench = Bench(
         size=size,
-        facts=_facts(directory, corpus, size),
+        facts=_facts(corpus, size),
+        about={
+            "data": "standard library" if directory is None else Path(directory).name,
+            "tokenizer": f"byte-level BPE, {size.config.vocab_size}, trained on the train split",
+        },
         tokens=_tokens(corpus, mixed=directory is not None),
         held_out=held_out,
         curve=rows[:: len(rows) // size.curve_windows][: size.curve_windows],
@@ -108,15 +113,10 @@ def _tokens(corpus: data.Corpus, *, mixed: bool) -> dict[str, np.ndarray]:
     return {"pretrain": known, "finetune": new, "scratch": train}
 
 
-def _facts(directory: str | Path | None, corpus: data.Corpus, size: Size) -> dict[str, Any]:
-    """What a result line says about data and model; a digest stands for the tokens themselves."""
-    digest = hashlib.sha256()
-    for split in data.SPLITS:
-        digest.update(np.ascontiguousarray(getattr(corpus, split)).tobytes())
+def _facts(corpus: data.Corpus, size: Size) -> dict[str, Any]:
+    """What a record says about data and model."""
     return {
-        "data": "standard library" if directory is None else Path(directory).name,
-        "tokens": digest.hexdigest()[:16],
-        "tokenizer": f"byte-level BPE, {size.config.vocab_size}, trained on the train split",
+        "tokens": fingerprint(corpus),
         "size": size.name,
         "model": {name: getattr(size.config, name) for name in SHAPE},
         "length": size.length,
@@ -127,9 +127,19 @@ def _facts(directory: str | Path | None, corpus: data.Corpus, size: Size) -> dic
     }
 
 
+def fingerprint(corpus: data.Corpus) -> str:
+    """A digest that stands for all tokens of a corpus."""
+    digest = hashlib.sha256()
+    for split in data.SPLITS:
+        digest.update(np.ascontiguousarray(getattr(corpus, split)).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _base(bench: Bench) -> dict[str, Any]:
     """Parameters of the base, from its file when one was trained with these settings before."""
-    key = hashlib.sha256(repr(sorted(bench.facts.items())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr(sorted((bench.facts | bench.about).items())).encode()).hexdigest()[
+        :16
+    ]
     path = RUNS / f"stress-base-{key}.npz"
     params, frozen = start(bench, 0, from_base=False, adapters=False)
     leaves, tree = jax.tree.flatten(params)

@@ -10,9 +10,10 @@ import statistics
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from benchmarks.records import one_law
 from benchmarks.stress.methods import METHODS
+from benchmarks.stress.pace import share_of_steps
 from benchmarks.stress.regimes import REGIMES
-from train import jsonl
 
 Record = dict[str, Any]
 
@@ -54,11 +55,11 @@ class Grid(NamedTuple):
 def load(records: list[Record], split: str) -> Grid:
     """The newest record of every cell, of the data and model of the newest record of all.
 
-    Of one law (`jsonl.newest_law`).
+    Of one law (`benchmarks.records.one_law`).
     """
     same = ("tokens", "size", "model", "base_steps")
     records = [r for r in records if all(r[k] == records[-1][k] for k in same)]
-    records = [r for r in jsonl.newest_law(records) if r["method"] in METHODS]
+    records = [r for r in one_law(records) if r["method"] in METHODS]
     tuned = {r["regime"]: r["tuned"] for r in records if r["tuned"] is not None}
     cells = {}
     for record in records:
@@ -106,26 +107,19 @@ def pace(grid: Grid, regime: str, method: str, multiple: int) -> float | None:
     The loss is that of the valid curve, which every run of a seed measures on the same text.
     """
     reference = grid.records(regime, "adamw", 1)
-    shares = []
-    for seed, record in grid.records(regime, method, multiple).items():
-        if seed in reference:
-            curve = reference[seed]["valid_curve"]
-            shares.append(reached(record["valid_curve"], curve[-1]) / reached(curve, curve[-1]))
+    shares = [
+        _pace(record, reference[seed])
+        for seed, record in grid.records(regime, method, multiple).items()
+        if seed in reference
+    ]
     return statistics.median(shares) if shares else None
 
 
-def reached(curve: list[float | None], target: float) -> float:
-    """The point, counted from 1 and between points linear, where a curve first meets a target.
-
-    >>> reached([5.0, 4.0, 3.0], 3.5), reached([5.0, 4.0], 3.0)
-    (2.5, inf)
-    """
-    before = None
-    for point, loss in enumerate(curve, start=1):
-        if loss is not None and loss <= target:
-            return point if before is None else point - (target - loss) / (before - loss)
-        before = loss
-    return math.inf
+def _pace(record: Record, reference: Record) -> float:
+    """AdamW's records hold their curves, those of other methods the number alone."""
+    if "valid_curve" in record:
+        return share_of_steps(record["valid_curve"], reference["valid_curve"])
+    return math.inf if record["pace"] is None else record["pace"]
 
 
 def false_interventions(grid: Grid, method: str, regimes: Iterable[str]) -> float | None:

@@ -12,52 +12,43 @@ tuned by the valid split, with seed 0; then every method runs at multiples of it
 Every cell is appended to the result file as it finishes, and a cell that is there is not run again:
 a run may be killed and started again, split by `--regimes`, `--methods`, `--lrs` and `--seeds`. A
 run takes one core: for two, start two with different `--methods` on the same file. A cell of the
-guard is run again when the guard's code has changed.
+guard is run again when the law has another version (`lbw_optax.law.control.LAW`).
 """
 
 import argparse
-import ast
 import functools
-import hashlib
 import itertools
 import math
 import sys
-import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from tqdm import tqdm
-
-import lbw_optax
-from benchmarks.command import check_names, digest, refuse
+from benchmarks import runner
+from benchmarks.command import check_names, refuse
+from benchmarks.ladder import ladder
+from benchmarks.records import FOLDER, Cell, Record, law
+from benchmarks.runner import Book
 from benchmarks.stress.bench import Bench, prepare
 from benchmarks.stress.methods import METHODS, QUICK
-from benchmarks.stress.regimes import LONGER, REGIMES, SIZES, TO_300, perplexity_before, run_cell
+from benchmarks.stress.pace import share_of_steps
+from benchmarks.stress.regimes import (
+    LONGER,
+    REGIMES,
+    SIZES,
+    TO_300,
+    Regime,
+    perplexity_before,
+    run_cell,
+)
 from train import jsonl
 from train.data import DataError
 from train.provenance import provenance
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "stress.jsonl"
-SEEDS = (0, 1, 2)
+RESULTS = FOLDER / "stress.jsonl"
+SEEDS = (3, 4, 5)  # with 0 to 2 the law was chosen
 TUNING_SEED = 0  # whatever the seeds of this run, so that runs in pieces share one tuned rate
 QUICK_LRS = ("1", "10", "100")
-APART = (
-    *("__init__.py", "audit.py", "report.py", "testing.py"),
-    *("rollback.py", "targets.py", "snapshots.py", "checkpoints.py", "folder.py", "journal.py"),
-    *("agreement.py", "distress.py", "state.py"),
-)
-"""Modules of the guard that decide no number of a run that nothing rolls back."""
-
-
-class Cell(NamedTuple):
-    """One run. `tuned` is AdamW's learning rate in this regime; while it is looked for, None."""
-
-    regime: str
-    method: str
-    lr: float | None  # None: the method takes none
-    seed: int
-    tuned: float | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,18 +58,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = prepare(options.data_dir, SIZES[options.size])
     except DataError as error:
         refuse(str(error))
-    result, is_done = _memory(bench, options.out)
-    cells = []
+    tuned: dict[str, float] = {}
+    before = functools.cache(functools.partial(perplexity_before, bench))
+
+    def measured(cell: Cell) -> Record:
+        run = measure(bench, before, cell)
+        rate = tuned.get(cell["regime"])  # None while it is looked for
+        return {"tuned": rate, **_compared(book, cell, rate, run)}
+
+    book = Book(options.out, bench.facts, measured, bench.about)
     for regime in options.regimes:
-        loss = functools.partial(_tuning_loss, result, regime)
-        tuned = tune(functools.cache(loss), regime)
-        print(f"{regime}: AdamW's tuned learning rate is {tuned:g}", file=sys.stderr, flush=True)
-        cells += plan(regime, tuned, options.methods, options.lrs, options.seeds)
-    pending = [cell for cell in cells if not is_done(cell)]
-    print(f"{len(cells) - len(pending)} cells are there, {len(pending)} to run", file=sys.stderr)
-    report = _progress(sum(bench.size.steps[cell.regime] for cell in pending), options.split)
-    for cell in pending:
-        report(cell, result(cell))
+        loss = functools.cache(functools.partial(_tuning_loss, book, bench, regime))
+        tuned[regime] = tune(loss, regime)
+        print(f"{regime}: AdamW's tuned learning rate is {tuned[regime]:g}", file=sys.stderr)
+    cells = [
+        cell
+        for regime, rate in tuned.items()
+        for cell in plan(regime, rate, bench.size.steps[regime], options)
+    ]
+    runner.run(book, cells, functools.partial(_line, options.split))
 
 
 def long_results(results: Path) -> Path:
@@ -91,108 +89,55 @@ def tune(loss: Callable[[float], float], regime: str) -> float:
     return ladder(loss, REGIMES[regime].guess)
 
 
-def ladder(loss: Callable[[float], float], guess: float) -> float:
-    """The rate on the ladder 1, 2, 5, 10, … whose neighbours are both worse, from a guess.
-
-    >>> ladder(lambda lr: abs(lr - 0.04), guess=0.002)
-    0.05
-    """
-    rungs = [round(digit * 10.0**power, 12) for power in range(-7, 3) for digit in (1, 2, 5)]
-    best = rungs.index(guess)
-    while True:
-        lowest = min((best, best - 1, best + 1), key=lambda i: loss(rungs[i]))
-        if lowest == best:
-            return rungs[best]
-        best = lowest
-
-
-def plan(
-    regime: str, tuned: float, methods: Iterable[str], lrs: Iterable[int], seeds: Iterable[int]
-) -> list[Cell]:
+def plan(regime: str, tuned: float, steps: int, options: argparse.Namespace) -> list[Cell]:
     """The cells of one regime, those of one method together."""
-    rates = [round(tuned * k, 12) for k in REGIMES[regime].multiples if k in lrs]
+    rates = [round(tuned * k, 12) for k in REGIMES[regime].multiples if k in options.lrs]
     return [
-        Cell(regime, method, lr, seed, tuned)
-        for method in methods
+        cell_of(regime, method, lr, seed, steps)
+        for method in options.methods
         if regime in METHODS[method].regimes
         for lr in (rates if METHODS[method].takes_lr else [None])
-        for seed in seeds
+        for seed in options.seeds
     ]
 
 
-def _tuning_loss(result: Callable[[Cell], dict[str, Any]], regime: str, lr: float) -> float:
-    found = result(Cell(regime, "adamw", lr, TUNING_SEED))["perplexity"]["valid"]
+def cell_of(regime: str, method: str, lr: float | None, seed: int, steps: int) -> Cell:
+    """One run; `lr` is None for a method that takes none."""
+    cell = {"regime": regime, "method": method, "lr": lr, "seed": seed, "steps": steps}
+    return {**cell, "law": law(METHODS[method].guarded)}
+
+
+def _tuning_loss(book: Book, bench: Bench, regime: str, lr: float) -> float:
+    cell = cell_of(regime, "adamw", lr, TUNING_SEED, bench.size.steps[regime])
+    found = book.record(cell)["perplexity"]["valid"]
     perplexity = math.inf if found is None else found
     print(f"tuning {regime}: lr {lr:g}, valid perplexity {perplexity:.2f}", file=sys.stderr)
     return perplexity
 
 
-def _memory(
-    bench: Bench, path: Path
-) -> tuple[Callable[[Cell], dict[str, Any]], Callable[[Cell], bool]]:
-    """A function that gives a cell's record, run or remembered, and one that says which."""
-    done = {record.get("key"): record for record in jsonl.read(path)}
-    before = functools.cache(functools.partial(perplexity_before, bench))
-
-    def result(cell: Cell) -> dict[str, Any]:
-        key = _key(bench, cell)
-        if key not in done:
-            start = {"key": key, "before": before(REGIMES[cell.regime], cell.seed)}
-            done[key] = jsonl.append(path, start | _record(bench, cell))
-        return done[key]
-
-    return result, lambda cell: _key(bench, cell) in done
-
-
-def _key(bench: Bench, cell: Cell) -> str:
-    """A digest of all that determines a cell's numbers, but for the code of trainer and peers."""
-    regime = REGIMES[cell.regime]._replace(title="", multiples=(), guess=0.0)
-    facts = [bench.facts, bench.size.steps[cell.regime], regime, cell[:4], _law(cell.method)]
-    return digest(facts)
-
-
-def _law(method: str) -> str | None:
-    return GUARD_CODE if METHODS[method].guarded else None
-
-
-def code_digest(package: Path, without: Collection[str] = APART) -> str:
-    """A digest of the guard's modules but for these, without comments, docstrings and layout."""
-    code = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        if path.name not in without:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                    _drop_docstring(node)
-            code.update(f"{path.name} {ast.dump(tree)}".encode())
-    return code.hexdigest()[:16]
-
-
-def _drop_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> None:
-    if ast.get_docstring(node) is not None:
-        del node.body[0]
-
-
-# Read when the guard is imported, for a long run must not name code that was edited meanwhile.
-GUARD_CODE = code_digest(Path(lbw_optax.__file__).parent)
-
-
-def _record(bench: Bench, cell: Cell) -> dict[str, Any]:
-    regime, method = REGIMES[cell.regime], METHODS[cell.method]
-    run = run_cell(bench, regime, method.build, cell.lr or 1.0, cell.seed)
+def measure(bench: Bench, before: Callable[[Regime, int], dict[str, float]], cell: Cell) -> Record:
+    """Run one cell; `before` gives the perplexities of a regime and seed before training."""
+    regime, method = REGIMES[cell["regime"]], METHODS[cell["method"]]
+    run = run_cell(bench, regime, method.build, cell["lr"] or 1.0, cell["seed"])
     return {
-        **cell._asdict(),
-        "multiple": round(cell.lr / cell.tuned) if cell.lr and cell.tuned else None,
-        "law": _law(cell.method),
-        "steps": bench.size.steps[cell.regime],
+        "before": before(regime, cell["seed"]),
         "perplexity": run["perplexity"],
-        "train_curve": [round(loss, 4) for loss in run["train_curve"]],
-        "valid_curve": [round(loss, 4) for loss in run["valid_curve"]],
+        "valid_curve": jsonl.finite([round(loss, 4) for loss in run["valid_curve"]]),
         "guard": interventions(**run["metrics"]) if run["metrics"] else None,
         "seconds": round(run["seconds"], 2),
-        **bench.facts,
-        **provenance(),
     }
+
+
+def _compared(book: Book, cell: Cell, rate: float | None, run: Record) -> Record:
+    """The same with its pace instead of its curve; AdamW's, which others are compared with, stays.
+
+    Its run at the tuned rate with the same seed comes first, where it is not there.
+    """
+    if cell["method"] == "adamw" or rate is None:
+        return run
+    reference = book.record(cell_of(cell["regime"], "adamw", rate, cell["seed"], cell["steps"]))
+    pace = share_of_steps(run.pop("valid_curve"), reference["valid_curve"])
+    return run | {"pace": pace}
 
 
 def interventions(scale: list[float], events: list[int], skips: list[int]) -> dict[str, Any]:
@@ -220,32 +165,12 @@ def interventions(scale: list[float], events: list[int], skips: list[int]) -> di
     }
 
 
-def _progress(total: int, split: str) -> Callable[[Cell, dict[str, Any]], None]:
-    """A function that reports a finished cell; `total` counts the training steps of them all."""
-    bar = tqdm(total=total, unit="step", disable=not sys.stderr.isatty())
-    began, done = time.perf_counter(), 0
-
-    def report(cell: Cell, record: dict[str, Any]) -> None:
-        nonlocal done
-        done += record["steps"]
-        left = (time.perf_counter() - began) * (total / done - 1)
-        line = _line(cell, record, split)
-        if bar.disable:
-            print(f"{done / total:4.0%}, {left / 60:.0f} min left: {line}", file=sys.stderr)
-        else:
-            bar.write(line, file=sys.stderr)
-            bar.update(record["steps"])
-
-    return report
-
-
-def _line(cell: Cell, record: dict[str, Any], split: str) -> str:
-    rate = "its own rate" if cell.lr is None else f"lr {cell.lr:g}"
+def _line(split: str, record: Record) -> str:
+    rate = "its own rate" if record["lr"] is None else f"lr {record['lr']:g}"
     value = record["perplexity"][split]
     shown = "diverged" if value is None else f"{split} perplexity {value:.2f}"
-    return (
-        f"{cell.regime} {cell.method} {rate} seed {cell.seed}: {shown} ({record['seconds']:.0f} s)"
-    )
+    run = f"{record['regime']} {record['method']} {rate} seed {record['seed']}"
+    return f"{run}: {shown} ({record['seconds']:.0f} s)"
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -256,7 +181,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--regimes", nargs="+", default=list(REGIMES), metavar="NAME", help=" ".join(REGIMES))
     add("--methods", nargs="+", metavar="NAME", help=" ".join(METHODS))
     add("--lrs", nargs="+", metavar="K", help="multiples of the tuned rate: 1 3 10 30 100 300")
-    add("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2")
+    add("--seeds", nargs="+", type=int, metavar="N", help="default: 3 4 5")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--quick", action="store_true", help="a small model, few methods and rates, one seed"

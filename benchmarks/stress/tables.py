@@ -11,7 +11,9 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.stress.figure import draw
+from benchmarks import records
+from benchmarks.markdown import numbers
+from benchmarks.stress import figure
 from benchmarks.stress.grid import (
     Grid,
     Record,
@@ -26,7 +28,6 @@ from benchmarks.stress.methods import METHODS
 from benchmarks.stress.regimes import LONGER, REGIMES
 from benchmarks.stress.run import RESULTS, long_results
 from benchmarks.stress.targets import peers, targets
-from train import jsonl
 from train.provenance import commits, machines
 
 
@@ -36,17 +37,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS.parent.parent / "STRESS.md")
     parser.add_argument("--split", choices=("valid", "test"), default="test")
     options = parser.parse_args(arguments)
-    grid = load(jsonl.read(options.results), options.split)
+    grid = load(records.read(options.results), options.split)
     if not grid.cells:
         parser.exit(2, f"{options.results} holds no cell: run python -m benchmarks.stress first\n")
     picture = options.out.with_suffix(".png")
-    parts = [report(grid, picture.name)]
-    longer = load(jsonl.read(long_results(options.results)), options.split)
+    text = page(options.results, options.split, picture.name)
+    options.out.write_text(text, encoding="utf-8")
+    figure.draw(grid, picture)
+    print(f"wrote {options.out} and {picture}")
+
+
+def page(results: Path, split: str, picture: str) -> str:
+    """The whole page, with the long runs where there are any."""
+    parts = [report(load(records.read(results), split), picture)]
+    longer = load(records.read(long_results(results)), split)
     if longer.cells:
         parts.append(longer_runs(longer))
-    options.out.write_text("\n".join(parts), encoding="utf-8")
-    draw(grid, picture)
-    print(f"wrote {options.out} and {picture}")
+    return "\n".join(parts)
 
 
 def report(grid: Grid, picture: str) -> str:
@@ -110,8 +117,9 @@ def _newest(grid: Grid) -> Record:
 
 
 def _about(grid: Grid, regime: str) -> str:
-    records = [record for key, record in grid.cells.items() if key[0] == regime]
-    before = statistics.median(record["before"][grid.split] for record in records)
+    before = statistics.median(
+        record["before"][grid.split] for key, record in grid.cells.items() if key[0] == regime
+    )
     return (
         f"Final {grid.split} perplexity after {grid.steps(regime)} steps, from {before:.2f} "
         f"before the first. ×1 is AdamW's tuned learning rate, {grid.tuned[regime]:g}."
@@ -147,7 +155,7 @@ def longer_table(grid: Grid) -> str:
     head = ["", "steps", "tuned rate", *(f"guard ÷ tuned AdamW ×{k}" for k in multiples)]
     last = ["steps to AdamW's final loss, over its own", "soft start, steps"]
     last += ["share below 0.9 after", "false interventions per 1000"]
-    return _markdown([*head, *last], rows)
+    return numbers([*head, *last], rows)
 
 
 def target_table(grid: Grid) -> str:
@@ -155,7 +163,7 @@ def target_table(grid: Grid) -> str:
         [t.title, f"≤ {t.must:g}", f"≤ {t.aim:g}", _number(t.measured, 3), t.verdict]
         for t in targets(grid)
     ]
-    return _markdown(["worst of its kind", "must", "aim", "measured", ""], rows)
+    return numbers(["worst of its kind", "must", "aim", "measured", ""], rows)
 
 
 def lost_cells(grid: Grid) -> str:
@@ -191,7 +199,7 @@ def short_table(grid: Grid, multiples: tuple[int, ...] = (1, 10, 30)) -> str:
         shares = [ratio(grid, regime, method, multiple) for method in SHORT]
         entries.append(_bold_smallest([x and (round(x, 2), f"{x:.2f}") for x in shares]))  # type: ignore[misc]
     rows = zip([METHODS[method].title for method in SHORT], *entries, strict=True)
-    return _markdown(["", *(f"{REGIMES[r].title} ×{k}" for r, k in columns)], rows)
+    return numbers(["", *(f"{REGIMES[r].title} ×{k}" for r, k in columns)], rows)
 
 
 def perplexity_table(grid: Grid, regime: str) -> str:
@@ -223,7 +231,7 @@ def _by_multiple(
     methods, multiples = grid.methods(regime), grid.multiples(regime)
     columns = [_bold_smallest([entry(method, k) for method in methods]) for k in multiples]
     rows = zip([METHODS[method].title for method in methods], *columns, strict=True)
-    return _markdown(["", *(f"×{k}" for k in multiples)], rows)
+    return numbers(["", *(f"×{k}" for k in multiples)], rows)
 
 
 def _bold_smallest(entries: list[tuple[float, str] | None]) -> list[str]:
@@ -242,7 +250,7 @@ def sensitivity_table(grid: Grid) -> str:
         values = [sensitivity(grid, regime, method) for method in methods]
         columns.append(_bold_smallest([None if s is None else (s, f"{s:.3f}") for s in values]))
     rows = zip([METHODS[method].title for method in methods], *columns, strict=True)
-    return _markdown(["", *(REGIMES[regime].title for regime in grid.regimes())], rows)
+    return numbers(["", *(REGIMES[regime].title for regime in grid.regimes())], rows)
 
 
 def intervention_table(grid: Grid) -> str:
@@ -251,11 +259,11 @@ def intervention_table(grid: Grid) -> str:
     for regime in grid.regimes():
         for method in grid.methods(regime):
             for multiple in grid.multiples(regime):
-                records = grid.records(regime, method, multiple).values()
-                if METHODS[method].guarded and records:
+                found = grid.records(regime, method, multiple).values()
+                if METHODS[method].guarded and found:
                     cell = [REGIMES[regime].title, METHODS[method].title, f"×{multiple}"]
-                    rows.append(cell + [_middle(r["guard"][key] for r in records) for key in keys])
-    return _markdown(["", "", "", *(key.replace("_", " ") for key in keys)], rows)
+                    rows.append(cell + [_middle(r["guard"][key] for r in found) for key in keys])
+    return numbers(["", "", "", *(key.replace("_", " ") for key in keys)], rows)
 
 
 def time_table(grid: Grid) -> str:
@@ -267,7 +275,7 @@ def time_table(grid: Grid) -> str:
         ]
         if any(times):
             rows.append([method.title, *(_middle(column) for column in times)])
-    return _markdown(["", *(REGIMES[regime].title for regime in grid.regimes())], rows)
+    return numbers(["", *(REGIMES[regime].title for regime in grid.regimes())], rows)
 
 
 def _middle(values: Iterable[float]) -> str:
@@ -277,11 +285,6 @@ def _middle(values: Iterable[float]) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _markdown(header: list[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":

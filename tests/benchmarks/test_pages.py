@@ -14,6 +14,20 @@ def test_pages_are_up_to_date():
     assert pages.main(["--check"]) == 0
 
 
+def test_a_stale_page_is_named_and_brought_up_to_date(tmp_path, monkeypatch, capsys):
+    (tmp_path / "A.md").write_text("<!-- x -->\nold\n<!-- /x -->\n")
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "PAGES", {"A.md": {"x": lambda: "new"}})
+    monkeypatch.setattr(pages, "WHOLE", {"B.md": lambda: "whole\n"})
+    assert pages.main(["--check"]) == 1
+    assert "A.md, B.md: not what the result files say" in capsys.readouterr().out
+    assert not (tmp_path / "B.md").exists()
+    assert pages.main([]) == 0
+    assert (tmp_path / "A.md").read_text() == "<!-- x -->\nnew\n<!-- /x -->\n"
+    assert (tmp_path / "B.md").read_text() == "whole\n"
+    assert pages.main(["--check"]) == 0
+
+
 def test_a_part_is_replaced_and_the_rest_stays():
     page = "a\n<!-- x -->\nold\n<!-- /x -->\nb <!-- y -->\n<!-- /y -->"
     assert pages.fill(page, {"x": "new | \\1"}) == page.replace("old", "new | \\1")

@@ -65,8 +65,8 @@ def test_patches_fit_together_again():
 )
 def test_each_task_starts_at_chance_and_learns(known, name, schedule, monkeypatch):
     monkeypatch.setattr(generality, "STEPS", 10)
-    adamw = generality.INNER["AdamW"]
-    found = generality.run(known[name], adamw, schedule, True, 3e-3, seed=0)
+    cell = generality.cell_of(schedule, name, "AdamW", True, 3e-3, 0)
+    found = generality.measure(known[name], cell)
     chance = 1.0 if name == "diffusion" else np.log(tasks.VOCABULARY)
     assert found["before"] == pytest.approx(chance, rel=0.6)
     assert found["loss"] < found["before"]

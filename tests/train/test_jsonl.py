@@ -13,6 +13,12 @@ def test_what_is_appended_is_read(tmp_path):
     assert jsonl.read(path) == records
 
 
+def test_lines_that_belong_together_are_written_together(tmp_path):
+    path = tmp_path / "results.jsonl"
+    assert jsonl.append(path, {"a": 1}, {"b": math.inf}) == {"b": None}
+    assert jsonl.read(path) == [{"a": 1}, {"b": None}]
+
+
 def test_no_file_holds_no_record(tmp_path):
     assert jsonl.read(tmp_path / "nothing.jsonl") == []
 

@@ -5,7 +5,6 @@ The small form of the benchmark's grid: one seed of the real decoder on a Markov
 
 import functools
 import json
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,8 @@ from benchmarks.faults import cells, measures, run
 from benchmarks.faults.measures import Trace
 from benchmarks.faults.methods import METHODS, MIX_STEPS, SCENARIOS, STRUCK, mix
 from benchmarks.faults.run import BATCH, CONFIG, IN_DATA, LENGTH, PLACES, STRETCH
+from benchmarks.records import read
+from lbw_optax.law import control
 from lbw_optax.testing import KINDS, Fault
 from train import jsonl
 
@@ -55,13 +56,13 @@ RUINS_ADAMW += ("lr-10", "lr-50")
 
 @functools.cache
 def measured(scenario, method):
-    return cells.measure(text(), RATE, cells.Cell("grid", scenario, method, seed=0))
+    return cells.measure(text(), cells.cell_of("grid", scenario, method, 0, RATE))
 
 
 @pytest.mark.parametrize("scenario", SURVIVED)
 def test_the_guard_survives(scenario):
     record = measured(scenario, "guard")
-    assert record["survived"], record["final"] / record["clean"]
+    assert record["survived"], record["ratio"]
     assert not record["nonfinite"]
 
 
@@ -72,7 +73,7 @@ def test_the_guard_survives(scenario):
 def test_with_rollback_the_guard_survives(scenario):
     pytest.importorskip("orbax.checkpoint", reason="needs the extra rollback")
     record = measured(scenario, "guard-rollback")
-    assert record["survived"], record["final"] / record["clean"]
+    assert record["survived"], record["ratio"]
     assert not record["nonfinite"]
     assert len(record["rollbacks"]) == len(record["reasons"]) == 1
     assert record["rollbacks"][0] <= 50
@@ -90,7 +91,7 @@ def test_the_fault_is_real(scenario):
 def test_without_a_fault_nothing_happens():
     for method in ("adamw", "guard"):
         record = measured("none", method)
-        assert record["final"] == record["clean"]
+        assert record["ratio"] == 1
         assert (record["lost"], record["rollbacks"]) == (0, [])
         assert not record["exhausted"]
         assert set(record["curve"]) == {1.0}
@@ -256,7 +257,8 @@ def test_judge():
     found = measures.judge(seen, np.full(4, 4.0), 4.1, 4.0, [2])
     assert found["survived"]
     assert found["nonfinite"]
-    assert (found["lost"], found["rollbacks"], found["steps"]) == (3, [3], 4)
+    assert found["ratio"] == pytest.approx(1.025)
+    assert (found["lost"], found["rollbacks"], found["steps_done"]) == (3, [3], 4)
     json.dumps(jsonl.finite(found))
 
 
@@ -275,32 +277,54 @@ def short(monkeypatch):
 def test_resumes_where_it_was_killed(short, tmp_path, capsys):
     out = tmp_path / "faults.jsonl"
     cells.main([*COMMAND, "--out", str(out)])
-    records = jsonl.read(out)
+    records = read(out)
     assert [record["part"] for record in records] == ["tuning", "tuning", "grid", "grid"]
-    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-1]) + '{"key": "to')
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-1]) + '{"setting":1,"see')
     cells.main([*COMMAND, "--out", str(out)])
     assert "1 cells are there, 1 to run" in capsys.readouterr().err
-    again = jsonl.read(out)
-    assert [record["key"] for record in again] == [record["key"] for record in records]
+    again = read(out)
+    names = ("part", "scenario", "method", "seed", "rate", "law")
+    assert [[r.get(n) for n in names] for r in again] == [
+        [r.get(n) for n in names] for r in records
+    ]
     assert {record["rate"] for record in again} <= {1e-3, 3e-3}
 
 
-def test_a_cell_is_run_again_when_what_decides_it_changes(monkeypatch):
-    cell = cells.Cell("grid", "nan-loss", "guard", 0)
-    key = cells._key({}, RATE, cell)
-    assert key != cells._key({}, 2 * RATE, cell)
-    assert key != cells._key({"tokens": "other"}, RATE, cell)
-    assert key != cells._key({}, RATE, cell._replace(seed=1))
-    bare = cells._key({}, RATE, cell._replace(method="adamw"))
-    monkeypatch.setattr(cells, "GUARD_CODE", "changed")
-    assert key != cells._key({}, RATE, cell)
-    back = cells._key({}, RATE, cell._replace(method="guard-rollback"))
-    monkeypatch.setattr(cells, "ROLLBACK_CODE", "changed")
-    assert back != cells._key({}, RATE, cell._replace(method="guard-rollback"))
-    assert bare == cells._key({}, RATE, cell._replace(method="adamw"))
-    longer = SCENARIOS["nan-loss"]._replace(fault=replace(SCENARIOS["nan-loss"].fault, length=2))
-    monkeypatch.setitem(SCENARIOS, "nan-loss", longer)
-    assert bare != cells._key({}, RATE, cell._replace(method="adamw"))
+@pytest.mark.parametrize(
+    ("cell", "stated"),
+    [
+        (("grid", "nan-loss", "guard"), {"ratio", "survived", "recovery", "lost"}),
+        (("grid", "flip-mu", "guard"), {"ratio", "survived", "recovery", "lost", "curve"}),
+        (("mix", "mix", "adamw"), {"ratio", "survived", "recovery", "lost", "steps_done"}),
+        (("calm", "none", "guard"), {"interventions"}),
+    ],
+)
+def test_what_no_table_needs_is_not_kept(cell, stated):
+    found = measures.judge(trace(range(8)), np.ones(8), 4.1, 4.0, [2])
+    assert set(cells.kept(cells.cell_of(*cell, 0, RATE), found)) == stated
+    struck = found | {"rollbacks": [3], "nonfinite": True}
+    more = set(cells.kept(cells.cell_of(*cell, 0, RATE), struck)) - stated
+    assert more == (set() if cell[0] == "calm" else {"rollbacks", "nonfinite"})
+
+
+def test_a_cell_states_what_decides_it():
+    given = cells.cell_of("grid", "nan-500", "guard", 3, RATE)
+    assert given == {
+        "part": "grid",
+        "scenario": "nan-500",
+        "method": "guard",
+        "seed": 3,
+        "rate": RATE,
+        "steps": 800,
+        "law": control.LAW,
+    }
+    assert cells.cell_of("grid", "nan-500", "adamw", 3, RATE) == given | {
+        "method": "adamw",
+        "law": None,
+    }
+    episode = cells.cell_of("mix", "mix", "guard-rollback", 7, RATE)
+    assert (episode["steps"], episode["law"]) == (MIX_STEPS, control.LAW)
+    assert episode["kinds"] == [fault.kind for fault in mix(7)]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 import random
 import signal
 import subprocess
@@ -14,8 +13,11 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import records
 from benchmarks.stress import bench, methods, regimes, tables
 from benchmarks.stress import run as stress
+from benchmarks.stress.pace import share_of_steps
+from lbw_optax.law import control
 from train import data, jsonl, loop, model
 
 TINY = regimes.SIZES["quick"]._replace(
@@ -122,7 +124,7 @@ ARGUMENTS = "--quick --regimes lora --methods adamw prodigy guard --lrs 1 10 --s
 
 def run(place, out, arguments=ARGUMENTS):
     stress.main([*arguments.split(), "--data-dir", str(place / "corpus"), "--out", str(out)])
-    return jsonl.read(out)
+    return records.read(out)
 
 
 @pytest.fixture(scope="module")
@@ -132,17 +134,48 @@ def finished(place, ready):
 
 def test_every_cell_is_there_once_with_its_facts(finished):
     grid = [record for record in finished if record["tuned"] is not None]
-    cells = {(r["regime"], r["method"], r["multiple"], r["seed"]) for r in grid}
-    rated = itertools.product(["lora"], ["adamw", "guard"], [1, 10], [0, 1])
-    free = itertools.product(["lora"], ["prodigy"], [None], [0, 1])
-    assert cells | {("lora", "adamw", 1, 0)} == {*rated, *free}  # that one is from the tuning
-    assert len({record["key"] for record in finished}) == len(finished)
+    cells = {(r["method"], r["lr"] and round(r["lr"] / r["tuned"]), r["seed"]) for r in grid}
+    rated = itertools.product(["adamw", "guard"], [1, 10], [0, 1])
+    free = itertools.product(["prodigy"], [None], [0, 1])
+    assert cells | {("adamw", 1, 0)} == {*rated, *free}  # that one is from the tuning
+    assert len({facts(record) for record in finished}) == len(finished)
     for record in finished:
         assert {"commit", "dirty", "versions", "machine"} < set(record)
         assert record["data"] == "corpus"
         assert record["steps"] == 50
-        assert len(record["valid_curve"]) == len(record["train_curve"]) == 25
-        assert (record["guard"] is not None) == (record["method"] == "guard")
+        if record["method"] == "adamw":
+            assert len(record["valid_curve"]) == 25
+        else:
+            assert record["pace"] is None or record["pace"] > 0
+        guarded = record["method"] == "guard"
+        assert (record["guard"] is not None) == guarded
+        assert record["law"] == (control.LAW if guarded else None)
+
+
+def facts(record):
+    return tuple(record[name] for name in stress.cell_of("lora", "adamw", 0.1, 0, 50))
+
+
+def test_a_pace_is_that_of_the_curves(ready, finished):
+    """Of the run's own curve against that of AdamW at the tuned rate with the same seed."""
+    found = next(r for r in finished if (r["method"], r["seed"]) == ("guard", 1))
+    (bare,) = [
+        r for r in finished if (r["method"], r["lr"], r["seed"]) == ("adamw", found["tuned"], 1)
+    ]
+    regime, build = regimes.REGIMES["lora"], methods.METHODS["guard"].build
+    curve = regimes.run_cell(ready, regime, build, found["lr"], 1)["valid_curve"]
+    expected = share_of_steps(curve, bare["valid_curve"])
+    assert (math.inf if found["pace"] is None else found["pace"]) == pytest.approx(expected, 1e-2)
+
+
+def test_the_reference_is_run_before_what_is_compared_with_it(place, finished, monkeypatch):
+    out = place / "reference.jsonl"
+    tuning = [r for r in finished if r["tuned"] is None]
+    for record in tuning:
+        jsonl.append(out, record)
+    new = run(place, out, "--quick --regimes lora --methods prodigy --seeds 1")[len(tuning) :]
+    assert [(r["method"], r["seed"]) for r in new] == [("adamw", 1), ("prodigy", 1)]
+    assert new[0]["lr"] == new[0]["tuned"]
 
 
 def test_the_tuned_rate_is_the_best_of_its_neighbours_on_valid(finished):
@@ -232,12 +265,12 @@ def test_a_killed_process_is_continued(place, ready, tmp_path):
         list(itertools.islice(lines, 2))
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    left = jsonl.read(out)
+    left = records.read(out)
     stress.main(arguments)
-    after = jsonl.read(out)
+    after = records.read(out)
     assert after[: len(left)] == left
     assert len(tables.load(after, "test").cells) == 10
-    assert len({record["key"] for record in after}) == len(after)
+    assert len({facts(record) for record in after}) == len(after)
 
 
 @pytest.mark.parametrize(
@@ -276,22 +309,3 @@ def test_tuning_finds_the_valley_from_its_guess(best):
     found = stress.tune(loss, "scratch")
     assert found == min(set(tried), key=loss)
     assert 0.6 < found / best < 1.7
-
-
-def test_the_code_digest_sees_code_and_no_comment(tmp_path):
-    source = tmp_path / "law.py"
-    digests = []
-    for text in ('"""A."""\nx = 1\n', '"""B."""\n\nx = 1  # one\n', "x = 2\n"):
-        source.write_text(text)
-        digests.append(stress.code_digest(tmp_path))
-    assert digests[0] == digests[1] != digests[2]
-
-
-def test_the_progress_bar_is_for_a_terminal_only(capsys):
-    report = stress._progress(100, "test")
-    cell = stress.Cell("lora", "guard", 0.1, 0, 0.01)
-    report(cell, {"steps": 25, "perplexity": {"test": None}, "seconds": 3.2})
-    said = capsys.readouterr().err
-    assert said.startswith(" 25%")
-    assert "lora guard lr 0.1 seed 0: diverged (3 s)" in said
-    assert os.linesep not in said.strip()

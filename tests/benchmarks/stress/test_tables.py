@@ -4,9 +4,12 @@ import json
 import math
 
 import pytest
+from matplotlib.figure import Figure
 
+from benchmarks import colours
+from benchmarks.stress import figure, tables, targets
 from benchmarks.stress import grid as grids
-from benchmarks.stress import tables, targets
+from benchmarks.stress.pace import reached
 from benchmarks.stress.regimes import REGIMES
 
 BEFORE = math.exp(6.0)
@@ -96,12 +99,24 @@ def test_pace_is_the_share_of_adamws_steps():
     assert grids.pace(grid, "scratch", "adamw", 1) == pytest.approx(1.0)
 
 
+def test_a_record_may_hold_its_pace_instead_of_its_curve():
+    """None is one that AdamW's final loss is beyond."""
+    by_seed = [{"pace": 0.5}, {"pace": None}, {"pace": 0.75}]
+    lines = [record("scratch", "adamw", 1, 4.0, seed=seed) for seed in range(3)]
+    for seed, pace in enumerate(by_seed):
+        line = record("scratch", "guard", 1, 4.1, seed=seed) | pace
+        del line["valid_curve"]
+        lines.append(line)
+    assert grids.pace(grid_of(*lines), "scratch", "guard", 1) == 0.75
+    assert grids.pace(grid_of(*lines[:5]), "scratch", "guard", 1) == math.inf
+
+
 @pytest.mark.parametrize(
     ("curve", "point"),
     [([3.0], 1), ([9.0, None, 2.0], 3), ([9.0, 4.0], math.inf), ([None, None], math.inf)],
 )
 def test_where_a_curve_meets_its_target(curve, point):
-    assert grids.reached(curve, 3.0) == point
+    assert reached(curve, 3.0) == point
 
 
 def test_the_newest_line_of_a_cell_counts_and_other_models_do_not():
@@ -219,3 +234,35 @@ def rows_of(table):
     """The rows of a Markdown table by their first column."""
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     return {row[0]: row[1:] for row in cells[2:]}
+
+
+def with_peers(losses):
+    """A grid from scratch: AdamW, the guard, and peers that end at these losses at every rate."""
+    lines = [line for peer, loss in losses.items() for line in scratch(peer, [loss] * 4)]
+    return grid_of(*ADAMW, *GUARD, *lines)
+
+
+PEERS = {"zclip": 4.6, "agc": 4.3, "spam": None, "adagc": 4.2, "stable-spam": 4.4}
+
+
+def test_the_best_peers_have_a_colour_and_a_shape_of_their_own():
+    grid = with_peers({**PEERS, "guard-chained": 4.0})
+    assert figure.best_peers(grid) == ["adagc", "agc", "stable-spam"]
+    looks = figure._looks(grid)
+    assert list(looks) == ["guard", "adamw", "adagc", "agc", "stable-spam"]
+    for part in ("color", "marker"):
+        assert len({look[part] for look in looks.values()}) == len(looks)
+
+
+def test_a_peer_with_a_missing_cell_is_none_of_the_best():
+    grid = with_peers(PEERS)
+    del grid.cells["scratch", "adagc", 30, 0]
+    assert figure.best_peers(grid) == ["agc", "stable-spam", "zclip"]
+
+
+def test_the_rest_is_grey_and_has_one_entry_in_the_legend():
+    grid, panel = with_peers(PEERS), Figure().subplots()
+    figure._panel(panel, grid, "scratch", figure._looks(grid))
+    grey = [line for line in panel.get_lines() if line.get_color() == colours.GREY_LINE]
+    assert len(grey) == 2  # ZClip, SPAM
+    assert {line.get_label() for line in grey} == {figure.REST}

@@ -1,0 +1,1 @@
+"""The measured parts of the pages, each a function from the result files to Markdown."""

@@ -1,0 +1,87 @@
+"""Result files: what a record says of its run, where it says it, and which records make a table.
+
+A result file is JSON Lines, appended to as runs end. What many records share (data, model, commit,
+machine, ...) stands once, in a line of its own before the first of them, under a number:
+
+    {"setting": 1, "facts": {"tokens": "1c4b084510f9a219", "commit": "f75922d1", ...}}
+    {"setting": 1, "method": "adamw", "seed": 0, "law": null, "loss": 4.03}
+
+A record may as well state its facts itself, and name no setting.
+
+A cell is one run, as a dict of the facts that tell it from others: its method, rate, seed, ... Its
+record has these facts too. They are compared one by one, so that a record is recognised whichever
+commit, machine or hand has written it. The record of a guarded method states the version of the
+law, `lbw_optax.law.control.LAW`, as the fact `law`; that of any other method has None there.
+
+A name in a record stands for what the code has under it: whoever changes the constants of a method,
+a regime or a fault gives it another name, or deletes its records.
+"""
+
+import fcntl
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lbw_optax.law.control import LAW
+from train import jsonl
+
+FOLDER = Path(__file__).resolve().parent / "results"
+"""Of the result files in git."""
+
+Cell = dict[str, Any]
+Record = dict[str, Any]
+
+
+def read(path: Path) -> list[Record]:
+    """All records, each with the facts of its setting.
+
+    Raises:
+      ValueError: a record names a setting that no line before it states.
+    """
+    settings: dict[int, Record] = {}
+    records = []
+    for line in jsonl.read(path):
+        number = line.pop("setting", None)
+        if "facts" in line:
+            settings[number] = line["facts"]
+        elif number is None or number in settings:
+            records.append({**settings.get(number, {}), **line})
+        else:
+            raise ValueError(f"{path}: no line before {line} states setting {number}")
+    return records
+
+
+def append(path: Path, record: Record, facts: Record) -> Record:
+    """Write a record, after its setting where that is new, and give it as `read` will.
+
+    Several processes may append to one file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # two processes must not give two settings one number
+        stated = {line["setting"]: line["facts"] for line in jsonl.read(path) if "facts" in line}
+        new = max(stated, default=0) + 1
+        number = next((n for n, known in stated.items() if known == facts), new)
+        lines = [{"setting": new, "facts": facts}] if number == new else []
+        line = jsonl.append(path, *lines, {"setting": number, **record})
+    line.pop("setting")
+    return {**facts, **line}
+
+
+def law(guarded: bool) -> str | None:
+    """What a record states as its law."""
+    return LAW if guarded else None
+
+
+def one_law(records: Iterable[Record]) -> list[Record]:
+    """Of guarded records only those of one law: today's, or else the newest that is there.
+
+    >>> one_law([{"law": "A"}, {"law": None}, {"law": "B"}])
+    [{'law': None}, {'law': 'B'}]
+    >>> one_law([{"law": LAW}, {"law": "a prototype"}]) == [{"law": LAW}]
+    True
+    """
+    records = list(records)
+    laws = [law for record in records if (law := record.get("law")) is not None]
+    shown = LAW if LAW in laws else laws[-1] if laws else None
+    return [record for record in records if record.get("law") in (None, shown)]
