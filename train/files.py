@@ -13,6 +13,7 @@ import numpy as np
 from train.presets import near
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+GGUF = ".gguf"
 DRAFT = ".draft"
 """Where a save is written before it takes the place of what is there."""
 
@@ -22,19 +23,24 @@ class WeightsError(ValueError):
 
 
 def directory(name: str | Path) -> Path:
-    """Where the files of a local directory, or of a name on the hub, lie on this machine.
+    """Where the files of a local directory, or of a name on the hub, lie; a GGUF file is itself.
 
     Raises:
       WeightsError: where there are none, with the near names.
       ImportError: for a name on the hub without huggingface-hub.
     """
     path = Path(name)
-    if path.is_dir():
+    if path.is_dir() or (path.suffix == GGUF and path.is_file()):
         return path
-    if path.is_absolute() or str(name).count("/") != 1 or str(name).startswith((".", "~")):
+    if (
+        path.suffix == GGUF
+        or path.is_absolute()
+        or str(name).count("/") != 1
+        or str(name).startswith((".", "~"))
+    ):
         raise WeightsError(
-            f"there is no directory {name}: give one that holds config.json and safetensors, or "
-            f"owner/name of a model on the Hugging Face hub{near(str(name))}"
+            f"there is no directory {name}: give one that holds config.json and safetensors, a "
+            f"{GGUF} file, or owner/name of a model on the Hugging Face hub{near(str(name))}"
         )
     return _downloaded(str(name))
 

@@ -220,12 +220,12 @@ class MLP(nnx.Module):
 
 def rotary_angles(positions: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     """Cosine, sine of ``position * frequency``, each (batch or 1, length, 1, head_dim/2)."""
-    angles = positions[:, :, None].astype(jnp.float32) * _frequencies(config)[None, None]
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies(config)[None, None]
     angles = angles[:, :, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def _frequencies(config: Config) -> np.ndarray:
+def frequencies(config: Config) -> np.ndarray:
     """``theta^(-2i/head_dim)``, scaled as Llama 3.1 does where the config says so.
 
     Rounded where Hugging Face's code rounds: at position 32,000 one unit in the last place of a

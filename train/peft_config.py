@@ -81,7 +81,7 @@ def understood(config: Mapping[str, Any]) -> Adapter:
         if value and name not in {*Adapter._fields, *_PLAIN, *_SAYS_NOTHING}
     }
     refused |= {n: given[n] for n, plain in _PLAIN.items() if given.get(n, plain[0]) not in plain}
-    refused |= {n: given[n] for n, kind in _KINDS.items() if not isinstance(given.get(n), kind)}
+    refused |= {n: config.get(n) for n, k in _KINDS.items() if not isinstance(given.get(n), k)}
     if refused:
         named = ", ".join(f"{name}={value!r}" for name, value in sorted(refused.items()))
         raise WeightsError(

@@ -15,10 +15,11 @@ from tokenizers import Tokenizer
 
 from train import files, generation, lora
 from train.adapters import ADAPTER, ADAPTER_CONFIG, load_adapter, save_adapter
-from train.files import Checkpoint, WeightsError
+from train.files import GGUF, Checkpoint, WeightsError
+from train.gguf_file import GgufCheckpoint
 from train.model import Decoder, split
 from train.presets import Config
-from train.tensors import EMBEDDING, HEAD, Tensor, filled, tensors
+from train.tensors import EMBEDDING, HEAD, Tensor, Tensors, filled, tensors
 
 FILE_BYTES = 5_000_000_000
 """A model file is at most so large, unless one tensor is larger."""
@@ -46,7 +47,7 @@ def load(
     scan: bool = False,
     remat: bool = False,
 ) -> Decoder:
-    """The decoder of a local directory, or of a name on the Hugging Face hub, with its weights.
+    """The decoder of a local directory, a name on the Hugging Face hub, or a GGUF file.
 
     Reads `config.json` and safetensors (one file, or several with an index). Each parameter goes
     from the file to its place, with its `param_dtype` and its part of the `mesh`
@@ -59,7 +60,7 @@ def load(
       WeightsError: with every tensor that is missing, left over, or of the wrong shape, and every
         file that is missing or damaged.
       ValueError: for an architecture that the decoder does not have.
-      ImportError: without safetensors.
+      ImportError: without safetensors, or gguf for such a file.
 
     Example:
       >>> import tempfile
@@ -69,18 +70,28 @@ def load(
       >>> load(directory, param_dtype=jnp.bfloat16).config == PRESETS["tiny"]
       True
     """
-    folder = files.directory(name)
-    checkpoint, about = Checkpoint(folder), files.read_json(folder / "config.json")
-    config = _as_it_is_filed(Config.from_hf(about), checkpoint)
+    place = files.directory(name)
+    source, about = _opened(place)
+    config = Config.from_hf(about)
+    if isinstance(source, Checkpoint):
+        config = _as_it_is_filed(config, source)
 
     def make() -> Decoder:
         types = {"dtype": dtype, "param_dtype": param_dtype}
         return Decoder(config, rngs=nnx.Rngs(0), scan=scan, remat=remat, **types)
 
     graphdef, wanted, _ = split(nnx.eval_shape(make))
-    decoder = nnx.merge(graphdef, filled(wanted, checkpoint, mesh))
-    decoder.generation = generation.read(folder, about)
+    decoder = nnx.merge(graphdef, filled(wanted, source, mesh))
+    decoder.generation = generation.read(place, about)
     return decoder
+
+
+def _opened(place: Path) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors of a directory or a GGUF file, and its `config.json` or what stands for it."""
+    if place.suffix == GGUF:
+        found = GgufCheckpoint(place)
+        return found, found.about
+    return Checkpoint(place), files.read_json(place / "config.json")
 
 
 def _as_it_is_filed(config: Config, checkpoint: Checkpoint) -> Config:
@@ -167,7 +178,9 @@ def _planned(every: list[Tensor], limit: int) -> dict[str, list[Tensor]]:
 
 
 def read_config(directory: str | Path) -> Config:
-    """The shape that a directory's `config.json` describes. Raises as `load` does."""
+    """The shape that a directory's `config.json`, or a GGUF file, describes. Raises as `load`."""
+    if Path(directory).suffix == GGUF:
+        return Config.from_hf(GgufCheckpoint(Path(directory)).about)
     return Config.from_hf(files.read_json(Path(directory) / "config.json"))
 
 

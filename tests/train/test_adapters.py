@@ -117,13 +117,34 @@ def there(name):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_adapter_of_peft_opens_here(case, tmp_path):
-    """Logits, loss, and the gradient of everything that is trained."""
+def test_an_adapter_of_peft_and_back(case, tmp_path):
+    """Opened here, saved again as an adapter, and merged: always the logits that peft has."""
+    import peft
+    import transformers
+
     tuned = peft_model(case, tmp_path)
-    expected = make_decoders.outcome(tuned, TOKENS, POSITIONS)
-    decoder = loaded(tmp_path)
-    assert_close(logits_of(decoder), expected["logits"])
-    graphdef, params, frozen = model.split(decoder, nnx.LoRAParam)
+    expected = make_decoders.logits(tuned, TOKENS, POSITIONS)
+    decoder = loaded(tmp_path, scan=case in SAME_IN_ALL_LAYERS)
+    assert_close(logits_of(decoder), expected)
+
+    weights.save_adapter(decoder, tmp_path / "again", base=str(tmp_path / "base"))
+    opened = transformers.AutoModelForCausalLM.from_pretrained
+    network = peft.PeftModel.from_pretrained(opened(tmp_path / "base"), tmp_path / "again")
+    assert_close(make_decoders.logits(network, TOKENS, POSITIONS), expected)
+    weights.save(decoder, tmp_path / "merged")
+    assert_close(make_decoders.logits(opened(tmp_path / "merged"), TOKENS, POSITIONS), expected)
+    lora.merge_lora(decoder)
+    assert not jax.tree.leaves(nnx.state(decoder, nnx.LoRAParam))
+
+
+TRAINED = ("dora and rslora", "ranks, alphas, rslora", "some layers", "a layer with its bias")
+TRAINED += ("the embedding, to stay tied", "the head of a tied model", "dora with the head whole")
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_what_is_trained_has_the_gradients_of_peft(case, tmp_path):
+    expected = make_decoders.outcome(peft_model(case, tmp_path), TOKENS, POSITIONS)
+    graphdef, params, frozen = model.split(loaded(tmp_path), nnx.LoRAParam)
     step = jax.jit(jax.value_and_grad(model.next_token_loss(graphdef)))
     loss, gradients = step(params, frozen, TOKENS)
     assert float(loss) == pytest.approx(float(expected["loss"]), rel=1e-5)
@@ -133,34 +154,10 @@ def test_an_adapter_of_peft_opens_here(case, tmp_path):
         assert_close(gradient, expected[name], name)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_was_loaded_and_is_saved_again_opens_in_peft(case, tmp_path):
-    """And a stack of layers gives the same as a list of them; so does the merged model."""
-    import peft
-    import transformers
-
-    tuned = peft_model(case, tmp_path)
-    expected = make_decoders.outcome(tuned, TOKENS, POSITIONS)["logits"]
-    decoder = loaded(tmp_path, scan=case in SAME_IN_ALL_LAYERS)
-    assert_close(logits_of(decoder), expected)
-
-    weights.save_adapter(decoder, tmp_path / "again", base=str(tmp_path / "base"))
-    opened = transformers.AutoModelForCausalLM.from_pretrained
-    network = peft.PeftModel.from_pretrained(opened(tmp_path / "base"), tmp_path / "again")
-    assert_close(make_decoders.logits(network, TOKENS, POSITIONS), expected)
-    assert_close(logits_of(loaded(tmp_path, "again")), expected)
-
-    weights.save(decoder, tmp_path / "merged")
-    assert_close(make_decoders.logits(opened(tmp_path / "merged"), TOKENS, POSITIONS), expected)
-    lora.merge_lora(decoder)
-    assert not jax.tree.leaves(nnx.state(decoder, nnx.LoRAParam))
-    assert_close(logits_of(decoder), expected)
-
-
 @pytest.mark.parametrize("case", DIFFERENT)
 def test_layers_that_differ_are_no_stack(case, tmp_path):
     peft_model(case, tmp_path)
-    with pytest.raises(weights.WeightsError, match="different things in .*scan=False"):
+    with pytest.raises(weights.WeightsError, match=r"different things in .*scan=False"):
         loaded(tmp_path, scan=True)
 
 
@@ -217,21 +214,26 @@ def test_a_config_that_its_file_does_not_bear_out(changed, sentence, plain):
 
 def test_an_adapter_on_an_adapter_is_refused(plain):
     decoder = loaded(plain)
-    with pytest.raises(weights.WeightsError, match="has adapters already: .*merge_lora"):
+    with pytest.raises(weights.WeightsError, match=r"has adapters already: .*merge_lora"):
         weights.load_adapter(decoder, plain / "adapter")
 
 
 def test_fields_that_are_not_set_are_no_matter(plain):
     """As the files of other versions have them, or leave them out."""
-    expected = logits_of(loaded(plain))
+    expected = adapters_of(loaded(plain))
     change(plain, {"a_field_of_next_year": None, "another": False, "third": {}, "loftq_config": {}})
-    np.testing.assert_array_equal(logits_of(loaded(plain)), expected)
+    jax.tree.map(np.testing.assert_array_equal, adapters_of(loaded(plain)), expected)
     path = plain / "adapter" / weights.ADAPTER_CONFIG
     kept = {"r", "lora_alpha", "target_modules"}
     path.write_text(
         json.dumps({n: v for n, v in json.loads(path.read_text()).items() if n in kept})
     )
-    np.testing.assert_array_equal(logits_of(loaded(plain)), expected)
+    jax.tree.map(np.testing.assert_array_equal, adapters_of(loaded(plain)), expected)
+
+
+def adapters_of(decoder):
+    layers = [layer for _, _, layer in lora.adapters(decoder)]
+    return [(layer.scaling, layer.lora_A[...], layer.lora_B[...]) for layer in layers]
 
 
 @pytest.fixture(scope="module")
