@@ -178,6 +178,8 @@ def read_json(path: Path) -> Any:
         raise WeightsError(
             f"{path.parent} holds no {path.name}: give a directory as save_pretrained writes it"
         ) from error
+    except OSError as error:
+        raise WeightsError(f"cannot read {path} ({error.strerror}): make it readable") from error
     except ValueError as error:
         raise WeightsError(f"{path} is no JSON ({error}): it may be cut off") from error
 

@@ -72,8 +72,8 @@ def tokenizer(path: Path) -> Any:
     splits = fields.get("tokenizer.ggml.pre", "default")
     if kind not in ("gpt2", "llama") or (kind == "gpt2" and splits not in {*_SPLITS, *_OURS}):
         raise WeightsError(
-            f"{path} has a tokenizer of the kind {kind!r} that splits text as {splits!r}: known are "
-            f"llama, and gpt2 with {', '.join(sorted({*_SPLITS, *_OURS}))}; take the model's "
+            f"{path} has a tokenizer of the kind {kind!r} that splits text as {splits!r}: known "
+            f"are llama, and gpt2 with {', '.join(sorted({*_SPLITS, *_OURS}))}; take the model's "
             "directory with safetensors"
         )
     found = transformers.PreTrainedTokenizerFast.from_pretrained(
