@@ -110,6 +110,7 @@ def _row(values: jax.Array, like: jax.Array) -> jax.Array:
     return values.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
 
 
+@jax.jit  # so that no float32 copy of a kernel is made on the way
 def _squares(kernel: jax.Array, low: Any = None, high: Any = None) -> jax.Array:
     """Squared lengths of the columns of ``kernel + low @ high``, which is never formed whole."""
     kernel = kernel.astype(jnp.float32)

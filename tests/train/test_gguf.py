@@ -163,7 +163,7 @@ def test_what_is_quantised_is_near_what_it_was(quantised, tmp_path):
 
 
 @needs_torch
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_logits_are_those_of_transformers(kind, tmp_path):
     import transformers
 
@@ -225,6 +225,25 @@ def test_a_file_becomes_a_directory(whole, tmp_path):
     for name in ("config.json", "generation_config.json"):
         content = json.loads((tmp_path / name).read_text())
         assert content["eos_token_id"] == tokenizer.token_to_id(END)
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_a_file(whole, tmp_path, monkeypatch):
+    from train import qwen_lora
+
+    path, _ = whole
+    monkeypatch.setenv("LBW_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text").mkdir()
+    for split in data.SPLITS:
+        (tmp_path / "text" / f"{split}.txt").write_text(TEXT, encoding="utf-8")
+    given = {"preset": "tiny", "model": path, "data": tmp_path / "text", "out": tmp_path / "run"}
+    given |= {"steps": 2, "batch-size": 8, "length": 16, "eval-every": 0}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    assert qwen_lora.main([*words, "--mesh", "8", "1", "1"]) == 0
+    decoder = weights.load(path)
+    weights.load_adapter(decoder, tmp_path / "run" / "adapter")
+    config = json.loads((tmp_path / "run" / "adapter" / weights.ADAPTER_CONFIG).read_text())
+    assert config["base_model_name_or_path"] == str(path)
 
 
 @pytest.mark.parametrize(
