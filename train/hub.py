@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from train import files, gguf_file
 from train.corpora import DataError, Texts
 
 WIKITEXT = {
@@ -62,14 +63,17 @@ def local_texts(directory: Path) -> tuple[Texts, str]:
 
 
 def tokenizer(name: str | Path) -> Ready:
-    """The tokenizer of a model: a directory, or a name on the hub.
+    """The tokenizer of a model: a directory, a GGUF file, or a name on the hub.
 
     Raises:
       DataError: if there is none, or no network and no cached copy.
     """
     transformers = _module("transformers", "a model's own tokenizer")
     try:
-        found = transformers.AutoTokenizer.from_pretrained(str(name))
+        if Path(name).suffix == files.GGUF:
+            found = gguf_file.tokenizer(Path(name))
+        else:
+            found = transformers.AutoTokenizer.from_pretrained(str(name))
         if len(found) <= 256:  # what it makes of a model's directory that holds no tokenizer
             raise ValueError(f"it has {len(found)} tokens")
     except (OSError, ValueError) as error:
@@ -79,15 +83,35 @@ def tokenizer(name: str | Path) -> Ready:
         ) from error
     if found.eos_token_id is None or not found.is_fast:
         raise DataError(f"the tokenizer of {name} has no end-of-text token, or no tokenizer.json")
-    return Ready(found.backend_tokenizer, found.eos_token_id)
+    backend = found.backend_tokenizer
+    backend.whole = found  # with chat template, special tokens, padding: for `save_tokenizer`
+    return Ready(backend, found.eos_token_id)
 
 
 def save_tokenizer(tokenizer: Tokenizer, end: int, directory: str | Path) -> None:
-    """Write a tokenizer beside a model's weights, as `transformers` reads it."""
+    """Write a tokenizer beside a model's weights, as `transformers` reads it.
+
+    One that was loaded (`tokenizer`) is written with all that it came with: chat template, special
+    tokens, side of padding, maximum length. A tokenizer that is there already is replaced.
+
+    Raises:
+      WeightsError: if it cannot be written.
+    """
     transformers = _module("transformers", "writing a model's tokenizer")
-    token = tokenizer.id_to_token(end)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=token)
-    fast.save_pretrained(str(directory))
+    fast = getattr(tokenizer, "whole", None)
+    if fast is None:
+        token = tokenizer.id_to_token(end)
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=token)
+    with files.replacing(Path(directory), ["tokenizer.json"], stale=_TOKENIZER_FILES) as draft:
+        fast.save_pretrained(str(draft))
+
+
+_TOKENIZER_FILES = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"),
+)
+"""What `transformers` may find of another tokenizer."""
 
 
 def _texts(name: str, path: str, configuration: str | None, *, articles: bool) -> tuple[Texts, str]:

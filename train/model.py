@@ -1,5 +1,6 @@
 """A Flax NNX decoder with the Qwen2, Qwen3 or Llama block, under Hugging Face's names."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from train.generation import Generation
 from train.losses import IGNORED, Batch, chunked_cross_entropy, cross_entropy, targets
 from train.presets import PRESETS, Config, Llama3Rope, preset
 from train.sharding import ROWS, constrain
@@ -74,6 +76,7 @@ class Decoder(nnx.Module):
         self.config, self.scan, self.remat = config, scan, remat
         dtypes = Dtypes(dtype, param_dtype)
         self.dtype = dtype or param_dtype
+        self.generation: Generation | None = None  # of the checkpoint that it was loaded from
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
             config.hidden_size,
@@ -84,8 +87,7 @@ class Decoder(nnx.Module):
         self.layers: Any = (_stack if scan else _list)(config, dtypes, rngs)
         self.norm = _norm(config.hidden_size, config, dtypes, rngs)
         if not config.tie_word_embeddings:
-            self.lm_head = _linear(config.hidden_size, config.vocab_size, dtypes, rngs)
-            self.lm_head.preferred_element_type = jnp.float32
+            self.lm_head = _head(config, dtypes, rngs)
 
     def __call__(
         self,
@@ -119,6 +121,14 @@ class Decoder(nnx.Module):
             table = self.embed_tokens.embedding[...].astype(rows.dtype)
             return jnp.dot(rows, table.T, preferred_element_type=jnp.float32)
         return self.lm_head(rows)
+
+    def untie(self) -> None:
+        """Give the head weights of its own, at first those of the embedding."""
+        if not self.config.tie_word_embeddings:
+            return
+        self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
+        dtypes = Dtypes(self.norm.dtype, self.embed_tokens.param_dtype)
+        self.lm_head = _head(self.config, dtypes, nnx.Rngs(0), self.embed_tokens.embedding[...].T)
 
     def _through_layers(
         self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], mask: jax.Array | None
@@ -210,12 +220,12 @@ class MLP(nnx.Module):
 
 def rotary_angles(positions: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     """Cosine, sine of ``position * frequency``, each (batch or 1, length, 1, head_dim/2)."""
-    angles = positions[:, :, None].astype(jnp.float32) * _frequencies(config)[None, None]
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies(config)[None, None]
     angles = angles[:, :, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def _frequencies(config: Config) -> np.ndarray:
+def frequencies(config: Config) -> np.ndarray:
     """``theta^(-2i/head_dim)``, scaled as Llama 3.1 does where the config says so.
 
     Rounded where Hugging Face's code rounds: at position 32,000 one unit in the last place of a
@@ -326,7 +336,12 @@ def _stack(config: Config, dtypes: Dtypes, rngs: nnx.Rngs) -> Block:
 
 
 def _linear(
-    inputs: int, outputs: int, dtypes: Dtypes, rngs: nnx.Rngs, bias: bool = False
+    inputs: int,
+    outputs: int,
+    dtypes: Dtypes,
+    rngs: nnx.Rngs,
+    bias: bool = False,
+    init: nnx.Initializer = _INIT,
 ) -> nnx.Linear:
     return nnx.Linear(
         inputs,
@@ -334,9 +349,19 @@ def _linear(
         use_bias=bias,
         dtype=dtypes.compute,
         param_dtype=dtypes.params,
-        kernel_init=_INIT,
+        kernel_init=init,
         rngs=rngs,
     )
+
+
+def _head(
+    config: Config, dtypes: Dtypes, rngs: nnx.Rngs, kernel: jax.Array | None = None
+) -> nnx.Linear:
+    """The layer that gives float32 logits, with this kernel or a random one."""
+    init = _INIT if kernel is None else lambda *_: kernel
+    head = _linear(config.hidden_size, config.vocab_size, dtypes, rngs, init=init)
+    head.preferred_element_type = jnp.float32
+    return head
 
 
 def _norm(size: int, config: Config, dtypes: Dtypes, rngs: nnx.Rngs) -> nnx.RMSNorm:

@@ -51,7 +51,7 @@ def pretrain(options: Options) -> run.Result:
     corpus = data.load(options.data, vocab_size=config.vocab_size)
     result = run.train(build(), nnx.Param, corpus, options, cost)
     if result.finished:
-        weights.save(result.decoder, options.out / "model")
+        weights.save(result.decoder, options.out / "model", end=corpus.end)
         hub.save_tokenizer(corpus.tokenizer, corpus.end, options.out / "model")
     return result
 

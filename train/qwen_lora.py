@@ -96,7 +96,7 @@ def finetune(options: LoraOptions) -> run.Result:
 
     cost = run.announce(options, build, nnx.LoRAParam)
     corpus = data.load(options.data, tokenizer=source)
-    weights.check_vocabulary(corpus.tokenizer.get_vocab_size(), config)
+    weights.check_vocabulary(corpus.tokenizer, config)
     decoder = adapted(weights.load(source, mesh=run.mesh(options), **run.kinds(options)))
     result = run.train(decoder, nnx.LoRAParam, corpus, options, cost, dropout=options.dropout > 0)
     if result.finished:

@@ -35,6 +35,7 @@ for (_name, _leaf), _axes in list(AXES.items()):
         AXES[_name, "base", "kernel"] = _axes
         AXES[_name, "lora_A"] = (_axes[0], None)
         AXES[_name, "lora_B"] = (None, _axes[1])
+        AXES[_name, "lora_magnitude"] = (_axes[1],)
     elif _leaf == "bias":
         AXES[_name, "base", "bias"] = _axes
 

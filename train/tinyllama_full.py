@@ -74,7 +74,7 @@ def finetune(options: FullOptions) -> run.Result:
 
     cost = run.announce(options, build, nnx.Param)
     corpus = data.load(options.data, tokenizer=source)
-    weights.check_vocabulary(corpus.tokenizer.get_vocab_size(), config)
+    weights.check_vocabulary(corpus.tokenizer, config)
     decoder = weights.load(source, mesh=run.mesh(options), **run.kinds(options))
     result = run.train(decoder, nnx.Param, corpus, options, cost)
     if result.finished:

@@ -89,9 +89,7 @@ def outcome(model: Any, tokens: np.ndarray, positions: np.ndarray) -> dict[str, 
 
     model.zero_grad()
     ids = torch.tensor(tokens, dtype=torch.long)
-    places = torch.tensor(positions, dtype=torch.long)
-    # Without a mask, positions that jump would mean packed documents.
-    logits = model(ids, position_ids=places, attention_mask=torch.ones_like(ids)).logits
+    logits = _logits(model, ids, positions)
     flat = logits[:, :-1].flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(flat, ids[:, 1:].flatten())
     loss.backward()
@@ -102,6 +100,22 @@ def outcome(model: Any, tokens: np.ndarray, positions: np.ndarray) -> dict[str, 
     }
     logits, loss = logits.detach().numpy(), loss.detach().numpy()
     return {"logits": logits, "loss": loss, **gradients}
+
+
+def logits(model: Any, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """What torch makes of the batch, alone."""
+    import torch
+
+    with torch.no_grad():
+        return _logits(model.eval(), torch.tensor(tokens, dtype=torch.long), positions).numpy()
+
+
+def _logits(model: Any, ids: Any, positions: np.ndarray) -> Any:
+    import torch
+
+    places = torch.tensor(positions, dtype=torch.long)
+    # Without a mask, positions that jump would mean packed documents.
+    return model(ids, position_ids=places, attention_mask=torch.ones_like(ids)).logits
 
 
 def contents() -> dict[str, np.ndarray]:

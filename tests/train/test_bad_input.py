@@ -122,7 +122,7 @@ def locked(place):
         (missing, ["holds no model.safetensors", "save the model as safetensors"]),
         (no_config, ["holds no config.json", "give a directory"]),
         (other_shapes, ["mlp.up_proj.weight has shape (64, 32), but the model needs (96, 32)"]),
-        (large_tokenizer, ["the tokenizer has 400 tokens, but the model embeds 300"]),
+        (large_tokenizer, ["has the id 399, but the model embeds ids up to 299"]),
         (no_tokenizer, ["cannot load a tokenizer from", "tokenizer.json"]),
         (no_text, ["the train split of", "holds no text"]),
         (no_directory, ["there is no directory", "give a directory of text files"]),

@@ -113,6 +113,65 @@ def test_transformers_itself_reads_and_decodes_it(tmp_path, trained):
     assert found("one two")["input_ids"] == trained.tokenizer.encode("one two").ids
 
 
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+SPECIAL = {
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|pad|>",
+    "bos_token": "<s>",
+    "additional_special_tokens": ["<|im_start|>"],
+}
+
+
+@pytest.fixture
+def chat(tmp_path, trained):
+    """A directory with the tokenizer of a chat model."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer.from_str(trained.tokenizer.to_str())
+    raw.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|pad|>", "<s>"])
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=raw, **SPECIAL, padding_side="left", model_max_length=4096
+    )
+    whole.chat_template = TEMPLATE
+    whole.save_pretrained(tmp_path / "chat")
+    return tmp_path / "chat"
+
+
+@pytest.mark.parametrize("over_another", [False, True])
+def test_what_a_tokenizer_came_with_is_saved(chat, tmp_path, trained, over_another):
+    from transformers import AutoTokenizer
+
+    if over_another:
+        hub.save_tokenizer(trained.tokenizer, trained.end, tmp_path / "out")
+    corpus = data.load(tmp_path / "text", tokenizer=chat)
+    hub.save_tokenizer(corpus.tokenizer, corpus.end, tmp_path / "out")
+    before, after = (AutoTokenizer.from_pretrained(place) for place in (chat, tmp_path / "out"))
+    assert after.chat_template == TEMPLATE
+    assert after.special_tokens_map == before.special_tokens_map
+    assert (after.padding_side, after.model_max_length) == ("left", 4096)
+    messages = [{"role": "user", "content": "one two"}]
+    texts = [t.apply_chat_template(messages, tokenize=False) for t in (before, after)]
+    assert texts == ["<|im_start|>one two<|im_end|>"] * 2
+    batches = [t(["one", "one two three"], padding=True)["input_ids"] for t in (before, after)]
+    assert batches[0] == batches[1]
+    assert batches[0][0][0] == before.pad_token_id
+
+
+def test_nothing_is_left_of_a_tokenizer_that_is_replaced(chat, tmp_path, trained):
+    from transformers import AutoTokenizer
+
+    ready = hub.tokenizer(chat)
+    hub.save_tokenizer(ready.tokenizer, ready.end, tmp_path / "out")
+    (tmp_path / "out" / "special_tokens_map.json").write_text('{"pad_token": "<|pad|>"}')
+    (tmp_path / "out" / "notes.txt").write_text("not ours")
+    hub.save_tokenizer(trained.tokenizer, trained.end, tmp_path / "out")
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (found.chat_template, found.eos_token, found.pad_token) == (None, data.END, None)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"tokenizer.json", "tokenizer_config.json", "notes.txt"}
+
+
 def test_a_tokenizer_that_adds_tokens_of_its_own_does_so_only_at_the_end(tmp_path, trained):
     """As Llama's, which puts a token before every text."""
     from tokenizers import Tokenizer, processors

@@ -1,17 +1,21 @@
 """Files on disk: round trips to the bit, and every way in which a directory can be wrong."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import resource
+import shutil
 import tracemalloc
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 
-from train import files, lora, model, weights
+from train import files, generation, lora, model, weights
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="needs lbw_optax[train]")
 
@@ -128,24 +132,6 @@ def test_adapters_round_trip(scan, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *both)
 
 
-@pytest.mark.parametrize(
-    ("asked", "named"),
-    [
-        ({"use_dora": True}, "use_dora=True"),
-        ({"use_rslora": True}, "use_rslora=True"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-        ({"bias": "all"}, "bias='all'"),
-        ({"peft_type": "IA3"}, "peft_type='IA3'"),
-    ],
-)
-def test_other_adapters_are_refused(asked, named, tmp_path):
-    weights.save_adapter(adapted(), tmp_path)
-    path = tmp_path / weights.ADAPTER_CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | asked))
-    with pytest.raises(weights.WeightsError, match=f"{named}.*only plain LoRA"):
-        weights.load_adapter(decoder_of(), tmp_path)
-
-
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     weights.save_adapter(adapted(), tmp_path)
     other = decoder_of(dataclasses.replace(CONFIG, num_hidden_layers=4, intermediate_size=10))
@@ -159,13 +145,267 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     )
 
 
-@pytest.mark.parametrize("kinds", [0, 2])
-def test_adapters_that_one_config_cannot_describe_are_refused(kinds, tmp_path):
-    decoder = adapted() if kinds else decoder_of()
-    if kinds:
-        lora.add_lora(decoder, rank=5, alpha=1, targets=["k_proj"], rngs=nnx.Rngs(2))
+def test_adapters_of_several_ranks_and_alphas_round_trip(tmp_path):
+    decoder = adapted()
+    lora.add_lora(decoder, rank=5, alpha=1, dropout=0.1, targets=["k_proj"], rngs=nnx.Rngs(2))
+    weights.save_adapter(decoder, tmp_path)
+    other = decoder_of()
+    weights.load_adapter(other, tmp_path)
+    kinds = [
+        {name: (layer.rank, layer.alpha) for _, name, layer in lora.adapters(found)}
+        for found in (decoder, other)
+    ]
+    assert kinds[0] == kinds[1] == {"q_proj": (2, 4), "up_proj": (2, 4), "k_proj": (5, 1)}
+
+
+@pytest.mark.parametrize("other", [None, {"dropout": 0.2}, {"rslora": True}, {"dora": True}])
+def test_adapters_that_one_config_cannot_describe_are_refused(other, tmp_path):
+    decoder = adapted() if other else decoder_of()
+    if other:
+        kind = {"rank": 2, "alpha": 4, "dropout": 0.1} | other
+        lora.add_lora(decoder, **kind, targets=["k_proj"], rngs=nnx.Rngs(2))
+    kinds = 2 if other else 0
     with pytest.raises(weights.WeightsError, match=f"{kinds} kinds of adapters"):
         weights.save_adapter(decoder, tmp_path)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_modules_that_are_saved_whole_round_trip(scan, tmp_path):
+    """The norms of one layer among them, which their last word would not single out."""
+    decoder = adapted()
+    last = decoder.layers[2].input_layernorm
+    last.scale = lora.WholeParam(last.scale[...] + 1)
+    decoder.norm.scale = lora.WholeParam(decoder.norm.scale[...] + 2)
+    weights.save_adapter(decoder, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / weights.ADAPTER_CONFIG).read_text())
+    assert config["modules_to_save"] == ["model.layers.2.input_layernorm", "model.norm"]
+    other = weights.load(saved(tmp_path / "base"), scan=scan)
+    if scan:
+        with pytest.raises(weights.WeightsError, match=r"different things in .*scan=False"):
+            weights.load_adapter(other, tmp_path / "adapter")
+        return
+    weights.load_adapter(other, tmp_path / "adapter")
+    both = [weights.to_hf(model.split(m, nnx.LoRAParam)[1]) for m in (decoder, other)]
+    assert both[0].keys() == both[1].keys()
+    jax.tree.map(np.testing.assert_array_equal, *both)
+
+
+def test_a_base_in_a_directory_is_named_from_anywhere(tmp_path, monkeypatch):
+    """And one on the hub as the hub has it."""
+    saved(tmp_path / "run" / "base")
+    monkeypatch.chdir(tmp_path / "run")
+    for base, named in (
+        ("base", str(tmp_path / "run" / "base")),
+        ("../run/base", str(tmp_path / "run" / "base")),
+        ("owner/base", "owner/base"),
+        (None, None),
+    ):
+        weights.save_adapter(adapted(), tmp_path / "adapter", base=base)
+        config = json.loads((tmp_path / "adapter" / weights.ADAPTER_CONFIG).read_text())
+        assert config["base_model_name_or_path"] == named
+
+
+# --- saving over what is there -----------------------------------------------------------------
+
+LAYOUTS = {"one file": 10**9, "few": 4000, "many": 2000}
+
+
+def shifted(by):
+    decoder = decoder_of()
+    decoder.norm.scale[...] += by
+    return decoder
+
+
+@pytest.mark.parametrize("first", LAYOUTS)
+@pytest.mark.parametrize("second", LAYOUTS)
+def test_what_was_saved_last_is_what_is_there(first, second, tmp_path):
+    weights.save(shifted(1), tmp_path, file_bytes=LAYOUTS[first])
+    weights.save(shifted(2), tmp_path, file_bytes=LAYOUTS[second])
+    jax.tree.map(
+        np.testing.assert_array_equal, params_of(weights.load(tmp_path)), params_of(shifted(2))
+    )
+    weights.save(shifted(2), tmp_path / "alone", file_bytes=LAYOUTS[second])
+    alone = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} - {"alone"} == alone
+
+
+def test_only_the_model_that_was_there_is_replaced(tmp_path):
+    """Not what lies beside it, nor files that only look like a part of it."""
+    kept = ["notes.txt", "model-00001-of-00009.safetensors", "pytorch_model.bin", "tokenizer.json"]
+    for name in kept:
+        (tmp_path / name).write_text(name)
+    weights.save(shifted(1), tmp_path, file_bytes=2000)
+    weights.save(shifted(2), tmp_path)
+    assert [(tmp_path / name).read_text() for name in kept] == kept
+
+
+def test_one_file_goes_before_an_index(tmp_path):
+    """As in transformers."""
+    weights.save(shifted(1), tmp_path, file_bytes=2000)
+    weights.save(shifted(2), tmp_path / "new")
+    shutil.copy(tmp_path / "new" / files.MODEL, tmp_path)
+    loaded = weights.load(tmp_path)
+    np.testing.assert_array_equal(loaded.norm.scale[...], 3)
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_save_that_fails_half_way_leaves_no_mixture(which, tmp_path):
+    """A shard that cannot take its place, for there is a directory of its name."""
+    weights.save(shifted(2), tmp_path / "alone", file_bytes=LAYOUTS["many"])
+    name = sorted(path.name for path in (tmp_path / "alone").glob("model-*"))[which]
+    weights.save(shifted(1), tmp_path / "out", file_bytes=LAYOUTS["few"])
+    (tmp_path / "out" / name).mkdir()
+    with pytest.raises(weights.WeightsError, match="cannot write to"):
+        weights.save(shifted(2), tmp_path / "out", file_bytes=LAYOUTS["many"])
+    with pytest.raises(weights.WeightsError, match=r"holds no model.safetensors \(it holds .draft"):
+        weights.load(tmp_path / "out")
+    (tmp_path / "out" / name).rmdir()
+    weights.save(shifted(2), tmp_path / "out", file_bytes=LAYOUTS["many"])
+    np.testing.assert_array_equal(weights.load(tmp_path / "out").norm.scale[...], 3)
+    assert not (tmp_path / "out" / files.DRAFT).exists()
+
+
+def test_no_room_leaves_the_old_model(tmp_path):
+    weights.save(shifted(1), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with limited_files(2000), pytest.raises(weights.WeightsError, match="cannot write to"):
+        weights.save(shifted(2), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_modes_of_the_umask(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        weights.save(decoder_of(), tmp_path / "model", file_bytes=2000)
+        weights.save_adapter(adapted(), tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o666 & ~umask}
+
+
+def test_an_adapter_over_another(tmp_path):
+    weights.save_adapter(adapted(), tmp_path)
+    weights.save_adapter(adapted(rank=1, targets=["k_proj"]), tmp_path)
+    decoder = decoder_of()
+    weights.load_adapter(decoder, tmp_path)
+    assert [(name, layer.rank) for _, name, layer in lora.adapters(decoder)] == [("k_proj", 1)] * 3
+    assert {path.name for path in tmp_path.iterdir()} == {weights.ADAPTER, weights.ADAPTER_CONFIG}
+
+
+# --- tokens and generation ---------------------------------------------------------------------
+
+SETTINGS = {"eos_token_id": [3, 7], "temperature": 0.7, "do_sample": True, "top_p": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("ids", "settings", "expected"),
+    [
+        ({"eos_token_id": 3, "bos_token_id": 1, "pad_token_id": 0}, SETTINGS, SETTINGS),
+        ({"eos_token_id": [3, 7], "pad_token_id": 0}, None, {"eos_token_id": [3, 7]}),
+        ({}, None, {"eos_token_id": None}),
+    ],
+)
+def test_token_ids_and_settings_are_those_that_were_loaded(ids, settings, expected, tmp_path):
+    place = saved(tmp_path / "base")
+    path = place / "config.json"
+    content = json.loads(path.read_text())
+    for name in generation.IDS:
+        del content[name]
+    path.write_text(json.dumps(content | ids))
+    (place / generation.FILE).unlink()
+    if settings:
+        (place / generation.FILE).write_text(json.dumps(settings))
+    decoder = weights.load(place, scan=True)
+    graphdef, params, frozen = model.split(decoder)
+    again = nnx.merge(graphdef, params, frozen)  # as a run gives it back
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / generation.FILE).write_text('{"eos_token_id": 99}')  # of an older save
+    weights.save(again, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {n: written[n] for n in generation.IDS} == dict.fromkeys(generation.IDS) | ids
+    found = json.loads((tmp_path / "out" / generation.FILE).read_text())
+    assert found.items() >= expected.items()
+    assert settings is None or found == settings
+
+
+def test_a_model_from_scratch_ends_where_it_is_told(tmp_path):
+    weights.save(decoder_of(), tmp_path, end=5)
+    for name in ("config.json", generation.FILE):
+        assert json.loads((tmp_path / name).read_text())["eos_token_id"] == 5
+
+
+def test_llamas_own_ids_are_meant_where_none_are_written(tmp_path):
+    """As transformers has them."""
+    place = saved(tmp_path, dataclasses.replace(CONFIG, attention_bias=False))
+    content = json.loads((place / "config.json").read_text())
+    content = {n: v for n, v in content.items() if n not in generation.IDS}
+    assert content["model_type"] == "llama"
+    found = generation.read(tmp_path / "nowhere", content)
+    assert json.loads(found.ids) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+
+
+def test_a_damaged_generation_config_is_named(tmp_path):
+    (saved(tmp_path) / generation.FILE).write_text('{"eos_token_id": 3')
+    with pytest.raises(weights.WeightsError, match=r"generation_config.json is no JSON"):
+        weights.load(tmp_path)
+
+
+# --- a head and an embedding -------------------------------------------------------------------
+
+
+def test_a_head_that_is_not_the_tied_embedding_is_kept(tmp_path):
+    saved(tmp_path)
+    head = np.random.default_rng(0).normal(size=(19, 8)).astype("f")
+    change_file(tmp_path, lambda t: t.update({"lm_head.weight": head}))
+    with pytest.warns(UserWarning, match="tie_word_embeddings=true, but its lm_head.weight"):
+        decoder = weights.load(tmp_path)
+    np.testing.assert_array_equal(decoder.lm_head.kernel[...], head.T)
+    weights.save(decoder, tmp_path / "out")
+    again = weights.load(tmp_path / "out")
+    assert not again.config.tie_word_embeddings
+    jax.tree.map(np.testing.assert_array_equal, params_of(again), params_of(decoder))
+
+
+def test_a_head_that_differs_in_its_last_row_alone(tmp_path):
+    """Of more rows than are compared at once."""
+    saved(tmp_path, dataclasses.replace(CONFIG, vocab_size=5000))
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    change_file(tmp_path, change)
+    with pytest.warns(UserWarning, match="both are kept"):
+        assert not weights.load(tmp_path).config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("files_", ["the same head", "the head alone", "without the name of both"])
+def test_a_tied_model_in_other_words(files_, tmp_path):
+    saved(tmp_path)
+    expected = params_of(weights.load(tmp_path))
+
+    def change(tensors):
+        if files_ == "without the name of both":  # as the model without its head is saved
+            for name in list(tensors):
+                tensors[name.removeprefix("model.")] = tensors.pop(name)
+        else:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        if files_ == "the head alone":
+            del tensors["model.embed_tokens.weight"]
+
+    change_file(tmp_path, change)
+    decoder = weights.load(tmp_path)
+    assert decoder.config == CONFIG
+    jax.tree.map(np.testing.assert_array_equal, params_of(decoder), expected)
+
+
+def test_an_untied_model_without_its_head_is_refused(tmp_path):
+    saved(tmp_path, UNTIED)
+    change_file(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(weights.WeightsError, match=r"lm_head.weight \(19, 8\) is missing"):
+        weights.load(tmp_path)
 
 
 # --- what can be wrong -------------------------------------------------------------------------
@@ -192,12 +432,6 @@ def test_all_that_does_not_fit_is_told_at_once(tmp_path):
         "model.layers.3.mlp.up_proj.weight (12, 8) is nothing the model has",
         "model.norm.weight (8,) is missing",
     ]
-
-
-def test_a_head_beside_a_tied_embedding_is_not_needed(tmp_path):
-    saved(tmp_path)
-    change_file(tmp_path, lambda t: t.update({"lm_head.weight": np.zeros((19, 8), "f")}))
-    weights.load(tmp_path)
 
 
 @pytest.mark.parametrize("left", [4, 40, 3000, -1], ids=["length", "header", "middle", "last byte"])
@@ -228,13 +462,38 @@ def test_one_of_several_files_is_gone(tmp_path):
     [
         ("config.json", None, "holds no config.json"),
         ("config.json", '{"model_type": "qwen2"', "config.json is no JSON"),
-        (files.MODEL, None, r"holds no model.safetensors \(it holds config.json\)"),
+        (files.MODEL, None, r"holds no model.safetensors \(it holds config.json, gen.*save the"),
     ],
 )
 def test_a_directory_that_is_not_whole(file, content, named, tmp_path):
     saved(tmp_path)
     (tmp_path / file).unlink() if content is None else (tmp_path / file).write_text(content)
     with pytest.raises(weights.WeightsError, match=named):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("held", "named"),
+    [
+        ("pytorch_model.bin", "pickled weights can run code .*save_pretrained"),
+        ("consolidated.00.pth", "pickled weights can run code"),
+        ("model-00001-of-00002.safetensors", "parts of a model without model.safetensors.index"),
+        ("small.Q4_0.gguf", "give the path of the .gguf file itself"),
+    ],
+)
+def test_weights_in_another_form(held, named, tmp_path):
+    (saved(tmp_path) / files.MODEL).rename(tmp_path / held)
+    with pytest.raises(weights.WeightsError, match=f"holds no model.safetensors .*{named}"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index", [{}, [], {"weight_map": {}}, {"weight_map": {"x": 3}}, {"weight_map": {"x": "../y"}}]
+)
+def test_an_index_that_is_none(index, tmp_path):
+    (saved(tmp_path) / files.MODEL).unlink()
+    (tmp_path / files.INDEX).write_text(json.dumps(index))
+    with pytest.raises(weights.WeightsError, match=r"index.json has no weight_map"):
         weights.load(tmp_path)
 
 
@@ -252,21 +511,56 @@ def test_a_name_on_the_hub_without_a_network(monkeypatch, tmp_path):
         weights.load("Qwen/Qwen2.5-05B")
 
 
-def test_a_tokenizer_that_is_too_large():
-    weights.check_vocabulary(19, CONFIG)
-    with pytest.raises(weights.WeightsError, match=r"tokenizer has 20 tokens.*embeds 19"):
-        weights.check_vocabulary(20, CONFIG)
+@pytest.mark.parametrize(
+    ("ids", "named"),
+    [
+        (range(19), None),
+        ([0, 18], None),  # fewer tokens than rows
+        (range(20), "token 't19' has the id 19, .* up to 18"),
+        ([0, 1, 19], "token 't19' has the id 19"),  # and fewer tokens, too
+        ([0, 511], "token 't511' has the id 511"),
+    ],
+)
+@pytest.mark.parametrize("added", [False, True])
+def test_every_id_of_a_tokenizer_has_a_row(ids, named, added, tmp_path):
+    tokenizer = tokenizer_of(ids, added)
+    assert tokenizer.encode(f"t{max(ids)}").ids == [max(ids)]
+    if named is None:
+        weights.check_vocabulary(tokenizer, CONFIG)
+        return
+    with pytest.raises(weights.WeightsError, match=named):
+        weights.check_vocabulary(tokenizer, CONFIG)
+
+
+def tokenizer_of(ids, added):
+    """One word an id; the last one in the vocabulary, or `added` to it."""
+    vocabulary = {f"t{i}": i for i in ids}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "t0"))
+    content = json.loads(tokenizer.to_str())
+    if added:
+        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        token = {"id": max(ids), "content": f"t{max(ids)}", "special": True, **plain}
+        content["added_tokens"].append(token)
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+@contextlib.contextmanager
+def limited_files(size):
+    """A real limit of the operating system on the size of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_no_room_to_write(tmp_path):
-    """A real limit of the operating system on the size of a file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    try:
-        with pytest.raises(weights.WeightsError, match=f"cannot write to {tmp_path}.*make room"):
-            weights.save(decoder_of(), tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        limited_files(2000),
+        pytest.raises(weights.WeightsError, match=f"cannot write to {tmp_path}.*make room"),
+    ):
+        weights.save(decoder_of(), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
