@@ -10,7 +10,7 @@ import optax
 
 from lbw_optax.law import control, divergence, events, statistics, telemetry
 from lbw_optax.law.telemetry import Probe, Telemetry
-from lbw_optax.state import MODES, GuardState
+from lbw_optax.state import MODES, GuardState, require
 
 
 def lbw_guard(
@@ -106,6 +106,7 @@ def lbw_guard(
     def update_fn(
         updates: Any, state: GuardState, params: Any = None, *, value: Any = None, **extra_args: Any
     ) -> tuple[Any, GuardState]:
+        require(state)
         if value is not None:
             extra_args["value"] = value
         proposed, inner_state = governed.update(updates, state.inner_state, params, **extra_args)

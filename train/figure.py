@@ -160,7 +160,8 @@ def _draw_scales(axes: Any, curves: Sequence[Curve], colours: Colours) -> None:
                 (event.step, event.scale_after) for event in curve.events if event.action == action
             ]
             if at:
-                axes.plot(*zip(*at, strict=True), mark, color=colour, markeredgecolor="white", ms=6)
+                edge = {"markeredgecolor": "white", "markeredgewidth": 0.4}  # of many side by side
+                axes.plot(*zip(*at, strict=True), mark, color=colour, ms=6, **edge)
                 used.add(action)
     _shade(axes, curves)
     _logarithmic(axes, labelled=(1, 3))

@@ -15,6 +15,7 @@ from flax import nnx
 
 import lbw_optax
 from train import (
+    adoption,
     data,
     estimate,
     evaluation,
@@ -94,14 +95,16 @@ def check(options: Options) -> None:
     """Find what cannot work before anything is made, downloaded or loaded.
 
     Raises:
-      ValueError: if the run directory holds another run or cannot be written, or if checkpoints
-        are too far apart for the rollback.
+      ValueError: if the run directory holds another run or cannot be written, if there is nothing
+        to adopt, or if checkpoints are too far apart for the rollback.
       ImportError: for a tracker that is not installed.
     """
     changed = rundir.check(options)
     if changed:
         print(f"{options.out} goes on with other options: {'; '.join(changed)}", file=sys.stderr)
     logs.require(options.track)
+    if options.adopt is not None and not rundir.has_checkpoints(options.out):
+        adoption.require(options.adopt)
     with tempfile.TemporaryDirectory() as place, checkpoints(options, place):
         pass
 
@@ -187,8 +190,12 @@ def _train(
         Watch(options, task.cost, evaluation.size(task.held_out, options)) as watch,
         packing.Prefetch(task.batch, put=_put(where)) as batch,
     ):
+        opt_state = _init(task, where)
+        if options.adopt is not None and not rundir.has_checkpoints(options.out):
+            params, opt_state = adoption.load(options.adopt, task.params, opt_state)
+            task = task._replace(params=params)
         look = Evaluation(task.loss_fn, task.frozen, task.held_out, options, watch, interrupted)
-        for step, state in steps(task, options, rollback, watch, batch, _init(task, where)):
+        for step, state in steps(task, options, rollback, watch, batch, opt_state):
             if _is_due(step, options):
                 look.during(state[0])
             if interrupted:
@@ -220,6 +227,9 @@ def steps(
     The state is gone once the next step is asked for. `step` falls after a rollback.
     """
     step, state = rollback.resume((task.params, opt_state))
+    if step == 0 and options.adopt is not None:
+        step = adoption.updates(state[1])
+        rollback.save(step, state)
     watch.move(step)
     yield step, state
     while step < options.steps:

@@ -96,6 +96,11 @@ def finished(options: Options, product: str) -> bool:
     return steps == options.steps and (options.out / product).is_dir()
 
 
+def has_checkpoints(out: Path) -> bool:
+    """Whether a run goes on in this directory, rather than begins."""
+    return bool(_checkpoints(out))
+
+
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON file that is there whole or not at all."""
     draft = path.with_suffix(".draft")
@@ -145,11 +150,12 @@ def _only_goes_on_longer(there: dict[str, Any], options: Options) -> bool:
     if not isinstance(before, int) or options.schedule != "constant" or options.steps < before:
         return False
     warmups = {recipes.warmup_steps(options.warmup, steps) for steps in (before, options.steps)}
-    return len(warmups) == 1 or max(warmups) <= _newest_checkpoint(options.out)
+    return len(warmups) == 1 or max(warmups) <= max(_checkpoints(options.out), default=0)
 
 
-def _newest_checkpoint(out: Path) -> int:
+def _checkpoints(out: Path) -> list[int]:
+    """Their steps, as the journal names them."""
     try:
-        return max(map(int, read(out / "journal.json")["checkpoints"]), default=0)
+        return [int(step) for step in read(out / "journal.json")["checkpoints"]]
     except (OSError, ValueError, KeyError):
-        return 0
+        return []
