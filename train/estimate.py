@@ -255,4 +255,4 @@ def _duration(seconds: float) -> str:
     hours, minutes = divmod(round(seconds / 60), 60)
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
+    return f"{minutes} min" if seconds >= 180 else f"{seconds:.0f} s"

@@ -178,7 +178,7 @@ def _draw_gradient_norms(axes: Any, curves: Sequence[Curve], colours: Colours) -
         if curve.gradient_norm is not None:
             positive = np.where(curve.gradient_norm > 0, curve.gradient_norm, np.nan)
             axes.plot(positive, color=colours[curve.group or curve.name], linewidth=0.9)
-    _logarithmic(axes, labelled=(1, 3))
+    _logarithmic(axes, labelled=(1, 2, 5))
 
 
 def _draw_learning_rates(axes: Any, curves: Sequence[Curve], colours: Colours) -> None:

@@ -15,6 +15,7 @@ FREE = (
     "out",
     "track",
     "save_every",
+    "max_distance",
     "eval_every",
     "eval_targets",
     "final_eval_targets",
@@ -22,7 +23,10 @@ FREE = (
     "remat",
     "loss_chunk",
 )
-"""Options that may differ when a run goes on: they change rounding, cadence or what is seen."""
+"""Options that may differ when a run goes on: they change rounding, cadence or what is seen.
+
+`max_distance` is of them because the manager ties it to `save_every`.
+"""
 
 
 def check(options: Options) -> list[str]:

@@ -16,9 +16,8 @@ from train.speed import Speed
 
 AUDIT_EVERY = 50
 """Steps; the guard's ring holds 64."""
-TIMED = 8
-"""Steps whose speed says how long the run will take; the first one, which compiles, is not of them.
-"""
+TIMED_STEPS, TIMED_SECONDS = 8, 3.0
+"""At least so much is timed, or a third of the run, before the time that is left is told."""
 LEFT_OUT = "gradient_log2/"
 """A histogram of sixteen numbers a step, which no log needs."""
 
@@ -49,7 +48,7 @@ class Watch:
         self._governs = options.optimizer.startswith("lbw")
         self._rate = recipes.newest_rate(options)
         self._time_left = estimate.TimeLeft(options, cost, evaluated)
-        self._timed = 0
+        self._steps, self._timed, self._is_told = options.steps, list[float](), False
         self._before: _Step | None = None
 
     def step(self, number: int, metrics: dict[str, jax.Array], opt_state: Any) -> None:
@@ -81,9 +80,13 @@ class Watch:
         return self._progress.batches(name, batches)
 
     def _tell_time(self, number: int, seen: dict[str, float]) -> None:
-        """Once, when a few steps have been timed, say how long the run will take."""
-        self._timed += 1
-        if self._timed == TIMED + 2 and "tokens_per_second" in seen:
+        """Once, when enough steps have been timed, say how long the run will take."""
+        if self._is_told or "tokens_per_second" not in seen:
+            return
+        self._timed.append(seen["time"])
+        enough = self._timed[-1] - self._timed[0] >= TIMED_SECONDS or 3 * number >= self._steps
+        if enough and len(self._timed) >= TIMED_STEPS:
+            self._is_told = True
             self.note(self._time_left.describe(number, seen["tokens_per_second"]))
 
     def move(self, steps: int) -> None:

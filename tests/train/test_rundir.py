@@ -35,6 +35,7 @@ def test_a_directory_is_made_once_and_used_again_for_the_same_options(options):
         {"remat": True},
         {"loss_chunk": 8},
         {"save_every": 20},
+        {"max_distance": 90},
         {"eval_every": 7},
         {"eval_targets": 99},
         {"final_eval_targets": 99},
