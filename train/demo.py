@@ -469,7 +469,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_seed,
         default=0,
         metavar="N",
-        help="of initial parameters and batches (default: 0)",
+        help="seed of the initial parameters and the batches (default: 0)",
     )
     parser.add_argument(
         "--quick",

@@ -30,6 +30,7 @@ NonNegative = Annotated[
     float, Allowed("must be a finite number, 0 or above", lambda x: x >= 0 and math.isfinite(x))
 ]
 Share = Annotated[float, Allowed("must lie in [0, 1)", lambda x: 0 <= x < 1)]
+Names = Annotated[tuple[str, ...], Allowed("needs at least one name", lambda x: len(x) >= 1)]
 Devices = Annotated[
     tuple[int, int, int] | None,
     Allowed("needs at least 1 along each axis", lambda x: x is None or min(x) >= 1),
@@ -86,7 +87,8 @@ class Options:
     save_every: Count = 25
     """Steps between two checkpoints. A killed run loses no more than that."""
     adopt: Path | None = None
-    """Checkpoint of a run without the guard. A new run starts from it, under the guard."""
+    """Checkpoint, or run directory, of a run without the guard. A new run starts from it, under the
+    guard."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of activations and matrix products."""

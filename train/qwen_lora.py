@@ -13,7 +13,7 @@ from flax import nnx
 from train import data, lora, memory, pretrain, run, weights
 from train.command import guarded_main, parse
 from train.model import Decoder
-from train.options import Count, Options, Positive, Share
+from train.options import Count, Names, Options, Positive, Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LoraOptions(Options):
     """Numerator of the adapters' scale, which is alpha / rank."""
     dropout: Share = 0.0
     """Share of an adapter's inputs that is dropped during training."""
-    targets: tuple[str, ...] = lora.ATTENTION + lora.MLP
+    targets: Names = lora.ATTENTION + lora.MLP
     """Linear layers that get an adapter."""
     base_steps: Count = 700
     """Steps of pre-training, for the model "tiny"."""

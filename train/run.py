@@ -171,17 +171,31 @@ def train(
     trained model at the end; ``result.json`` comes after it, and says that the run is finished.
     """
     job = task(decoder, trained, corpus, options, cost, dropout=dropout)
-    rundir.claim(options, needed_bytes=3 * cost.checkpoint)
     where = mesh(options)
     if where is not None:
         params, frozen = sharding.shard((job.params, job.frozen), where)
         job = job._replace(params=params, frozen=frozen)
     with jax.set_mesh(where) if where else contextlib.nullcontext():
-        return _train(job, options, where, save)
+        job, opt_state = _begin(job, options, where)
+        rundir.claim(options, needed_bytes=3 * cost.checkpoint)
+        return _train(job, opt_state, options, where, save)
+
+
+def _begin(task: Task, options: Options, where: sharding.Mesh | None) -> tuple[Task, Any]:
+    """What the first step starts from, unless the run goes on: fresh, or another run's."""
+    opt_state = _init(task, where)
+    if options.adopt is None or rundir.has_checkpoints(options.out):
+        return task, opt_state
+    params, opt_state = adoption.load(options.adopt, task.params, opt_state)
+    return task._replace(params=params), opt_state
 
 
 def _train(
-    task: Task, options: Options, where: sharding.Mesh | None, save: Callable[[Decoder], None]
+    task: Task,
+    opt_state: Any,
+    options: Options,
+    where: sharding.Mesh | None,
+    save: Callable[[Decoder], None],
 ) -> Result:
     began = time.perf_counter()
     with (
@@ -190,10 +204,6 @@ def _train(
         Watch(options, task.cost, evaluation.size(task.held_out, options)) as watch,
         packing.Prefetch(task.batch, put=_put(where)) as batch,
     ):
-        opt_state = _init(task, where)
-        if options.adopt is not None and not rundir.has_checkpoints(options.out):
-            params, opt_state = adoption.load(options.adopt, task.params, opt_state)
-            task = task._replace(params=params)
         look = Evaluation(task.loss_fn, task.frozen, task.held_out, options, watch, interrupted)
         for step, state in steps(task, options, rollback, watch, batch, opt_state):
             if _is_due(step, options):

@@ -107,6 +107,7 @@ def test_an_unknown_option_names_the_near_ones(given, meant, capsys):
         (["--rank", "0"], "--rank 0 must lie in [1, 2^31)"),
         (["--alpha", "nan"], "--alpha nan must be a finite number above 0"),
         (["--dropout", "1"], "--dropout 1.0 must lie in [0, 1)"),
+        (["--targets"], "--targets () needs at least one name"),
         (["--base-steps", "0"], "--base-steps 0 must lie in [1, 2^31)"),
     ],
 )
