@@ -43,6 +43,7 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
     def update_fn(
         updates: Any, state: GuardState, params: Any = None, *, value: Any = None, **extra_args: Any
     ) -> tuple[Any, GuardState]:
+        states.require(state)
         value, _ = telemetry.take_loss(value, extra_args)
         seen, probe = telemetry.observe_gradients(
             state.telemetry, _moved(state.probe, params), updates, value

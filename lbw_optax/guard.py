@@ -152,6 +152,7 @@ def govern(
     def update_fn(
         updates: Any, state: GuardState, params: Any = None, *, value: Any = None, **extra_args: Any
     ) -> tuple[Any, GuardState]:
+        states.require(state)
         value, extra_args = telemetry.take_loss(value, extra_args)
         proposed, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         gradients, trained = frozen.zeroed(updates, state.inner_state, params, extra_args)

@@ -175,6 +175,20 @@ def adopt(state: Any, bare: Any) -> Any:
     return jax.tree.unflatten(structure, adopted)
 
 
+def require(state: Any) -> None:
+    """See that a guard's `update` was given a state of its own.
+
+    Raises:
+      ValueError: for the state of another optimizer.
+    """
+    if not _is_guard(state):
+        raise ValueError(
+            f"The guard was given the state of another optimizer ({type(state).__name__}), not one "
+            "that its own init made. For a run that began without the guard, pass "
+            "lbw_optax.adopt(tx.init(params), state)."
+        )
+
+
 def strip(state: Any) -> Any:
     """The optimizer state without its guards, as the unguarded optimizer has it.
 

@@ -33,7 +33,7 @@ def standard_library() -> dict[str, list[str]]:
     names = [name for name in names if "config-" not in str(name) and "_sysconfig" not in name.name]
     # Ordered by hash, so that the cap and the held-out files are spread over all packages.
     names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
-    texts = list(_until(STANDARD_LIBRARY_BYTES, (_read(root / name) for name in names)))
+    texts = list(_until(STANDARD_LIBRARY_BYTES, (_source(root / name) for name in names)))
     if len(texts) < 100:
         raise DataError(
             f"only {len(texts)} source files of Python's standard library lie in {root}: "
@@ -42,8 +42,11 @@ def standard_library() -> dict[str, list[str]]:
     return _hold_out(texts, every=10)
 
 
-def text_directory(directory: Path) -> dict[str, list[str]]:
-    """Read ``train.txt``, ``valid.txt``, ``test.txt``, or hold out some of all ``*.txt`` files."""
+def text_directory(directory: Path, encoding: str = "utf-8") -> dict[str, list[str]]:
+    """Read ``train.txt``, ``valid.txt``, ``test.txt``, or hold out some of all ``*.txt`` files.
+
+    Raises `DataError` for files that are missing, or that are not in this encoding.
+    """
     if not directory.is_dir():
         raise DataError(f"there is no directory {directory}: give one that holds *.txt files")
     named = {split: directory / f"{split}.txt" for split in SPLITS}
@@ -56,8 +59,8 @@ def text_directory(directory: Path) -> dict[str, list[str]]:
                 f"{directory} holds {len(files)} *.txt files: give train.txt, valid.txt and "
                 "test.txt, or at least three files, so that some can be held out"
             )
-        return _hold_out([_read(path) for path in files], every=min(10, len(files)))
-    return {split: [_read(path)] for split, path in named.items()}
+        return _hold_out([_read(path, encoding) for path in files], every=min(10, len(files)))
+    return {split: [_read(path, encoding)] for split, path in named.items()}
 
 
 def _hold_out(texts: list[str], every: int) -> dict[str, list[str]]:
@@ -77,8 +80,25 @@ def _until(limit: int, texts: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def _read(path: Path) -> str:
+def _source(path: Path) -> str:
+    """A file of Python's own; the few bytes that are not UTF-8 stand in strings and comments."""
+    return _opened(path, "utf-8", errors="replace")
+
+
+def _read(path: Path, encoding: str) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return _opened(path, encoding, errors="strict")
+    except UnicodeError as error:
+        where = ""
+        if isinstance(error, UnicodeDecodeError):
+            where = f" (byte {error.start} is 0x{error.object[error.start]:02x})"
+        raise DataError(
+            f"{path} is not {encoding}{where}: give its --encoding, latin-1 say, or convert it"
+        ) from error
+
+
+def _opened(path: Path, encoding: str, errors: str) -> str:
+    try:
+        return path.read_text(encoding=encoding, errors=errors)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error

@@ -39,6 +39,7 @@ def load(
     *,
     vocab_size: int | None = None,
     tokenizer: str | Path | None = None,
+    encoding: str = "utf-8",
 ) -> Corpus:
     """Read a corpus and tokenise it, once: later calls map the tokens from a file.
 
@@ -53,6 +54,7 @@ def load(
         the files of a data set of the hub. A ``*.txt`` file is one document.
       vocab_size: of the byte-level BPE that is trained on the train split.
       tokenizer: instead, directory or hub name of a model whose tokenizer is used.
+      encoding: of the ``*.txt`` files.
 
     Raises:
       DataError: if there is no such text, or too little of it.
@@ -61,7 +63,7 @@ def load(
         raise DataError(f"vocab_size={vocab_size}: byte-level BPE needs {SMALLEST_VOCABULARY}")
     if (vocab_size is None) == (tokenizer is None):
         raise DataError("give either vocab_size, to train a tokenizer, or tokenizer")
-    texts, key = _texts(source)
+    texts, key = _texts(source, encoding)
     for split in SPLITS:
         if not any(text.strip() for text in texts[split]):
             raise DataError(f"the {split} split of {source or 'the corpus'} holds no text")
@@ -75,7 +77,7 @@ def load(
     return Corpus(train, valid, test, Tokenizer.from_file(str(entry / "tokenizer.json")))
 
 
-def _texts(source: str | Path | None) -> tuple[Texts, str | None]:
+def _texts(source: str | Path | None, encoding: str) -> tuple[Texts, str | None]:
     """The three splits, and a key that stands for their text where reading it all is too much."""
     if source is None or source == "standard-library":
         return standard_library(), None
@@ -83,7 +85,7 @@ def _texts(source: str | Path | None) -> tuple[Texts, str | None]:
         return hub.texts(source)
     if hub.is_data_set(Path(source)):
         return hub.local_texts(Path(source))
-    return text_directory(Path(source)), None
+    return text_directory(Path(source), encoding), None
 
 
 def sample(tokens: np.ndarray, seed: int, step: int, *, batch_size: int, length: int) -> np.ndarray:

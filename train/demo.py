@@ -4,8 +4,8 @@ A tiny decoder learns the source of Python's standard library: from scratch with
 recipe (warm-up and cosine, clip 1.0, b2 0.95, weight decay 0.1), then by LoRA on what the first
 run has learned, at a constant rate. Both runs of a pair have the same seed, batches and initial
 parameters. The rate was tuned for AdamW on the valid split (--tune); the table is about the test
-split. One more run, by LoRA at 100 times the rate, meets 22 batches whose loss is NaN, and goes
-back.
+split. One more pair, by LoRA at 100 times the rate, meets 22 batches whose loss is NaN: the guard
+goes back to before them, and AdamW alone is lost.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def compare(bench: "Bench", out: Path) -> int:
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     steps = sum(map(bench.settings.steps, TITLES)) * len(MULTIPLES) * len(METHODS)
-    steps += bench.settings.lora_steps
+    steps += bench.settings.lora_steps * len(METHODS)
     runs: list[Run] = []
     with Progress(steps) as progress:
         try:
@@ -120,7 +120,7 @@ def compare(bench: "Bench", out: Path) -> int:
     figure.figure(_panels(runs), out / "demo.png")
     print(table(runs, bench))
     print(f"\n{seconds:.0f} s. Figure and numbers: {out / 'demo.png'}, {out / 'demo.json'}")
-    planned = len(TITLES) * len(MULTIPLES) * len(METHODS) + 1
+    planned = (len(TITLES) * len(MULTIPLES) + 1) * len(METHODS)
     if len(runs) < planned:
         print(f"Stopped: {len(runs)} of {planned} runs were finished, and only these are shown.")
         return 130
@@ -137,7 +137,8 @@ def _runs(bench: "Bench", progress: Progress) -> Iterator[Run]:
                 run = bench.run(task, method, multiple * RATES[name], "test", progress)
                 base = run.params if base is None else base
                 yield run
-    yield bench.mishap(task, MULTIPLES[-1] * RATES["lora"], progress)
+    yield bench.lost(task, MULTIPLES[-1] * RATES["lora"], progress)
+    yield bench.rescued(task, MULTIPLES[-1] * RATES["lora"], progress)
 
 
 def tune(bench: "Bench", path: Path) -> int:
@@ -245,35 +246,63 @@ class Bench:
             events=list(events.values()),
         )
 
-    def mishap(self, task: Task, rate: float, progress: Progress) -> Run:
+    def rescued(self, task: Task, rate: float, progress: Progress) -> Run:
         """LoRA through a bad stretch of data, with rollback (`train.mishap`)."""
         started = time.perf_counter()
-        tx, steps = self._optimizers["lora"]["guard"], self.settings.lora_steps
-        progress.start(MISHAP_TITLE, steps)
-        opt_state = optax.tree.set(tx.init(task.params), learning_rate=jnp.float32(rate))
+        tx, flawed = self._optimizers["lora"]["guard"], self._flawed(task)
+        progress.start(_mishap_name("guard"), flawed.steps)
         found = mishap.survive(
-            task.loss_fn,
+            flawed,
             task.params,
             task.frozen,
             tx,
-            opt_state,
-            task.batch,
-            steps,
+            optax.tree.set(tx.init(task.params), learning_rate=jnp.float32(rate)),
             progress.step,
+            lambda undone: progress.move(-undone),
         )
         return Run(
             task=MISHAP,
             method="guard",
             rate=rate,
-            perplexity=loop.perplexity(
-                task.loss_fn, found.params, self._windows["test"], frozen=task.frozen
-            ),
+            perplexity=self._test_perplexity(task, found.params),
             seconds=time.perf_counter() - started,
             params=found.params,
             history=found.history,
             events=found.events,
             rollbacks=found.rollbacks,
         )
+
+    def lost(self, task: Task, rate: float, progress: Progress) -> Run:
+        """The same batches, AdamW without the guard."""
+        started = time.perf_counter()
+        tx, flawed = self._optimizers["lora"]["adamw"], self._flawed(task)
+        progress.start(_mishap_name("adamw"), flawed.steps)
+        fit = loop.fit(
+            flawed.loss,
+            task.params,
+            tx,
+            flawed.weighed,
+            flawed.steps,
+            frozen=task.frozen,
+            opt_state=optax.tree.set(tx.init(task.params), learning_rate=jnp.float32(rate)),
+            on_step=lambda step, metrics, opt_state: progress.step(step, metrics),
+        )
+        return Run(
+            task=MISHAP,
+            method="adamw",
+            rate=rate,
+            perplexity=self._test_perplexity(task, fit.params),
+            seconds=time.perf_counter() - started,
+            params=fit.params,
+            history=fit.history,
+            events=[],
+        )
+
+    def _flawed(self, task: Task) -> mishap.Flawed:
+        return mishap.Flawed(task.loss_fn, task.batch, self.settings.lora_steps)
+
+    def _test_perplexity(self, task: Task, params: Any) -> float:
+        return loop.perplexity(task.loss_fn, params, self._windows["test"], frozen=task.frozen)
 
     def facts(self) -> dict[str, Any]:
         """What a result file says about code, machine, settings and text."""
@@ -316,11 +345,11 @@ def _cell(runs: Sequence[Run], task: str, method: str, rate: float) -> str:
 
 
 def _say_mishap(run: Run, runs: Sequence[Run]) -> str:
+    said = f"{_title(run)}: {run.perplexity:.2f} {_ratio(run, runs):>6.2f}×"
+    if run.method == "adamw":
+        return said
     went = ", ".join(f"from step {r.from_step} to {r.to_step}" for r in run.rollbacks)
-    return (
-        f"{MISHAP_TITLE}, {ROLLBACK}: {run.perplexity:.2f} {_ratio(run, runs):>6.2f}×; "
-        f"went back {went or 'nowhere'}"
-    )
+    return f"{said}; went back {went or 'nowhere'}"
 
 
 def _ratio(run: Run, runs: Sequence[Run]) -> float:
@@ -337,19 +366,19 @@ def _name(task: str, method: str, rate: float) -> str:
     return f"{TITLES[task]}, {METHODS[method]}, learning rate {rate:g}"
 
 
+def _mishap_name(method: str) -> str:
+    return f"{MISHAP_TITLE}, {ROLLBACK if method == 'guard' else METHODS[method]}"
+
+
 def _title(run: Run) -> str:
-    return MISHAP_TITLE if run.task == MISHAP else _name(run.task, run.method, run.rate)
+    if run.task == MISHAP:
+        return _mishap_name(run.method)
+    return _name(run.task, run.method, run.rate)
 
 
 def _panels(runs: Sequence[Run]) -> dict[str, list[figure.Curve]]:
     """A column per task; AdamW first, so that the legend's columns are the methods."""
-    last = {
-        MISHAP_TITLE: [
-            figure.Curve(ROLLBACK, run.history["loss"], run.history["scale"], run.events)
-            for run in runs
-            if run.task == MISHAP
-        ]
-    }
+    last = {MISHAP_TITLE: [_mishap_curve(run) for run in runs if run.task == MISHAP]}
     return _pairs(runs) | {title: curves for title, curves in last.items() if curves}
 
 
@@ -370,6 +399,19 @@ def _pairs(runs: Sequence[Run]) -> dict[str, list[figure.Curve]]:
         for task, title in TITLES.items()
         if any(run.task == task for run in runs)
     }
+
+
+def _mishap_curve(run: Run) -> figure.Curve:
+    lost = np.flatnonzero(~np.isfinite(run.history["loss"]))
+    bad = (int(lost[0]), int(lost[0]) + mishap.LENGTH - 1) if lost.size else None
+    return figure.Curve(
+        ROLLBACK if run.method == "guard" else METHODS[run.method],
+        run.history["loss"],
+        run.history.get("scale"),
+        run.events,
+        group=_multiple(MULTIPLES[-1]),
+        bad=bad,
+    )
 
 
 def _document(bench: Bench, runs: Sequence[Run]) -> dict[str, Any]:
@@ -427,7 +469,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_seed,
         default=0,
         metavar="N",
-        help="of initial parameters and batches (default: 0)",
+        help="seed of the initial parameters and the batches (default: 0)",
     )
     parser.add_argument(
         "--quick",

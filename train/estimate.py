@@ -13,7 +13,7 @@ from train.options import Options
 from train.presets import Config
 
 EXPECTED_SHARE = 0.35
-"""Of the device's peak: what a run is expected to reach, for the time that is printed."""
+"""Of the device's peak: what a run is expected to reach, for the first guess at its time."""
 
 PEAKS = {
     "B200": 2250e12,
@@ -135,9 +135,42 @@ def describe(found: Estimate, steps: int, peak: float, devices: int) -> str:
     return (
         f"{_short(found.parameters)} parameters, {_short(found.trained)} of them trained; "
         f"about {_size(found.bytes / devices)} a device ({parts})\n"
-        f"{steps} steps of {found.tokens} tokens, {steps * found.flops:.2g} FLOP: about "
-        f"{_duration(seconds)} at {EXPECTED_SHARE:.0%} of {peak / 1e12:.3g} TFLOP/s"
+        f"{steps} steps of {found.tokens} tokens, {steps * found.flops:.2g} FLOP; a guess, until "
+        f"the first steps are timed: {_duration(seconds)} at {EXPECTED_SHARE:.0%} of "
+        f"{peak / 1e12:.3g} TFLOP/s"
     )
+
+
+class TimeLeft(NamedTuple):
+    """How long a run will take, from the speed of its first steps on this machine.
+
+    A forward pass is a third of a step that trains all parameters, and half of one that trains
+    adapters; so much an evaluation takes for each of its tokens.
+
+    Attributes:
+      options: of the run.
+      cost: of one step.
+      evaluated: tokens that the whole run predicts in its evaluations.
+    """
+
+    options: Options
+    cost: Estimate
+    evaluated: int
+
+    def seconds(self, step: int, tokens_per_second: float) -> tuple[float, float]:
+        """For the steps after `step`, and for the evaluations that come with them."""
+        left = self.options.steps - step
+        share = 1 / 3 if self.cost.trained == self.cost.parameters else 1 / 2
+        evaluation = share * self.evaluated / tokens_per_second
+        return left * self.cost.tokens / tokens_per_second, evaluation
+
+    def describe(self, step: int, tokens_per_second: float) -> str:
+        """The same as a line for a person."""
+        steps, evaluations = self.seconds(step, tokens_per_second)
+        return (
+            f"measured over the last steps: the {self.options.steps - step} steps that are left "
+            f"take about {_duration(steps)}, the evaluations {_duration(evaluations)}"
+        )
 
 
 def available_bytes(device: jax.Device) -> int | None:
@@ -222,4 +255,4 @@ def _duration(seconds: float) -> str:
     hours, minutes = divmod(round(seconds / 60), 60)
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
+    return f"{minutes} min" if seconds >= 180 else f"{seconds:.0f} s"

@@ -49,9 +49,7 @@ def _downloaded(name: str) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ImportError(
-            f"{name} needs huggingface-hub: pip install 'lbw_optax[train]'"
-        ) from error
+        raise ImportError(f"{name} needs huggingface-hub: pip install --group train") from error
     kinds = ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=kinds))
@@ -252,5 +250,5 @@ def _safetensors() -> Any:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise ImportError("checkpoints need safetensors: pip install 'lbw_optax[train]'") from error
+        raise ImportError("checkpoints need safetensors: pip install --group train") from error
     return safetensors

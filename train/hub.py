@@ -190,7 +190,7 @@ def _module(name: str, purpose: str) -> Any:
     try:
         return __import__(name)
     except ImportError as error:
-        raise ImportError(f"{purpose} needs {name}: pip install 'lbw_optax[train]'") from error
+        raise ImportError(f"{purpose} needs {name}: pip install --group train") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,8 @@ from typing import Any, Self
 
 import numpy as np
 
+import lbw_optax
+from train.corpora import SPLITS
 from train.jsonl import finite, read
 
 
@@ -33,15 +35,23 @@ class Logs:
     """
 
     def __init__(self, directory: Path, track: Collection[str], config: Mapping[str, Any] = {}):
-        self._trackers = [_TRACKERS[name](directory, config) for name in track]
-        self._file = (directory / "log.jsonl").open("a", encoding="utf-8")
+        self._trackers = [_TRACKERS[name](directory, config) for name in dict.fromkeys(track)]
+        # Line by line: a kill loses no step that a checkpoint holds.
+        self._file = (directory / "log.jsonl").open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write the scalars of one step; `step` counts the updates made, from 1."""
+        """Write the scalars of one step; `step` counts the updates made, from 1.
+
+        The file has the regime by its name. Trackers get numbers only, under `tag` names.
+        """
         values = {name: np.asarray(value).item() for name, value in metrics.items()}
-        self._file.write(json.dumps(finite({"step": step, **values}), allow_nan=False) + "\n")
+        line = {"step": step, **values}
+        if "regime" in values:
+            line["regime"] = lbw_optax.REGIMES[values["regime"]]
+        self._file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+        tagged = {tag(name): value for name, value in values.items() if name != "time"}
         for tracker in self._trackers:
-            tracker(step, values)
+            tracker(step, tagged)
 
     def __enter__(self) -> Self:
         return self
@@ -52,16 +62,51 @@ class Logs:
             tracker(None, {})
 
 
+_DECISIONS = {
+    *("scale", "regime", "skips", "skips_in_a_row", "events", "outstanding", "exhausted"),
+    "rollback_asked",
+}
+_LOSSES = {"loss": "train", **{f"{split}_perplexity": f"{split}_perplexity" for split in SPLITS}}
+_RUN = {"learning_rate", "tokens_per_second", "mfu"}
+
+
+def tag(name: str) -> str:
+    """A metric's name in its group: loss/, guard/ (decisions), signals/ (what it saw), run/.
+
+    >>> tag("loss"), tag("scale"), tag("gradient_norm"), tag("learning_rate")
+    ('loss/train', 'guard/scale', 'signals/gradient_norm', 'run/learning_rate')
+    """
+    if name in _LOSSES:
+        return f"loss/{_LOSSES[name]}"
+    group = "guard" if name in _DECISIONS else "run" if name in _RUN else "signals"
+    return f"{group}/{name}"
+
+
+def require(track: Collection[str]) -> None:
+    """See that the trackers of these names are installed.
+
+    Raises:
+      ImportError: for one that is not, with the command that installs it.
+    """
+    for name in track:
+        _MODULES[name]()
+
+
 def history(directory: Path) -> dict[str, np.ndarray]:
-    """Each metric over the steps that were logged, in their order; NaN where it was not."""
+    """Each metric over the steps that were logged, in their order; NaN where it was not.
+
+    A metric of names, the regime, is an array of strings, empty where it was not logged.
+    """
     lines = {line["step"]: line for line in read(directory / "log.jsonl")}
     ordered = [lines[step] for step in sorted(lines)]
     names = dict.fromkeys(name for line in ordered for name in line)
 
-    def value(line: dict[str, Any], name: str) -> float:
-        return float("nan") if line.get(name) is None else line[name]
+    def column(name: str) -> np.ndarray:
+        found = [line.get(name) for line in ordered]
+        missing = "" if any(isinstance(x, str) for x in found) else float("nan")
+        return np.array([missing if x is None else x for x in found])
 
-    return {name: np.array([value(line, name) for line in ordered]) for name in names}
+    return {name: column(name) for name in names}
 
 
 Tracker = Callable[[int | None, dict[str, float]], None]
@@ -69,35 +114,37 @@ Tracker = Callable[[int | None, dict[str, float]], None]
 
 
 def _tensorboard(directory: Path, config: Mapping[str, Any]) -> Tracker:
-    try:
-        from tensorboardX import FileWriter
-        from tensorboardX.proto.summary_pb2 import Summary
-    except ImportError as error:
-        raise ImportError(
-            "--track tensorboard needs tensorboardX: pip install 'lbw_optax[train]', or give "
-            "--track without a name"
-        ) from error
-    writer = FileWriter(str(directory / "tensorboard"))
+    event_files, summaries = _tensorboard_modules()
+    writer = event_files.FileWriter(str(directory / "tensorboard"))
 
     def track(step: int | None, metrics: dict[str, float]) -> None:
         if step is None:
             writer.close()
         else:
             # One event a step; `SummaryWriter.add_scalar` makes one a number, four times as slowly.
-            values = [Summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
-            writer.add_summary(Summary(value=values), step)
+            values = [summaries.Summary.Value(tag=t, simple_value=x) for t, x in metrics.items()]
+            writer.add_summary(summaries.Summary(value=values), step)
 
     return track
+
+
+def _tensorboard_modules() -> tuple[Any, Any]:
+    try:
+        import tensorboardX
+        from tensorboardX.proto import summary_pb2
+    except ImportError as error:
+        raise ImportError(
+            "--track tensorboard needs tensorboardX: pip install --group train, or give "
+            "--track without a name"
+        ) from error
+    return tensorboardX, summary_pb2
 
 
 def _service(name: str) -> Callable[[Path, Mapping[str, Any]], Tracker]:
     """W&B, or trackio, which has the same three calls."""
 
     def open_run(directory: Path, config: Mapping[str, Any]) -> Tracker:
-        try:
-            service = __import__(name)
-        except ImportError as error:
-            raise ImportError(f"--track {name} needs {name}: pip install {name}") from error
+        service = _service_module(name)
         service.init(project="lbw_optax", name=directory.name, config=dict(config))
 
         def track(step: int | None, metrics: dict[str, float]) -> None:
@@ -111,8 +158,20 @@ def _service(name: str) -> Callable[[Path, Mapping[str, Any]], Tracker]:
     return open_run
 
 
+def _service_module(name: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise ImportError(f"--track {name} needs {name}: pip install {name}") from error
+
+
 _TRACKERS = {
     "tensorboard": _tensorboard,
     "wandb": _service("wandb"),
     "trackio": _service("trackio"),
+}
+_MODULES: dict[str, Callable[[], Any]] = {
+    "tensorboard": _tensorboard_modules,
+    "wandb": lambda: _service_module("wandb"),
+    "trackio": lambda: _service_module("trackio"),
 }

@@ -160,10 +160,13 @@ def perplexity(
 
     Each batch counts with its number of targets, so a padded last batch weighs what it holds.
     Windows share no target: the stride is their length, and a token is predicted from the
-    part of its window before it.
+    part of its window before it. The next batch is asked for when the one before last is done.
     """
-    total, targets = [], []
+    total: list[jax.Array] = []
+    targets = []
     for tokens in windows:
+        if len(total) > 1:
+            total[-2].block_until_ready()
         total.append(_evaluate(loss_fn, params, frozen, tokens))
         targets.append(np.count_nonzero(tokens[:, 1:] != IGNORED))
     mean = np.average(np.asarray(jax.device_get(total), np.float64), weights=targets)

@@ -27,26 +27,39 @@ class Mishap(NamedTuple):
     rollbacks: list[Any]
 
 
+class Flawed(NamedTuple):
+    """A task whose batches are bad for a while: from half way on `LENGTH` have a NaN for a loss.
+
+    It belongs to the batches, not to the steps: whoever takes them again fails again.
+    """
+
+    loss_fn: loop.LossFn
+    batch: Callable[[int], Any]
+    steps: int
+
+    @property
+    def bad(self) -> range:
+        return range(self.steps // 2, self.steps // 2 + LENGTH)
+
+    def weighed(self, index: int) -> tuple[Any, np.float32]:
+        """A batch, and what its loss is multiplied with."""
+        return self.batch(index), np.float32(np.nan if index in self.bad else 1)
+
+    def loss(self, params: Any, frozen: Any, batch: tuple[Any, jax.Array]) -> jax.Array:
+        tokens, weight = batch
+        return weight * self.loss_fn(params, frozen, tokens)
+
+
 def survive(
-    loss_fn: loop.LossFn,
+    task: Flawed,
     params: Any,
     frozen: Any,
     tx: optax.GradientTransformationExtraArgs,
     opt_state: Any,
-    batch: Callable[[int], Any],
-    steps: int,
     on_step: Callable[[int, dict[str, np.ndarray]], None],
+    on_rollback: Callable[[int], None],
 ) -> Mishap:
-    """Train as `train.loop.fit` does, but from half way on `LENGTH` batches have a NaN for a loss.
-
-    It belongs to the batches, not to the steps: whoever takes them again fails again.
-    """
-    bad = range(steps // 2, steps // 2 + LENGTH)
-
-    def flawed_loss(params: Any, frozen: Any, batch: tuple[Any, jax.Array]) -> jax.Array:
-        tokens, weight = batch
-        return weight * loss_fn(params, frozen, tokens)
-
+    """Train as `train.loop.fit` does, with rollback; `on_rollback` is told the steps undone."""
     records: list[dict[str, np.ndarray]] = []
     # What the caller holds is donated by no step.
     state = jax.tree.map(jax.numpy.copy, (params, opt_state))
@@ -55,13 +68,15 @@ def survive(
         lbw_optax.RollbackManager(directory) as rollback,
     ):
         step, state = rollback.resume(state)
-        while step < steps:
-            index = rollback.data_step(step)
-            weighed = batch(index), np.float32(np.nan if index in bad else 1)
-            *state, metrics = loop.train_step(flawed_loss, tx.update, *state, frozen, weighed)
+        while step < task.steps:
+            weighed = task.weighed(rollback.data_step(step))
+            *state, metrics = loop.train_step(task.loss, tx.update, *state, frozen, weighed)
             records.append(jax.device_get(metrics))
             on_step(step, records[-1])
-            step, state = rollback.step(step + 1, tuple(state))
+            made = step + 1
+            step, state = rollback.step(made, tuple(state))
+            if step < made:
+                on_rollback(made - step)
     history = {name: np.stack([record[name] for record in records]) for name in records[0]}
     # An event that the state reports after a call, and not before, happened in that call.
     events = [

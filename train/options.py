@@ -1,18 +1,45 @@
-"""What every training script can be told: one dataclass, read from the command line by tyro."""
+"""What every training script can be told: one dataclass, and what its fields may be."""
 
+import codecs
 import dataclasses
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import math
+import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 
-Parsed = TypeVar("Parsed", bound="Options")
+
+class Allowed(NamedTuple):
+    """What values an option may have, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+Count = Annotated[int, Allowed("must lie in [1, 2^31)", lambda x: 1 <= x < 2**31)]
+CountOrNone = Annotated[
+    int | None, Allowed("must lie in [1, 2^31)", lambda x: x is None or 1 <= x < 2**31)
+]
+CountOrZero = Annotated[int, Allowed("must lie in [0, 2^31)", lambda x: 0 <= x < 2**31)]
+Seed = Annotated[int, Allowed("must lie in [0, 2^32)", lambda x: 0 <= x < 2**32)]
+Positive = Annotated[
+    float, Allowed("must be a finite number above 0", lambda x: x > 0 and math.isfinite(x))
+]
+NonNegative = Annotated[
+    float, Allowed("must be a finite number, 0 or above", lambda x: x >= 0 and math.isfinite(x))
+]
+Share = Annotated[float, Allowed("must lie in [0, 1)", lambda x: 0 <= x < 1)]
+Names = Annotated[tuple[str, ...], Allowed("needs at least one name", lambda x: len(x) >= 1)]
+Devices = Annotated[
+    tuple[int, int, int] | None,
+    Allowed("needs at least 1 along each axis", lambda x: x is None or min(x) >= 1),
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Of one run. Fields of a script's own come on top."""
+    """Options of one run. A script adds fields of its own."""
 
     model: str
     """Name of a published size, directory of a model in Hugging Face's format, or "tiny"."""
@@ -21,132 +48,112 @@ class Options:
     data: str = "wikitext-103"
     """standard-library, wikitext-2, wikitext-103, owner/name[:configuration] of a data set of the
     Hugging Face hub, or a directory of text files."""
-    seed: int = 0
-    """Of initial parameters, batches and dropout."""
+    encoding: str = "utf-8"
+    """Encoding of the text files, by Python's names (utf-8, latin-1, cp1252, utf-16)."""
+    seed: Seed = 0
+    """Seed of the initial parameters, the batches and dropout."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Optimizer steps."""
-    batch_size: int = 16
-    """Sequences a step."""
-    microbatches: int = 1
-    """Parts that a step's batch is taken in, one after the other, to save memory."""
-    length: int = 512
-    """Tokens a sequence."""
+    batch_size: Count = 16
+    """Sequences per step."""
+    microbatches: Count = 1
+    """Parts into which each batch is split. They are processed in turn, to save memory."""
+    length: Count = 512
+    """Tokens per sequence."""
     packing: bool = False
-    """Attention stays within a document, and every token comes once an epoch; without it sequences
-    are random pieces of the text."""
+    """Pack documents into rows: attention stays within a document, and every token comes once per
+    epoch. Without it, sequences are random pieces of the text."""
 
     optimizer: Literal["adamw", "adamw+clip", "lbw", "lbw+clip"] = "lbw"
-    """lbw is AdamW under the guard; clip is by the global norm. Without the guard it only watches:
-    the updates are AdamW's own, and nothing asks for a rollback."""
-    learning_rate: float = 1e-4
-    """Its peak."""
+    """lbw is AdamW under the guard; +clip adds clipping by the global norm. With adamw the guard
+    only observes: the updates are AdamW's own, and nothing is rolled back."""
+    learning_rate: Positive = 1e-4
+    """Peak learning rate."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """After the warm-up: constant, or down to zero at the last step."""
-    warmup: float = 0.03
+    """Learning rate after the warm-up: constant, or falling to zero at the last step."""
+    warmup: Share = 0.03
     """Share of the steps in which the learning rate rises to its peak."""
-    b1: float = 0.9
-    """AdamW's decay of the first moment."""
-    b2: float = 0.999
-    """AdamW's decay of the second moment."""
-    weight_decay: float = 0.0
-    """AdamW's, on everything that is trained."""
-    clip: float = 1.0
-    """Largest global norm of the gradient, for the optimizers with clip."""
-    max_distance: int = 50
-    """A rollback goes back this many steps at most."""
-    save_every: int = 25
-    """Steps between two checkpoints; a kill loses no more."""
+    b1: Share = 0.9
+    """Decay of AdamW's first moment."""
+    b2: Share = 0.999
+    """Decay of AdamW's second moment."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's weight decay, on everything that is trained."""
+    clip: Positive = 1.0
+    """Largest global norm of the gradient, for the optimizers with +clip."""
+    max_distance: Count = 50
+    """Largest number of steps that a rollback may go back."""
+    save_every: Count = 25
+    """Steps between two checkpoints. A killed run loses no more than that."""
+    adopt: Path | None = None
+    """Checkpoint, or run directory, of a run without the guard. A new run starts from it, under the
+    guard."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of activations and products."""
+    """Type of activations and matrix products."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters; of the frozen ones where only adapters are trained."""
+    """Type of the parameters; of the frozen ones where only adapters are trained."""
     remat: bool = False
-    """Keep only each layer's input for the gradient, and compute the rest again."""
+    """Keep only each layer's input for the backward pass, and compute the rest again."""
     scan: bool = False
     """Compile one layer and loop over it."""
-    mesh: tuple[int, int, int] | None = None
-    """Devices along (data, fsdp, tensor): copies, parts of parameters and batch, parts of heads and
-    vocabulary. None: all along fsdp."""
-    loss_chunk: int | None = None
-    """Positions of a sequence whose logits are held at a time; None: all."""
-    z_loss: float = 0.0
-    """Weight of the squared log-normaliser."""
+    mesh: Devices = None
+    """Devices along (data, fsdp, tensor): copies of the model, parts of parameters and batch, parts
+    of heads and vocabulary. None: all along fsdp."""
+    loss_chunk: CountOrNone = None
+    """Positions of a sequence whose logits are in memory at a time. None: all."""
+    z_loss: NonNegative = 0.0
+    """Weight of the squared log-normaliser in the loss."""
 
-    eval_every: int = 100
-    """Steps between two looks at the valid split; 0: only at the end."""
-    eval_targets: int = 131_072
-    """Targets of the valid split looked at during the run; at the end all are."""
+    eval_every: CountOrZero = 100
+    """Steps between two evaluations on the valid split. 0: only at the end."""
+    eval_targets: Count = 131_072
+    """Tokens predicted in an evaluation during the run."""
+    final_eval_targets: CountOrNone = None
+    """Tokens predicted in the final evaluation, for each held-out split. None: the whole split."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-    """Where metrics go besides log.jsonl in the run directory."""
+    """Where metrics go besides log.jsonl in the run directory. No name: nowhere."""
 
 
-def parse(
-    kind: type[Parsed],
-    presets: Mapping[str, Parsed],
-    arguments: Sequence[str] | None,
-    *,
-    prog: str,
-    description: str,
-) -> Parsed:
-    """The options of a command line; ``--preset NAME`` chooses the defaults, first of all.
+def problems(options: Options) -> list[str]:
+    """What cannot be in these options, a sentence each; nothing is read or made for it.
 
-    Raises:
-      SystemExit: for ``--help`` (0) and for arguments that mean nothing (2).
+    >>> problems(Options("tiny", Path("x"), steps=0, learning_rate=float("nan")))
+    ['--steps 0 must lie in [1, 2^31)', '--learning-rate nan must be a finite number above 0']
     """
+    hints = typing.get_type_hints(type(options), include_extras=True)
+    single = [
+        f"{flag(name)} {getattr(options, name)} {allowed.words}"
+        for name, hint in hints.items()
+        for allowed in getattr(hint, "__metadata__", ())
+        if isinstance(allowed, Allowed) and not allowed.holds(getattr(options, name))
+    ]
+    return single or list(_contradictions(options))
+
+
+def _contradictions(options: Options) -> Iterator[str]:
+    if options.batch_size % options.microbatches:
+        yield (
+            f"a batch of {options.batch_size} sequences cannot be cut into "
+            f"{options.microbatches} microbatches: choose a batch size that is a multiple"
+        )
+    if not _is_text_encoding(options.encoding):
+        yield f"--encoding {options.encoding}: Python knows no such encoding of text; try latin-1"
+
+
+def _is_text_encoding(name: str) -> bool:
     try:
-        import tyro
-    except ImportError:
-        fail(prog, "the scripts need tyro: pip install 'lbw_optax[train]'")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    name, given = _preset(given, next(iter(presets)))
-    if name not in presets:
-        fail(prog, f"--preset {name}: there is no such preset; there are {', '.join(presets)}")
-    shown = f"{description}\n\n--preset NAME sets the defaults below: {', '.join(presets)}."
-    return tyro.cli(
-        kind, default=presets[name], args=given, prog=f"python -m {prog}", description=shown
-    )
+        codecs.lookup(name)
+        "".encode(name)
+    except (LookupError, ValueError):
+        return False
+    return True
 
 
-def _preset(arguments: list[str], default: str) -> tuple[str, list[str]]:
-    """Take ``--preset NAME`` or ``--preset=NAME`` out of the arguments.
-
-    >>> _preset(["--steps", "3", "--preset", "tiny"], "large")
-    ('tiny', ['--steps', '3'])
-    """
-    for i, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        if flag == "--preset":
-            rest = arguments[i + 1 :]
-            if not equals:
-                value, rest = (rest[0], rest[1:]) if rest else ("", [])
-            return value, arguments[:i] + rest
-    return default, arguments
-
-
-def guarded_main(prog: str, job: Callable[[], int]) -> int:
-    """Run `job`; what a user can mend ends in one sentence and exit code 2, not in a traceback."""
-    from lbw_optax import GuardExhausted
-
-    try:
-        return job()
-    except KeyboardInterrupt:
-        print(f"{prog}: stopped before the first step; nothing was saved", file=sys.stderr)
-        return 130
-    except GuardExhausted as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 3
-    except (ValueError, ImportError) as error:
-        fail(prog, str(error))
-    except OSError as error:
-        fail(prog, f"{error.strerror or error}: {error.filename or 'a file of the run'}")
-
-
-def fail(prog: str, sentence: str) -> NoReturn:
-    """End the program with one sentence on standard error, and exit code 2."""
-    print(f"{prog}: {sentence}", file=sys.stderr)
-    raise SystemExit(2)
+def flag(name: str) -> str:
+    """An option as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def as_json(options: Options) -> dict[str, Any]:

@@ -4,14 +4,17 @@ Small models are what this is for: the bases that LoRA runs and tests start from
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from flax import nnx
 
 from train import data, hub, memory, run, weights
+from train.command import guarded_main, parse
+from train.interrupt import Stopped
 from train.model import Decoder
-from train.options import Options, guarded_main, parse
+from train.options import Options
 
 TINY = Options(
     model="tiny",
@@ -34,7 +37,7 @@ PRESETS = {"tiny": TINY}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
     options = parse(Options, PRESETS, arguments, prog="train.pretrain", description=__doc__ or "")
-    return guarded_main("train.pretrain", lambda: 0 if pretrain(options).finished else 130)
+    return guarded_main("train.pretrain", lambda: run.once(options, "model", pretrain))
 
 
 def pretrain(options: Options) -> run.Result:
@@ -42,18 +45,20 @@ def pretrain(options: Options) -> run.Result:
 
     Model and tokenizer go to ``model`` in the run directory, as transformers has them.
     """
+    run.check(options)
     config = run.shape_of(options.model)
 
     def build() -> Decoder:
         return Decoder(config, rngs=nnx.Rngs(options.seed), **run.kinds(options))
 
     cost = run.announce(options, build, nnx.Param)
-    corpus = data.load(options.data, vocab_size=config.vocab_size)
-    result = run.train(build(), nnx.Param, corpus, options, cost)
-    if result.finished:
-        weights.save(result.decoder, options.out / "model", end=corpus.end)
+    corpus = data.load(options.data, vocab_size=config.vocab_size, encoding=options.encoding)
+
+    def save(decoder: Decoder) -> None:
+        weights.save(decoder, options.out / "model", end=corpus.end)
         hub.save_tokenizer(corpus.tokenizer, corpus.end, options.out / "model")
-    return result
+
+    return run.train(build(), nnx.Param, corpus, options, cost, save=save)
 
 
 def base(options: Options, steps: int) -> str:
@@ -61,6 +66,9 @@ def base(options: Options, steps: int) -> str:
 
     Only "tiny" is no place: a base of that shape is pre-trained on the run's own text, into
     ``base`` in the run directory, unless it is there already.
+
+    Raises:
+      Stopped: if that run is stopped.
     """
     if options.model != "tiny":
         return options.model
@@ -68,14 +76,18 @@ def base(options: Options, steps: int) -> str:
         TINY,
         out=options.out / "base",
         data=options.data,
+        encoding=options.encoding,
         seed=options.seed,
         steps=steps,
         scan=options.scan,
         track=options.track,
+        final_eval_targets=options.final_eval_targets,
     )
     model = own.out / "model"
-    if not (model / "tokenizer.json").exists() and not pretrain(own).finished:
-        raise KeyboardInterrupt
+    if not (model / "tokenizer.json").exists():
+        print(f"first a base is pre-trained, in {own.out}", file=sys.stderr)
+        if not pretrain(own).finished:
+            raise Stopped
     return str(model)
 
 

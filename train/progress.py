@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Collection, Iterator
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -46,6 +47,16 @@ class Progress:
         elif self._bar.disable and time.monotonic() - self._shown > self._every:
             place = f"{self._run}  step {step + 1}/{self._steps}"
             self.note(f"{place}  {describe(metrics)}  {self._left()} left")
+
+    def batches(self, name: str, batches: Collection[Any]) -> Iterator[Any]:
+        """Give these one by one, with a bar of their own: an evaluation between two steps."""
+        bar = tqdm(total=len(batches), desc=name, leave=False, disable=self._bar.disable)
+        with bar:
+            for done, batch in enumerate(batches, start=1):
+                yield batch
+                bar.update()
+                if bar.disable and time.monotonic() - self._shown > self._every:
+                    self.note(f"{self._run}  {name}: batch {done}/{len(batches)}")
 
     def note(self, line: str) -> None:
         """Print a line that stays."""

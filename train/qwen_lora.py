@@ -11,23 +11,24 @@ from pathlib import Path
 from flax import nnx
 
 from train import data, lora, memory, pretrain, run, weights
+from train.command import guarded_main, parse
 from train.model import Decoder
-from train.options import Options, guarded_main, parse
+from train.options import Count, Names, Options, Positive, Share
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraOptions(Options):
-    """Of a run that trains adapters alone."""
+    """Options of a run that trains adapters alone."""
 
-    rank: int = 16
-    """Of the adapters."""
-    alpha: float = 32.0
-    """Adapters count alpha / rank times."""
-    dropout: float = 0.0
-    """Share of an adapter's inputs that is dropped."""
-    targets: tuple[str, ...] = lora.ATTENTION + lora.MLP
+    rank: Count = 16
+    """Rank of the adapters."""
+    alpha: Positive = 32.0
+    """Numerator of the adapters' scale, which is alpha / rank."""
+    dropout: Share = 0.0
+    """Share of an adapter's inputs that is dropped during training."""
+    targets: Names = lora.ATTENTION + lora.MLP
     """Linear layers that get an adapter."""
-    base_steps: int = 700
+    base_steps: Count = 700
     """Steps of pre-training, for the model "tiny"."""
 
 
@@ -72,13 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(
         LoraOptions, PRESETS, arguments, prog="train.qwen_lora", description=__doc__ or ""
     )
-    return guarded_main("train.qwen_lora", lambda: 0 if finetune(options).finished else 130)
+    return guarded_main("train.qwen_lora", lambda: run.once(options, "adapter", finetune))
 
 
 def finetune(options: LoraOptions) -> run.Result:
     """One run; the adapter goes to ``adapter`` in the run directory."""
-    source = pretrain.base(options, options.base_steps)
-    config = run.shape_of(source)
+    run.check(options)
+    config = run.shape_of(options.model)
 
     def adapted(decoder: Decoder) -> Decoder:
         lora.add_lora(
@@ -95,13 +96,16 @@ def finetune(options: LoraOptions) -> run.Result:
         return adapted(Decoder(config, rngs=nnx.Rngs(options.seed), **run.kinds(options)))
 
     cost = run.announce(options, build, nnx.LoRAParam)
-    corpus = data.load(options.data, tokenizer=source)
+    source = pretrain.base(options, options.base_steps)
+    corpus = data.load(options.data, tokenizer=source, encoding=options.encoding)
     weights.check_vocabulary(corpus.tokenizer, config)
     decoder = adapted(weights.load(source, mesh=run.mesh(options), **run.kinds(options)))
-    result = run.train(decoder, nnx.LoRAParam, corpus, options, cost, dropout=options.dropout > 0)
-    if result.finished:
-        weights.save_adapter(result.decoder, options.out / "adapter", base=source)
-    return result
+
+    def save(decoder: Decoder) -> None:
+        weights.save_adapter(decoder, options.out / "adapter", base=source)
+
+    dropout = options.dropout > 0
+    return run.train(decoder, nnx.LoRAParam, corpus, options, cost, dropout=dropout, save=save)
 
 
 if __name__ == "__main__":

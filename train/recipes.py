@@ -1,5 +1,10 @@
 """Optimizers and learning-rate schedules by the names that the scripts' options have."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
 
 import lbw_optax
@@ -35,7 +40,7 @@ def schedule(options: Options) -> optax.Schedule:
     """
     if not 0 <= options.warmup < 1:
         raise ValueError(f"--warmup {options.warmup:g} is no share of the run in [0, 1)")
-    peak, warmup = options.learning_rate, round(options.warmup * options.steps)
+    peak, warmup = options.learning_rate, warmup_steps(options.warmup, options.steps)
     rest = max(options.steps - warmup, 1)
     after = {
         "constant": optax.constant_schedule(peak),
@@ -47,3 +52,31 @@ def schedule(options: Options) -> optax.Schedule:
     return optax.join_schedules(
         [optax.linear_schedule(peak / warmup, peak, warmup), after], [warmup]
     )
+
+
+def warmup_steps(share: float, steps: int) -> int:
+    """Steps in which the learning rate rises."""
+    return round(share * steps)
+
+
+def newest_rate(options: Options) -> Callable[[Any], jax.Array]:
+    """A function from the optimizer's state to the learning rate of the newest update in it.
+
+    The optimizer's own count decides: a step that the guard skipped has not advanced it.
+
+    >>> from pathlib import Path
+    >>> options = Options("tiny", Path("x"), learning_rate=0.5, schedule="constant", warmup=0.0)
+    >>> print(newest_rate(options)(optimizer(options).init(jnp.ones(3))))
+    0.5
+    """
+    rates = schedule(options)
+    at = jax.jit(lambda count: jnp.asarray(rates(jnp.maximum(count - 1, 0)), jnp.float32))
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def rate(opt_state: Any) -> jax.Array:
+        nodes = jax.tree.leaves(opt_state, is_leaf=is_schedule)
+        return at(next(node.count for node in nodes if is_schedule(node)))
+
+    return rate

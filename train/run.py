@@ -2,9 +2,10 @@
 
 import contextlib
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,12 @@ from flax import nnx
 
 import lbw_optax
 from train import (
+    adoption,
     data,
     estimate,
+    evaluation,
     files,
+    logs,
     loop,
     packing,
     recipes,
@@ -25,12 +29,15 @@ from train import (
     summary,
     weights,
 )
+from train.evaluation import Evaluation
 from train.interrupt import Interrupt
 from train.losses import Batch
 from train.model import Decoder, next_token_loss, split
 from train.options import Options
 from train.presets import PRESETS, Config
 from train.watch import Watch
+
+Chosen = TypeVar("Chosen", bound=Options)
 
 
 class Task(NamedTuple):
@@ -49,13 +56,14 @@ class Task(NamedTuple):
 class Result(NamedTuple):
     """What a run leaves: the model after `step` updates.
 
-    `perplexity` is over the whole of each held-out split; empty where the run was stopped before
-    its end.
+    `perplexity` is of each held-out split, over `targets` tokens of it; both are empty where the
+    run was stopped before its end.
     """
 
     decoder: Decoder
     step: int
     perplexity: dict[str, float]
+    targets: dict[str, int]
 
     @property
     def finished(self) -> bool:
@@ -83,10 +91,44 @@ def kinds(options: Options) -> dict[str, Any]:
     }
 
 
+def check(options: Options) -> None:
+    """Find what cannot work before anything is made, downloaded or loaded.
+
+    Raises:
+      ValueError: if the run directory holds another run or cannot be written, if there is nothing
+        to adopt, or if checkpoints are too far apart for the rollback.
+      ImportError: for a tracker that is not installed.
+    """
+    changed = rundir.check(options)
+    if changed:
+        print(f"{options.out} goes on with other options: {'; '.join(changed)}", file=sys.stderr)
+    logs.require(options.track)
+    if options.adopt is not None and not rundir.has_checkpoints(options.out):
+        adoption.require(options.adopt)
+    with tempfile.TemporaryDirectory() as place, checkpoints(options, place):
+        pass
+
+
+def once(options: Chosen, product: str, job: Callable[[Chosen], Result]) -> int:
+    """Do the job unless the run has ended before; the exit code.
+
+    Args:
+      options: of the run.
+      product: what it leaves besides its numbers, a directory in the run directory.
+      job: makes the run.
+    """
+    if not rundir.finished(options, product):
+        return 0 if job(options).finished else 130
+    rundir.check(options)
+    print(f"{options.out} is finished: all {options.steps} steps are made", file=sys.stderr)
+    print(summary.places(options.out), file=sys.stderr)
+    return 0
+
+
 def announce(options: Options, build: Callable[[], Decoder], trained: Any) -> estimate.Estimate:
     """Print what the run will need, and stop here, before anything is loaded, if it cannot work.
 
-    The whole step is evaluated on shapes: nothing is allocated on a device.
+    The whole step is evaluated on shapes: no parameter is allocated.
 
     Args:
       options: of the run.
@@ -94,10 +136,8 @@ def announce(options: Options, build: Callable[[], Decoder], trained: Any) -> es
       trained: the kind of variable that is trained, as `train.model.split` takes it.
 
     Raises:
-      ValueError: if the run cannot fit, for shapes that do not go together, or if the run
-        directory holds a run with other options.
+      ValueError: if the run cannot fit, or for shapes that do not go together.
     """
-    rundir.check(options)
     decoder = nnx.eval_shape(build)
     graphdef, params, frozen = split(decoder, trained)
     tx = _optimizer(options)
@@ -123,45 +163,65 @@ def train(
     cost: estimate.Estimate,
     *,
     dropout: bool = False,
+    save: Callable[[Decoder], None] = lambda decoder: None,
 ) -> Result:
     """Train what is of the kind `trained` in `decoder`, from where the run directory is.
 
-    The parameters of `decoder` are given away: use those of the result.
+    The parameters of `decoder` are given away: use those of the result. `save` is called with the
+    trained model at the end; ``result.json`` comes after it, and says that the run is finished.
     """
     job = task(decoder, trained, corpus, options, cost, dropout=dropout)
-    rundir.claim(options, needed_bytes=3 * cost.checkpoint)
     where = mesh(options)
     if where is not None:
         params, frozen = sharding.shard((job.params, job.frozen), where)
         job = job._replace(params=params, frozen=frozen)
     with jax.set_mesh(where) if where else contextlib.nullcontext():
-        return _train(job, options, where)
+        job, opt_state = _begin(job, options, where)
+        rundir.claim(options, needed_bytes=3 * cost.checkpoint)
+        return _train(job, opt_state, options, where, save)
 
 
-def _train(task: Task, options: Options, where: sharding.Mesh | None) -> Result:
+def _begin(task: Task, options: Options, where: sharding.Mesh | None) -> tuple[Task, Any]:
+    """What the first step starts from, unless the run goes on: fresh, or another run's."""
+    opt_state = _init(task, where)
+    if options.adopt is None or rundir.has_checkpoints(options.out):
+        return task, opt_state
+    params, opt_state = adoption.load(options.adopt, task.params, opt_state)
+    return task._replace(params=params), opt_state
+
+
+def _train(
+    task: Task,
+    opt_state: Any,
+    options: Options,
+    where: sharding.Mesh | None,
+    save: Callable[[Decoder], None],
+) -> Result:
     began = time.perf_counter()
     with (
         Interrupt() as interrupted,
         checkpoints(options) as rollback,  # first, for it says if another process is here
-        Watch(options, task.cost) as watch,
+        Watch(options, task.cost, evaluation.size(task.held_out, options)) as watch,
         packing.Prefetch(task.batch, put=_put(where)) as batch,
     ):
-        for step, state in steps(task, options, rollback, watch, batch, _init(task, where)):
+        look = Evaluation(task.loss_fn, task.frozen, task.held_out, options, watch, interrupted)
+        for step, state in steps(task, options, rollback, watch, batch, opt_state):
+            if _is_due(step, options):
+                look.during(state[0])
             if interrupted:
                 break
-            if _is_due(step, options):
-                watch.evaluated("valid_perplexity", _perplexity(task, state[0], "valid", options))
         watch.audit(step, state[1])
         rollback.save(step, state)
         decoder = nnx.merge(task.graphdef, state[0], task.frozen)
-        if step < options.steps:
+        ends = look.at_the_end(state[0]) if step >= options.steps else {}
+        if not ends:
             watch.note(f"stopped after step {step}, and saved; the same command goes on from there")
-            return Result(decoder, step, {})
-        ends = {split: _perplexity(task, state[0], split) for split in task.held_out}
-        for split, perplexity in ends.items():
-            watch.evaluated(f"{split}_perplexity", perplexity)
-    summary.write(options, ends, seconds=time.perf_counter() - began)
-    return Result(decoder, step, ends)
+            return Result(decoder, step, {}, {})
+    save(decoder)
+    targets = {split: evaluation.targets(look.final(split)) for split in ends}
+    summary.write(options, ends, targets, seconds=time.perf_counter() - began)
+    print(summary.places(options.out), file=sys.stderr)
+    return Result(decoder, step, ends, targets)
 
 
 def steps(
@@ -177,6 +237,9 @@ def steps(
     The state is gone once the next step is asked for. `step` falls after a rollback.
     """
     step, state = rollback.resume((task.params, opt_state))
+    if step == 0 and options.adopt is not None:
+        step = adoption.updates(state[1])
+        rollback.save(step, state)
     watch.move(step)
     yield step, state
     while step < options.steps:
@@ -196,10 +259,10 @@ def steps(
         yield step, state
 
 
-def checkpoints(options: Options) -> lbw_optax.RollbackManager:
+def checkpoints(options: Options, place: str | None = None) -> lbw_optax.RollbackManager:
     """Checkpoints, resume and rollback are one thing; it lives in the run directory."""
     return lbw_optax.RollbackManager(
-        options.out, max_distance=options.max_distance, save_every=options.save_every
+        place or options.out, max_distance=options.max_distance, save_every=options.save_every
     )
 
 
@@ -215,15 +278,6 @@ def _is_due(step: int, options: Options) -> bool:
     """Whether to look at the valid split after this step; the last one has a look of its own."""
     every = options.eval_every
     return every > 0 and step % every == 0 and 0 < step < options.steps
-
-
-def _perplexity(task: Task, params: Any, split: str, options: Options | None = None) -> float:
-    """On all windows of a split, or on as many as the options want during the run."""
-    windows = task.held_out[split]
-    if options is not None:
-        per_batch = windows.shape[1] * (windows.shape[2] - 1)
-        windows = windows[: max(options.eval_targets // per_batch, 1)]
-    return loop.perplexity(task.loss_fn, params, windows, frozen=task.frozen)
 
 
 def _batches(corpus: data.Corpus, options: Options, dropout: bool) -> Callable[[int], Batch]:

@@ -1,5 +1,6 @@
 """What a finished run leaves in its directory: ``result.json`` and ``figure.png``."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,25 +12,58 @@ from train.options import Options, as_json
 from train.provenance import provenance
 
 
-def write(options: Options, perplexity: dict[str, float], *, seconds: float) -> None:
-    """Numbers and figure, from the log; `seconds` are those of the last process.
+def write(
+    options: Options, perplexity: dict[str, float], targets: dict[str, int], *, seconds: float
+) -> None:
+    """Figure and numbers, from the log; `seconds` are those of the last process.
 
-    A held-out perplexity is over a whole split: each token counts once, predicted from at most
-    "context" tokens before it, in windows that begin every "stride" tokens.
+    A held-out perplexity is over the first "targets" tokens of a split: each counts once, predicted
+    from at most "context" tokens before it, in windows that begin every "stride" tokens.
+    ``result.json`` comes last: where it is, the run is finished.
     """
     logged = history(options.out)
     document = {
         **provenance(),
         "options": as_json(options),
         "perplexity": perplexity,
+        "targets": targets,
         "context": options.length,
         "stride": options.length,
         "seconds": round(seconds, 2),
         "tokens_per_second": _median(logged.get("tokens_per_second")),
         "mfu": _median(logged.get("mfu")),
     }
+    _draw(options, logged)
     rundir.write_json(options.out / "result.json", jsonl.finite(document))
-    curve = figure.Curve(options.optimizer, logged["loss"], logged.get("scale"), _events(options))
+
+
+def places(out: Path) -> str:
+    """Where what a run has left is, a line each."""
+    found = [(what, out / name) for name, what in _LEFT.items() if (out / name).exists()]
+    return "\n".join(f"  {what:<11}{path}" for what, path in found)
+
+
+_LEFT = {
+    "adapter": "adapter",
+    "model": "model",
+    "result.json": "result",
+    "figure.png": "figure",
+    "report.html": "report",
+    "log.jsonl": "log",
+    "events.jsonl": "events",
+}
+
+
+def _draw(options: Options, logged: dict[str, np.ndarray]) -> None:
+    curve = figure.Curve(
+        options.optimizer,
+        logged["loss"],
+        logged.get("scale"),
+        _events(options),
+        valid=np.log(logged["valid_perplexity"]) if "valid_perplexity" in logged else None,
+        learning_rate=logged.get("learning_rate"),
+        gradient_norm=logged.get("gradient_norm"),
+    )
     figure.figure({options.out.name: [curve]}, options.out / "figure.png")
 
 

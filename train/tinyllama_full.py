@@ -11,15 +11,16 @@ from pathlib import Path
 from flax import nnx
 
 from train import data, hub, memory, pretrain, run, weights
+from train.command import guarded_main, parse
 from train.model import Decoder
-from train.options import Options, guarded_main, parse
+from train.options import Count, Options
 
 
 @dataclasses.dataclass(frozen=True)
 class FullOptions(Options):
-    """Of a run that trains all parameters."""
+    """Options of a run that trains all parameters."""
 
-    base_steps: int = 700
+    base_steps: Count = 700
     """Steps of pre-training, for the model "tiny"."""
 
 
@@ -61,26 +62,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(
         FullOptions, PRESETS, arguments, prog="train.tinyllama_full", description=__doc__ or ""
     )
-    return guarded_main("train.tinyllama_full", lambda: 0 if finetune(options).finished else 130)
+    return guarded_main("train.tinyllama_full", lambda: run.once(options, "model", finetune))
 
 
 def finetune(options: FullOptions) -> run.Result:
     """One run; model and tokenizer go to ``model`` in the run directory."""
-    source = pretrain.base(options, options.base_steps)
-    config = run.shape_of(source)
+    run.check(options)
+    config = run.shape_of(options.model)
 
     def build() -> Decoder:
         return Decoder(config, rngs=nnx.Rngs(options.seed), **run.kinds(options))
 
     cost = run.announce(options, build, nnx.Param)
-    corpus = data.load(options.data, tokenizer=source)
+    source = pretrain.base(options, options.base_steps)
+    corpus = data.load(options.data, tokenizer=source, encoding=options.encoding)
     weights.check_vocabulary(corpus.tokenizer, config)
     decoder = weights.load(source, mesh=run.mesh(options), **run.kinds(options))
-    result = run.train(decoder, nnx.Param, corpus, options, cost)
-    if result.finished:
-        weights.save(result.decoder, options.out / "model")
+
+    def save(decoder: Decoder) -> None:
+        weights.save(decoder, options.out / "model")
         hub.save_tokenizer(corpus.tokenizer, corpus.end, options.out / "model")
-    return result
+
+    return run.train(decoder, nnx.Param, corpus, options, cost, save=save)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """What is seen of a run while it runs: log, bar, speed and audit, a step late."""
 
+import time
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple, Self
 
 import jax
 
 import lbw_optax
 from lbw_optax.rollback.manager import Rollback
-from train import estimate
+from train import estimate, recipes
 from train.logs import Logs
 from train.options import Options, as_json
 from train.progress import Progress
@@ -14,6 +16,8 @@ from train.speed import Speed
 
 AUDIT_EVERY = 50
 """Steps; the guard's ring holds 64."""
+TIMED_STEPS, TIMED_SECONDS = 8, 3.0
+"""At least so much is timed, or a third of the run, before the time that is left is told."""
 LEFT_OUT = "gradient_log2/"
 """A histogram of sixteen numbers a step, which no log needs."""
 
@@ -30,9 +34,10 @@ class Watch:
     Args:
       options: of the run.
       cost: of one step, for tokens a second and the share of the device's peak.
+      evaluated: tokens that the whole run predicts in evaluations, for the time that is left.
     """
 
-    def __init__(self, options: Options, cost: estimate.Estimate):
+    def __init__(self, options: Options, cost: estimate.Estimate, evaluated: int = 0):
         devices = jax.devices()
         peak = estimate.peak_flops(devices[0]) * len(devices)
         self._speed = Speed(tokens=cost.tokens, flops=cost.flops, peak=peak)
@@ -41,13 +46,19 @@ class Watch:
         self._progress = Progress(options.steps)
         self._progress.start(options.out.name, options.steps)
         self._governs = options.optimizer.startswith("lbw")
+        self._rate = recipes.newest_rate(options)
+        self._time_left = estimate.TimeLeft(options, cost, evaluated)
+        self._steps, self._timed, self._is_told = options.steps, list[float](), False
         self._before: _Step | None = None
 
     def step(self, number: int, metrics: dict[str, jax.Array], opt_state: Any) -> None:
         """Take note of update `number`, from 1; `opt_state` is the state after it."""
         self._show()
         kept = {name: x for name, x in metrics.items() if not name.startswith(LEFT_OUT)}
-        self._before = _Step(number, kept, self._speed.step())
+        kept["learning_rate"] = self._rate(opt_state)
+        seen = {"time": round(time.time(), 3), **self._speed.step()}
+        self._before = _Step(number, kept, seen)
+        self._tell_time(number, seen)
         if number % AUDIT_EVERY == 0:
             self.audit(number, opt_state)
 
@@ -63,6 +74,20 @@ class Watch:
             self._before.seen[name] = perplexity
             self.note(f"step {self._before.number}: {name.replace('_', ' ')} {perplexity:.3f}")
         self._speed.pause()
+
+    def batches(self, name: str, batches: Collection[Any]) -> Iterator[Any]:
+        """Give the batches of an evaluation one by one, and show how many are done."""
+        return self._progress.batches(name, batches)
+
+    def _tell_time(self, number: int, seen: dict[str, float]) -> None:
+        """Once, when enough steps have been timed, say how long the run will take."""
+        if self._is_told or "tokens_per_second" not in seen:
+            return
+        self._timed.append(seen["time"])
+        enough = self._timed[-1] - self._timed[0] >= TIMED_SECONDS or 3 * number >= self._steps
+        if enough and len(self._timed) >= TIMED_STEPS:
+            self._is_told = True
+            self.note(self._time_left.describe(number, seen["tokens_per_second"]))
 
     def move(self, steps: int) -> None:
         """The run goes on so many steps further on, or back."""

@@ -15,7 +15,7 @@ from train import lora, model, weights
 NEEDED = ("torch", "transformers", "peft", "safetensors")
 missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 pytestmark = [
-    pytest.mark.skipif(bool(missing), reason=f"needs lbw_optax[parity]: no {missing}"),
+    pytest.mark.skipif(bool(missing), reason=f"needs the group parity: no {missing}"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # peft asks it
     pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'lbw_optax[train]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install --group train")
 pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_optax[rollback]'")
 
 from small_model import SMALL
@@ -103,6 +103,10 @@ def short_text(place):
     (place / "text" / "train.txt").write_text("short")
 
 
+def latin_text(place):
+    (place / "text" / "train.txt").write_bytes(b"caf\xe9 " * 3000)
+
+
 def a_file_for_a_directory(place):
     (place / "run").write_text("")
 
@@ -127,6 +131,7 @@ def locked(place):
         (no_text, ["the train split of", "holds no text"]),
         (no_directory, ["there is no directory", "give a directory of text files"]),
         (short_text, ["tokens are too few for one sequence of 64"]),
+        (latin_text, ["train.txt is not utf-8 (byte 3 is 0xe9)", "--encoding"]),
         (a_file_for_a_directory, ["run cannot be written", "choose another --out"]),
         (locked, ["Another process uses", "pass another directory"]),
     ],
@@ -152,9 +157,9 @@ def test_damaged_input_is_named(main, damage, said, place, capsys):
         (["--mesh", "1", "1", "8"], ["the mesh does not divide these arrays evenly"]),
         (["--microbatches", "3"], ["a batch of 8 sequences cannot be cut into 3 microbatches"]),
         (["--max-distance", "5"], ["max_distance=5 is too small"]),
-        (["--warmup", "2"], ["--warmup 2 is no share of the run"]),
         (["--data", "nowhere"], ["there is no directory nowhere"]),
-        (["--loss-chunk", "0"], ["chunk=0"]),
+        (["--track", "wandb"], ["--track wandb needs wandb: pip install wandb"]),
+        (["--targets", "q_prog"], ["q_prog", "q_proj"]),
     ],
 )
 def test_impossible_options_are_named(given, said, place, capsys):

@@ -193,6 +193,21 @@ def test_unusable_directories_are_named(directory, damage, sentence):
     assert str(directory) in str(raised.value)
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "cp1252"])
+def test_text_in_another_encoding_is_read_with_its_name_and_named_without(tmp_path, encoding):
+    text = "Käse für 3 Café\n" * 50
+    for split in data.SPLITS:
+        (tmp_path / f"{split}.txt").write_bytes(f"{split} {text}".encode(encoding))
+    assert data.text_directory(tmp_path, encoding)["train"] == [f"train {text}"]
+    first = (tmp_path / "train.txt").read_bytes()
+    with pytest.raises(UnicodeDecodeError) as reference:
+        first.decode()
+    at = reference.value.start
+    expected = rf"train.txt is not utf-8 \(byte {at} is 0x{first[at]:02x}\): give its --encoding"
+    with pytest.raises(data.DataError, match=expected):
+        data.text_directory(tmp_path)
+
+
 def test_a_cache_that_cannot_be_made_is_named(directory, cache):
     cache.write_text("a file where the cache should be")
     with pytest.raises(data.DataError, match="set LBW_CACHE") as raised:

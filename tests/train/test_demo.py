@@ -71,9 +71,11 @@ def test_the_json_holds_the_table_and_where_it_comes_from(finished):
     )
     assert document["seed"] == 3
     runs = document["runs"]
-    assert len(runs) == 13
+    assert len(runs) == 14
     for run in runs:
-        assert f"{run['perplexity']:.2f} {run['ratio_to_tuned_adamw']:>6.2f}×" in done.stdout
+        perplexity, ratio = run["perplexity"], run["ratio_to_tuned_adamw"]
+        said = "nan    nan×" if perplexity is None else f"{perplexity:.2f} {ratio:>6.2f}×"
+        assert said in done.stdout
         undone = sum(r["from_step"] - r["to_step"] for r in run["rollbacks"])
         assert len(run["history"]["loss"]) == demo.QUICK.steps(_task(run)) + undone
         assert ("scale" in run["history"]) == (run["method"] == "guard")
@@ -94,6 +96,16 @@ def test_the_last_run_goes_back_once_and_passes_over_the_bad_batches(finished):
     actions = [event["action"] for event in run["events"]]
     assert (actions.count("skip"), actions.count("rollback")) == (mishap.LENGTH, 1)
     assert "went back from step" in finished[0].stdout
+
+
+def test_adamw_alone_is_lost_at_the_same_batches(finished):
+    bare, guarded = json.loads((finished[1] / "demo.json").read_text())["runs"][-2:]
+    assert (bare["task"], bare["method"], guarded["method"]) == (demo.MISHAP, "adamw", "guard")
+    first = demo.QUICK.lora_steps // 2
+    lost = [loss is None for loss in bare["history"]["loss"]]
+    assert lost == [False] * first + [True] * (demo.QUICK.lora_steps - first)
+    assert bare["perplexity"] is None
+    assert np.isfinite(guarded["perplexity"])
 
 
 def test_pairs_start_alike(finished):
@@ -133,8 +145,8 @@ def test_interrupted_it_keeps_what_is_finished(finished, place, environment):
     assert process.returncode == 130
     assert "Traceback" not in errors
     kept = json.loads((out / "demo.json").read_text())["runs"]
-    assert 1 <= len(kept) < 13
-    assert f"Stopped: {len(kept)} of 13 runs" in output
+    assert 1 <= len(kept) < 14
+    assert f"Stopped: {len(kept)} of 14 runs" in output
     assert imread(out / "demo.png").ndim == 3
 
 

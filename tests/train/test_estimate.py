@@ -101,6 +101,24 @@ def test_the_description_names_size_memory_and_time():
     assert "1000 steps of 512 tokens" in text
 
 
+@pytest.mark.parametrize(("adapters", "share"), [(False, 1 / 3), (True, 1 / 2)])
+def test_the_time_left_is_that_of_the_steps_and_the_forward_passes(adapters, share):
+    options = dataclasses.replace(OPTIONS, steps=1000)
+    left = estimate.TimeLeft(options, found(options, adapters=adapters), evaluated=10_240)
+    steps, evaluations = left.seconds(step=100, tokens_per_second=5120.0)
+    assert steps == pytest.approx(900 * 8 * 64 / 5120)
+    assert evaluations == pytest.approx(share * 2)
+    said = left.describe(100, 5120.0)
+    assert said.startswith(
+        "measured over the last steps: the 900 steps that are left take about 90"
+    )
+    # The share is that of the arithmetic, as XLA counts it.
+    graphdef, params, frozen, _ = shapes(adapters=adapters)
+    tokens = jax.ShapeDtypeStruct((8, 65), jnp.int32)
+    forward = loop._evaluate.lower(next_token_loss(graphdef), params, frozen, tokens).compile()
+    assert forward.cost_analysis()["flops"] / left.cost.flops == pytest.approx(share, rel=0.2)
+
+
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [

@@ -15,7 +15,7 @@ from train import data, files, gguf_file, hub, model, run, weights
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install --group gguf")
 needs_torch = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None, reason="needs lbw_optax[parity]: no torch"
+    importlib.util.find_spec("torch") is None, reason="needs the group parity: no torch"
 )
 TEXT = "one two three, 12 and 345 naïve 🦊 words\n" * 50
 END = "<|endoftext|>"

@@ -32,7 +32,7 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, what: str) -> None:
 @pytest.mark.parametrize(("case", "chunk"), list(zip(CASES, (None, 5, 5, None, 4), strict=True)))
 def test_logits_loss_and_the_gradient_of_every_parameter(case, chunk, tmp_path):
     """Of weights that were read from files as transformers writes them."""
-    tensors = pytest.importorskip("safetensors.numpy", reason="needs lbw_optax[train]")
+    tensors = pytest.importorskip("safetensors.numpy", reason="needs the group train")
     (tmp_path / "config.json").write_text(GOLDEN[f"{case}/config"].item())
     tensors.save_file(part(case, "weight"), tmp_path / "model.safetensors")
     graphdef, params, frozen = model.split(weights.load(tmp_path))

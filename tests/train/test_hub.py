@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-pytest.importorskip("datasets", reason="needs datasets: pip install 'lbw_optax[train]'")
-pytest.importorskip("transformers", reason="needs transformers: pip install 'lbw_optax[train]'")
+pytest.importorskip("datasets", reason="needs datasets: pip install --group train")
+pytest.importorskip("transformers", reason="needs transformers: pip install --group train")
 
 from train import data, hub
 

@@ -1,5 +1,12 @@
 """Progress where standard error is no terminal: plain lines with the time left."""
 
+import functools
+import os
+import re
+import subprocess
+import sys
+import termios
+
 import numpy as np
 
 from lbw_optax import REGIMES
@@ -44,3 +51,48 @@ def test_steps_of_an_earlier_process_are_not_waited_for(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("resumed  step 995/1000")
     left = progress._left()
     assert "00:00" < left < "01:00"
+
+
+TERMINAL = """
+from train.progress import Progress
+metrics = {"loss": 2.5, "scale": 0.25, "regime": 1}
+with Progress(20) as progress:
+    progress.start("run", 20)
+    progress.move(4)
+    for step in range(4, 15):
+        progress.step(step, metrics)
+    progress.move(-6)
+    for batch in progress.batches("valid split", [1, 2, 3]):
+        pass
+    for step in range(9, 20):
+        progress.step(step, metrics)
+"""
+
+
+def test_on_a_terminal_the_bar_ends_at_100_percent_also_after_a_rollback():
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    with subprocess.Popen([sys.executable, "-c", TERMINAL], stderr=theirs) as process:
+        os.close(theirs)
+        shown = b"".join(iter(functools.partial(read, ours), b"")).decode()
+    os.close(ours)
+    assert process.returncode == 0
+    bars = re.findall(r"run +(\d+)%", shown)
+    assert bars[-1] == "100"
+    assert max(map(int, bars)) == 100
+    assert "valid split" in shown
+
+
+def read(terminal):
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # how a terminal says that nobody writes to it any more
+        return b""
+
+
+def test_an_evaluation_says_how_far_it_is(capsys):
+    with Progress(10, every=-1.0) as progress:
+        progress.start("run", steps=5)
+        assert list(progress.batches("test split", "abc")) == ["a", "b", "c"]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"run  test split: batch {done}/3" for done in (1, 2, 3)]

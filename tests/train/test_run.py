@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from small_model import SMALL
 
 from train import data, logs, loop, model, run
 from train.options import Options
+from train.progress import Progress
 
 
 def build():
@@ -117,3 +119,61 @@ def test_the_whole_of_each_split_is_measured(options, corpus):
             count += len(window) - 1
         assert count == 599
         assert result.perplexity[split] == pytest.approx(np.exp(total / count), rel=1e-4)
+
+
+def test_a_run_goes_on_with_other_microbatches_and_more_steps(options, corpus, capsys):
+    """What changes rounding alone leaves the losses where they are, and is told."""
+    same = {"schedule": "constant", "warmup": 0.0, "eval_every": 0, "learning_rate": 1e-3}
+    first = dataclasses.replace(options, steps=8, **same)
+    trained(first, corpus)
+    other = {"microbatches": 4, "remat": True, "loss_chunk": 8, "save_every": 7, "eval_every": 6}
+    longer = dataclasses.replace(first, steps=16, **{**same, **other})
+    run.check(longer)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"{options.out} goes on with other options: eval_every is 6, was 0; ")
+    for changed in ("microbatches is 4, was 1", "remat is True, was False", "steps is 16, was 8"):
+        assert changed in said
+    assert trained(longer, corpus).step == 16
+
+    whole = dataclasses.replace(first, steps=16, out=options.out.parent / "whole")
+    trained(whole, corpus)
+    found, expected = logs.history(longer.out), logs.history(whole.out)
+    assert found["step"].tolist() == list(range(1, 17))
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-4)
+    assert np.isfinite(found["valid_perplexity"]).nonzero()[0].tolist() == [7, 11, 15]
+
+
+def test_the_final_evaluation_can_be_bounded(options, corpus):
+    bounded = dataclasses.replace(options, steps=2, final_eval_targets=256)
+    result = trained(bounded, corpus)
+    assert result.targets == {"valid": 256, "test": 256}
+    document = json.loads((options.out / "result.json").read_text())
+    assert document["targets"] == result.targets
+    graphdef, params, frozen = model.split(result.decoder)
+    loss_fn = model.next_token_loss(graphdef)
+    windows = data.windows(corpus.test, batch_size=8, length=16, limit=256)
+    expected = loop.perplexity(loss_fn, params, windows, frozen=frozen)
+    assert result.perplexity["test"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_that_is_asked_to_stop_in_an_evaluation_is_saved_and_not_finished(
+    options, corpus, monkeypatch, capsys
+):
+    """A signal of the process's own, at the second batch of the test split."""
+    short = dataclasses.replace(options, steps=3, eval_every=0)
+    shown = Progress.batches
+
+    def batches(self, name, windows):
+        for i, batch in enumerate(shown(self, name, windows)):
+            if name == "test split" and i == 1:
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "batches", batches)
+        result = trained(short, corpus)
+    assert (result.step, result.finished) == (3, False)
+    assert not (options.out / "result.json").exists()
+    assert "stopped after step 3, and saved" in capsys.readouterr().err
+    assert trained(short, corpus).finished
+    assert logs.history(options.out)["step"].tolist() == [1, 2, 3]

@@ -13,11 +13,12 @@ import pytest
 from flax import nnx
 from matplotlib.image import imread
 
-pytest.importorskip("transformers", reason="needs transformers: pip install 'lbw_optax[train]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install --group train")
 pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_optax[rollback]'")
 
 from small_model import SMALL
 
+import lbw_optax
 from train import data, hub, logs, model, weights
 
 pytestmark = pytest.mark.process
@@ -110,11 +111,49 @@ def test_a_run_directory_holds_config_log_events_figure_and_numbers(finished):
     assert 0 < history["mfu"][-1] < 1
 
 
-def test_an_estimate_comes_before_anything_else(finished):
+def test_an_estimate_comes_before_anything_else_and_a_measured_one_later(finished):
     lines = finished[0].stderr.splitlines()
     assert "M parameters" in lines[0]
     assert "a device (parameters" in lines[0]
     assert lines[1].startswith("12 steps of 512 tokens")
+    assert "a guess, until the first steps are timed" in lines[1]
+    assert lines[2].startswith("first a base is pre-trained, in ")
+    measured = [line for line in lines if line.startswith("measured over the last steps: ")]
+    assert len(measured) == 2  # the base's and the run's own
+    assert "the 2 steps that are left take about" in measured[1]
+
+
+def test_a_run_ends_with_where_its_results_are(finished):
+    done, out = finished
+    lines = [line.split() for line in done.stderr.splitlines()[-5:]]
+    assert lines == [
+        ["adapter", str(out / "adapter")],
+        ["result", str(out / "result.json")],
+        ["figure", str(out / "figure.png")],
+        ["log", str(out / "log.jsonl")],
+        ["events", str(out / "events.jsonl")],
+    ]
+    assert all(Path(path).exists() for _, path in lines)
+
+
+def test_the_log_has_rate_time_and_regime_by_name(finished):
+    found = logs.history(finished[1])
+    assert set(found["regime"]) <= set(lbw_optax.REGIMES)
+    assert np.all(found["learning_rate"] == np.float32(1e-3))  # the preset's, constant
+    assert np.all(np.diff(found["time"]) >= 0)
+    assert abs(found["time"][-1] - (finished[1] / "result.json").stat().st_mtime) < 600
+
+
+def test_a_finished_run_says_so_and_does_nothing_again(finished, place, environment):
+    _, out = finished
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    again = ["--steps", "12", "--base-steps", "12", "--eval-every", "3", "--scan"]  # other cadence
+    done = finish(command("qwen_lora", place, out, *again), environment)
+    lines = done.stderr.splitlines()
+    assert lines[0] == f"{out} is finished: all 12 steps are made"
+    assert lines[1].split() == ["adapter", str(out / "adapter")]
+    assert "perplexity" not in done.stderr
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
 
 
 def test_full_training_leaves_a_model_that_transformers_describes(place, environment):
@@ -171,14 +210,13 @@ def test_a_run_that_is_stopped_and_then_killed_ends_bitwise_as_the_uninterrupted
 ):
     out = place / "runs" / f"stopped-{number}"
     arguments = long_run(place, out)
-    script = arguments.index("-m")
-    interruptible = [*arguments[:script], "-c", INTERRUPTIBLE, *arguments[script + 1 :]]
-    process = started(interruptible, environment)
+    process = started(interruptible(arguments), environment)
     wait_for_step(process, out, 13)
     process.send_signal(number)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "Traceback" not in errors
+    assert errors.count("stopping after this step") == 1
     said = errors.splitlines()[-1]
     assert "the same command goes on from there" in said
     saved = json.loads((out / "journal.json").read_text())["checkpoints"]
@@ -201,6 +239,87 @@ def test_a_run_that_is_stopped_and_then_killed_ends_bitwise_as_the_uninterrupted
     assert results[0]["perplexity"] == results[1]["perplexity"]
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert steps.count(1) == 1  # it never started anew
+
+
+def interruptible(arguments):
+    script = arguments.index("-m")
+    return [*arguments[:script], "-c", INTERRUPTIBLE, *arguments[script + 1 :]]
+
+
+def read_until(process, part):
+    """Lines of standard error up to the one that holds this."""
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if part in line:
+            return lines
+    raise AssertionError("".join(lines))
+
+
+@pytest.fixture
+def compiling(place, environment, tmp_path):
+    """A run while its first step is compiled; JAX tells when it begins and when it ends."""
+    told = {**environment, "JAX_LOG_COMPILES": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    out = tmp_path / "run"
+    with started(interruptible(long_run(place, out)), told) as process:
+        read_until(process, "Compiling jit(train_step)")
+        process.send_signal(signal.SIGINT)
+        said = read_until(process, "stopping after this step")
+        assert not any("Finished XLA compilation" in line for line in said)
+        yield process, out
+        process.kill()
+
+
+def test_ctrl_c_is_answered_while_the_step_is_compiled(compiling):
+    process, out = compiling
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 130
+    assert "Finished XLA compilation of jit(train_step)" in errors
+    assert "stopped after step 1, and saved; the same command goes on from there" in errors
+    assert "Traceback" not in errors
+    assert "nothing was saved" not in errors
+    assert len(logs.history(out)["step"]) == 1
+    assert "1" in json.loads((out / "journal.json").read_text())["checkpoints"]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_compilation(compiling):
+    process, out = compiling
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 130
+    assert "stopped at once; the same command goes on from the last checkpoint" in errors
+    assert "Finished XLA compilation of jit(train_step)" not in errors
+    assert "Traceback" not in errors
+    assert list(json.loads((out / "journal.json").read_text())["checkpoints"]) == ["0"]
+
+
+def test_ctrl_c_in_the_run_of_the_base_says_one_thing(place, environment, tmp_path):
+    out = tmp_path / "run"
+    arguments = command("qwen_lora", place, out, "--steps", "12", "--base-steps", "4000", "--scan")
+    with started(interruptible(arguments), environment) as process:
+        wait_for_step(process, out / "base", 3)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=600)
+    assert process.returncode == 130
+    said = [line for line in errors.splitlines() if "stopp" in line]
+    assert len(said) == 2, errors
+    assert said[0] == "stopping after this step; Ctrl-C again stops at once"
+    assert said[1].endswith("and saved; the same command goes on from there")
+    assert "Traceback" not in errors
+    assert not (out / "config.json").exists()
+
+
+def test_ctrl_c_before_the_first_step_saves_nothing(place, environment, tmp_path):
+    out = tmp_path / "run"
+    with started(interruptible(long_run(place, out)), environment) as process:
+        read_until(process, "M parameters")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=600)
+    assert process.returncode == 130
+    said = "train.qwen_lora: stopped before the first step; nothing was saved"
+    assert errors.splitlines()[-1] == said
+    assert "Traceback" not in errors
+    assert not out.exists()
 
 
 def started(command, environment):

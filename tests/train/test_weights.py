@@ -17,7 +17,7 @@ from flax import nnx
 
 from train import files, generation, lora, model, weights
 
-safetensors = pytest.importorskip("safetensors.numpy", reason="needs lbw_optax[train]")
+safetensors = pytest.importorskip("safetensors.numpy", reason="needs the group train")
 
 CONFIG = model.Config(
     vocab_size=19,
@@ -504,7 +504,7 @@ def test_a_name_that_is_nothing(name):
 
 
 def test_a_name_on_the_hub_without_a_network(monkeypatch, tmp_path):
-    constants = pytest.importorskip("huggingface_hub.constants", reason="needs lbw_optax[train]")
+    constants = pytest.importorskip("huggingface_hub.constants", reason="needs the group train")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(weights.WeightsError, match=r"cannot get Qwen/Qwen2.5-05B .*Qwen2.5-0.5B"):

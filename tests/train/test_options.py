@@ -1,0 +1,148 @@
+"""Options are read, and refused with one sentence, before anything is made."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train import pretrain, qwen_lora, tinyllama_full
+from train.command import parse
+from train.options import Options, problems
+
+ROOT = Path(pretrain.__file__).parent.parent
+PRESETS = {"one": Options("m", Path("a")), "two": Options("m", Path("b"), steps=7)}
+
+
+def parsed(*arguments):
+    return parse(Options, PRESETS, arguments, prog="train.x", description="Trains.")
+
+
+@pytest.mark.parametrize("given", [["--preset", "two"], ["--preset=two"]])
+def test_a_preset_sets_defaults_that_arguments_override(given):
+    assert parsed() == PRESETS["one"]
+    assert parsed(*given) == PRESETS["two"]
+    assert parsed(*given, "--steps", "9") == parsed("--steps", "9", *given)
+    assert parsed(*given, "--steps", "9") == dataclasses.replace(PRESETS["two"], steps=9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--preset three", "--preset three: there is no such preset; there are one, two"),
+        ("--preset", "--preset : there is no such preset; there are one, two"),
+        ("--steps many", "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
+        ("--steps", "Missing value for argument '--steps'. Expected 1 values."),
+        ("--loss-chunk x", "Error parsing --loss-chunk: no type matching"),
+        ("--optimizer sgd", "invalid choice 'sgd' for argument '--optimizer'. Expected one of"),
+        ("--packing true", "Unrecognized options: true"),
+        ("--steps 0", "--steps 0 must lie in [1, 2^31)"),
+        ("--steps -3", "--steps -3 must lie in [1, 2^31)"),
+        ("--steps 2147483648", "--steps 2147483648 must lie in [1, 2^31)"),
+        ("--batch-size 0", "--batch-size 0 must lie in [1, 2^31)"),
+        ("--length 0", "--length 0 must lie in [1, 2^31)"),
+        ("--microbatches 0", "--microbatches 0 must lie in [1, 2^31)"),
+        ("--microbatches 3", "a batch of 16 sequences cannot be cut into 3 microbatches"),
+        ("--save-every 0", "--save-every 0 must lie in [1, 2^31)"),
+        ("--eval-every -1", "--eval-every -1 must lie in [0, 2^31)"),
+        ("--final-eval-targets 0", "--final-eval-targets 0 must lie in [1, 2^31)"),
+        ("--loss-chunk 0", "--loss-chunk 0 must lie in [1, 2^31)"),
+        ("--mesh 0 1 1", "--mesh (0, 1, 1) needs at least 1 along each axis"),
+        ("--seed -1", "--seed -1 must lie in [0, 2^32)"),
+        ("--learning-rate nan", "--learning-rate nan must be a finite number above 0"),
+        ("--learning-rate inf", "--learning-rate inf must be a finite number above 0"),
+        ("--learning-rate 0", "--learning-rate 0.0 must be a finite number above 0"),
+        ("--learning_rate -1", "--learning-rate -1.0 must be a finite number above 0"),
+        ("--warmup nan", "--warmup nan must lie in [0, 1)"),
+        ("--warmup 1", "--warmup 1.0 must lie in [0, 1)"),
+        ("--b1 1", "--b1 1.0 must lie in [0, 1)"),
+        ("--weight-decay -1", "--weight-decay -1.0 must be a finite number, 0 or above"),
+        ("--clip 0", "--clip 0.0 must be a finite number above 0"),
+        ("--encoding utf-7.5", "--encoding utf-7.5: Python knows no such encoding of text"),
+        ("--encoding hex", "--encoding hex: Python knows no such encoding of text"),
+        ("--steps 0 --length 0", "--steps 0 must lie in [1, 2^31); --length 0 must lie"),
+    ],
+)
+def test_arguments_that_mean_nothing_get_one_sentence(arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parsed(*arguments.split())
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"train.x: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--lr", "--learning-rate"),
+        ("--lr=0.1", "--learning-rate"),
+        ("--bs", "--batch-size"),
+        ("--wd", "--weight-decay"),
+        ("--stepz", "--steps"),
+        ("--max_steps", "--steps"),
+        ("--max-length", "--length"),
+        ("--seq-len", "--length"),
+        ("--output-dir", "--out"),
+        ("--dataset", "--data"),
+        ("--no-packng", "--packing"),
+        ("--epochs", ""),
+    ],
+)
+def test_an_unknown_option_names_the_near_ones(given, meant, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parsed(given, "3")
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    unknown = given.partition("=")[0]
+    assert line.startswith(f"train.x: {unknown}: there is no such option; ")
+    assert ("did you mean" in line) == bool(meant)
+    assert meant in line
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--rank", "0"], "--rank 0 must lie in [1, 2^31)"),
+        (["--alpha", "nan"], "--alpha nan must be a finite number above 0"),
+        (["--dropout", "1"], "--dropout 1.0 must lie in [0, 1)"),
+        (["--targets"], "--targets () needs at least one name"),
+        (["--base-steps", "0"], "--base-steps 0 must lie in [1, 2^31)"),
+    ],
+)
+def test_options_of_a_script_of_its_own_are_looked_at_too(given, sentence, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        qwen_lora.main(["--preset", "tiny", "--out", str(tmp_path / "run"), *given])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"train.qwen_lora: {sentence}\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", [pretrain, qwen_lora, tinyllama_full])
+def test_presets_are_sound(script):
+    assert [problems(preset) for preset in script.PRESETS.values()] == [[]] * len(script.PRESETS)
+
+
+@pytest.mark.process
+def test_the_sentence_comes_within_seconds(tmp_path):
+    command = [sys.executable, "-W", "error", "-m", "train.qwen_lora", "--lr", "3"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "train.qwen_lora: --lr: there is no such option; did you mean --learning-rate? "
+        "--help lists all"
+    ]
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parsed("--preset", "two", "--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(Options):
+        assert f"--{field.name.replace('_', '-')}" in shown
+    assert "one, two" in shown
+    assert "default: 7" in shown
