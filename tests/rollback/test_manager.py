@@ -71,9 +71,9 @@ def test_the_verdict_is_read_one_call_later(tmp_path):
 
     def watch(rollback, step, tree):
         if int(lbw_optax.metrics(tree[1])["rollback_asked"]):
-            asked_at.setdefault("guard", rollback._calls)
+            asked_at.setdefault("guard", rollback._journal.calls)
         if rollback.history:
-            asked_at.setdefault("rollback", rollback._calls)
+            asked_at.setdefault("rollback", rollback._journal.calls)
 
     run(tmp_path, 40, {30: nan_parameter}, on_step=watch)
     assert asked_at["rollback"] == asked_at["guard"] + 1
@@ -121,12 +121,44 @@ def test_bad_batches_are_skipped_and_many_left_behind(tmp_path):
         assert mean_loss(tree) < 1.05 * healthy_loss()
 
 
-def test_a_long_row_of_bad_batches_costs_one_rollback(tmp_path):
-    """The state was proven good, so going back again cannot help: the rest is skipped."""
-    bad = dict.fromkeys(range(40, 240), NAN_BATCH)
-    tree, rollback, _ = run(tmp_path, 400, bad_batches=bad, max_distance=40)
+def test_data_that_stays_broken_ends_the_run_with_an_error(tmp_path):
+    """The state was proven good, so going back again cannot help, and nor can skipping on."""
+    bad = dict.fromkeys(range(40, 10**4), NAN_BATCH)
+    with pytest.raises(
+        GuardExhausted, match=r"in a row.*61 to \d+ \(skips\).*checkpoint in .*data"
+    ):
+        run(tmp_path, 10**4, bad_batches=bad, max_distance=40)
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        step, tree = rollback.resume(start())
     assert len(rollback.history) == 1
+    assert step <= 36 + 30 + 2  # thirty skips in a row exhaust the guard
+    assert mean_loss(tree) < 2 * healthy_loss()
+
+
+def test_a_person_may_go_on_from_an_exhausted_guard(tmp_path):
+    bad = dict.fromkeys(range(40, 90), NAN_BATCH)
+    tree, raised = start(), []
+    with RollbackManager(tmp_path, **(QUICK | {"max_distance": 40})) as rollback:
+        step, tree = rollback.resume(tree)
+        while step < 140:
+            index = rollback.data_step(step)
+            tree = update(tree, bad.get(index) or batch(index))
+            try:
+                step, tree = rollback.step(step + 1, tree)
+            except GuardExhausted:
+                raised.append(step + 1)
+                step, tree = step + 1, (tree[0], lbw_optax.override(tree[1]))
+    assert len(raised) == 1
     assert mean_loss(tree) < 1.05 * healthy_loss()
+
+
+def test_an_exhausted_guard_that_observes_ends_nothing(tmp_path):
+    params, state = start()
+    tree = params, lbw_optax.override(state, mode="observe")
+    bad = dict.fromkeys(range(40, 90), (batch(0)[0] * 1e3, batch(0)[1]))
+    tree, rollback, _ = run(tmp_path, 140, bad_batches=bad, tree=tree)
+    assert bool(lbw_optax.metrics(tree[1])["exhausted"])
+    assert rollback.history == []
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -168,12 +200,13 @@ def test_request(tmp_path):
 def test_observing_never_goes_back_but_says_so(tmp_path):
     params, state = start()
     tree = params, lbw_optax.override(state, mode="observe")
-    tree, rollback, _ = run(tmp_path, 40, {30: nan_parameter}, tree=tree)
+    with pytest.warns(RuntimeWarning, match="not kept, for a NaN in 1.inner_state.0.mu.b"):
+        tree, rollback, _ = run(tmp_path, 40, {30: nan_parameter}, tree=tree)
     assert rollback.history == []
     assert int(lbw_optax.metrics(tree[1])["rollback_asked"]) > 0
 
 
-# --- targets -----------------------------------------------------------------------------------
+# --- candidates -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", TIERS.values(), ids=TIERS)
@@ -194,20 +227,45 @@ def test_a_poisoned_state_is_never_gone_back_to(tmp_path, at, options):
     assert_same_bits(guard_in(seen["tree"][1]).statistics, guard_in(expected[1]).statistics)
 
 
-def test_a_state_that_holds_a_nan_is_no_target(tmp_path):
-    """A leaf that no signal of the guard sees."""
-    extra = {"ema": jnp.ones(3)}
+def test_a_nan_in_the_optimizers_state_is_not_gone_back_to(tmp_path):
+    """One that the guard has not seen: the leaf is named, once."""
     with RollbackManager(tmp_path, **QUICK) as rollback:
-        step, (tree, extra) = rollback.resume((start(), extra))
+        step, tree = rollback.resume(start())
+        with pytest.warns(
+            RuntimeWarning, match=r"is not kept, for a NaN in 1.inner_state.0.mu.w\. "
+        ):
+            while step < 30:
+                tree = update(tree, batch(step))
+                handed = (
+                    tree if step < 12 else in_moment("mu", lambda m: m.at[0].set(jnp.nan))(tree)
+                )
+                step, _ = rollback.step(step + 1, handed)
+        rollback.request("now")
+        step, tree = rollback.step(31, update(tree, batch(step)))
+    assert step <= 12
+    assert_all_finite(tree)
+
+
+@pytest.mark.parametrize("options", TIERS.values(), ids=TIERS)
+def test_a_nan_elsewhere_is_the_runs_own(tmp_path, options):
+    """Statistics of a skipped batch, or a best loss before the first evaluation."""
+    own = {
+        "best": jnp.float32(jnp.nan),
+        "variance": jnp.full(3, jnp.nan),
+        "host": np.float64("nan"),
+    }
+    with RollbackManager(tmp_path, **(QUICK | options)) as rollback:
+        step, (tree, own) = rollback.resume((start(), own))
         while step < 30:
             tree = update(tree, batch(step))
-            if step == 12:
-                extra = {"ema": extra["ema"].at[0].set(jnp.nan)}
-            step, (tree, extra) = rollback.step(step + 1, (tree, extra))
+            step, (tree, own) = rollback.step(step + 1, (tree, own))
         rollback.request("now")
-        step, (tree, extra) = rollback.step(31, (update(tree, batch(step)), extra))
-    assert step <= 12
-    assert_all_finite(extra)
+        back, _ = rollback.step(31, (update(tree, batch(step)), own))
+    assert back == {"memory": 28, "disk": 24}["disk" if options else "memory"]
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        step, (tree, own) = rollback.resume((start(), own))
+    assert step == 24
+    assert np.isnan(own["host"])
 
 
 def test_trouble_again_goes_further_back(tmp_path):

@@ -270,7 +270,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_a_rollback(tmp_path):
 
     def damage(rollback, step, tree):
         if step == 30 and not rollback.history:
-            target = max(s for s, _ in rollback._targets.proven())
+            target = max(s for s, _ in rollback._candidates.proven())
             for file in files_of(tmp_path, target):
                 os.truncate(file, file.stat().st_size // 2)
             rollback.request("test")

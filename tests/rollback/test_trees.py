@@ -182,7 +182,7 @@ def test_pinned_host_memory(tmp_path, monkeypatch):
     assert kinds == {"pinned_host"}
     assert_same(snapshots.restore(snapshot, changed(tree)), tree, weak=False)
     checkpoints.save(tmp_path / "0", snapshot)()
-    assert_same(checkpoints.load(tmp_path / "0", changed(tree)), tree, weak=False)
+    assert_same(checkpoints.load(tmp_path / "0", 0, changed(tree)), tree, weak=False)
 
 
 def test_a_snapshot_outlives_donation_and_use():
