@@ -388,8 +388,12 @@ class RollbackManager:
 def _validate(plan: Plan, max_distance: int, max_rollbacks: int) -> None:
     counts = {**plan._asdict(), "max_distance": max_distance, "max_rollbacks": max_rollbacks}
     for name, x in counts.items():
-        if not (_is_count(x) or (x is None and name == "snapshot_every")):
-            raise ValueError(f"{name} must be an integer of at least 1, got {x!r}.")
+        if x is None and name == "snapshot_every":
+            continue
+        if not isinstance(x, int | np.integer) or isinstance(x, bool):
+            raise ValueError(f"{name} must be an integer, got {x!r}.")
+        if x < 1:
+            raise ValueError(f"{name} must be at least 1, got {x}.")
     every = {"save_every": plan.save_every, "snapshot_every": plan.snapshot_every or 1}
     for name, x in every.items():
         if x + plan.probation + 1 > max_distance:
@@ -398,10 +402,6 @@ def _validate(plan: Plan, max_distance: int, max_rollbacks: int) -> None:
                 f"probation={plan.probation}: a good state can be {x + plan.probation + 1} steps "
                 f"old before the next has proven healthy; lower {name} or raise max_distance."
             )
-
-
-def _is_count(x: Any) -> bool:
-    return isinstance(x, int | np.integer) and not isinstance(x, bool) and int(x) >= 1
 
 
 def _last_words(tree: Any) -> str:

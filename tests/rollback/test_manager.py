@@ -131,12 +131,12 @@ def test_data_that_stays_broken_ends_the_run_with_an_error(tmp_path):
     with RollbackManager(tmp_path, **QUICK) as rollback:
         step, tree = rollback.resume(start())
     assert len(rollback.history) == 1
-    assert step <= 36 + 30 + 2  # thirty skips in a row exhaust the guard
-    assert mean_loss(tree) < 2 * healthy_loss()
+    assert step <= 36 + 30 + 2  # thirty skips in a row exhaust the guard, and change nothing
+    assert_same_bits(tree[0], plain(rollback.history[0].to_step)[0])
 
 
 def test_a_person_may_go_on_from_an_exhausted_guard(tmp_path):
-    bad = dict.fromkeys(range(40, 90), NAN_BATCH)
+    bad = dict.fromkeys(range(40, 100), NAN_BATCH)
     tree, raised = start(), []
     with RollbackManager(tmp_path, **(QUICK | {"max_distance": 40})) as rollback:
         step, tree = rollback.resume(tree)
@@ -154,9 +154,8 @@ def test_a_person_may_go_on_from_an_exhausted_guard(tmp_path):
 
 def test_an_exhausted_guard_that_observes_ends_nothing(tmp_path):
     params, state = start()
-    tree = params, lbw_optax.override(state, mode="observe")
-    bad = dict.fromkeys(range(40, 90), (batch(0)[0] * 1e3, batch(0)[1]))
-    tree, rollback, _ = run(tmp_path, 140, bad_batches=bad, tree=tree)
+    state = optax.tree.set(lbw_optax.override(state, mode="observe"), exhausted=jnp.array(True))
+    tree, rollback, _ = run(tmp_path, 20, tree=(params, state))
     assert bool(lbw_optax.metrics(tree[1])["exhausted"])
     assert rollback.history == []
 
@@ -229,19 +228,23 @@ def test_a_poisoned_state_is_never_gone_back_to(tmp_path, at, options):
 
 def test_a_nan_in_the_optimizers_state_is_not_gone_back_to(tmp_path):
     """One that the guard has not seen: the leaf is named, once."""
+
+    def hand_in(rollback, step, tree):
+        while step < 30:
+            tree = update(tree, batch(step))
+            broken = in_moment("mu", lambda m: m.at[0].set(jnp.nan))(tree)
+            step, _ = rollback.step(step + 1, tree if step < 12 else broken)
+        return step, tree
+
     with RollbackManager(tmp_path, **QUICK) as rollback:
-        step, tree = rollback.resume(start())
+        started = rollback.resume(start())
         with pytest.warns(
-            RuntimeWarning, match=r"is not kept, for a NaN in 1.inner_state.0.mu.w\. "
-        ):
-            while step < 30:
-                tree = update(tree, batch(step))
-                handed = (
-                    tree if step < 12 else in_moment("mu", lambda m: m.at[0].set(jnp.nan))(tree)
-                )
-                step, _ = rollback.step(step + 1, handed)
+            RuntimeWarning, match="not kept, for a NaN in 1.inner_state.0.mu.w. A"
+        ) as w:
+            step, tree = hand_in(rollback, *started)
         rollback.request("now")
         step, tree = rollback.step(31, update(tree, batch(step)))
+    assert len(w) == 1
     assert step <= 12
     assert_all_finite(tree)
 
@@ -261,7 +264,7 @@ def test_a_nan_elsewhere_is_the_runs_own(tmp_path, options):
             step, (tree, own) = rollback.step(step + 1, (tree, own))
         rollback.request("now")
         back, _ = rollback.step(31, (update(tree, batch(step)), own))
-    assert back == {"memory": 28, "disk": 24}["disk" if options else "memory"]
+    assert back == 24
     with RollbackManager(tmp_path, **QUICK) as rollback:
         step, (tree, own) = rollback.resume((start(), own))
     assert step == 24
@@ -412,6 +415,8 @@ def test_a_write_may_take_until_the_next_is_due(tmp_path, monkeypatch):
 
     def watched(path, snapshot):
         wait = save(path, snapshot)
+        if path.parent.name != "checkpoints":
+            return wait
         return lambda: (waits.append((snapshot.step, calls[0])), wait())
 
     def on_step(rollback, step, tree):
@@ -444,6 +449,11 @@ def test_checkpoints_are_not_compressed(tmp_path):
         ({"snapshot_every": 48}, "max_distance=50 is too small for snapshot_every=48"),
         ({"probation": 0}, "probation must be at least 1, got 0"),
         ({"max_rollbacks": 0}, "max_rollbacks must be at least 1, got 0"),
+        ({"save_every": 25.5}, "save_every must be an integer, got 25.5"),
+        ({"save_every": None}, "save_every must be an integer, got None"),
+        ({"snapshot_every": True}, "snapshot_every must be an integer, got True"),
+        ({"max_distance": math.nan}, "max_distance must be an integer, got nan"),
+        ({"probation": "2"}, "probation must be an integer, got '2'"),
     ],
 )
 def test_arguments(tmp_path, options, sentence):
