@@ -3,6 +3,8 @@
 import json
 import math
 import os
+from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lbw_optax import lock
 from lbw_optax.law import events as ring
 from lbw_optax.law.control import REGIMES
 from lbw_optax.law.events import Event
@@ -115,11 +118,17 @@ class AuditLog:
     again goes on after its last line. If the ring was read too late, a line
     ``{"action": "lost", ...}`` says how many interventions are missing.
 
+    What a call of :meth:`record` adds is in the file as a whole or not at all: after a disk was
+    full, the next call writes what is missing. A last line that a kill has torn is cut off when the
+    log is opened again; no other byte of it is changed, and lines that are none of ours stay.
+
     Args:
-      path: the file; its folder must exist.
+      path: the file; its folder must exist. One log at a time may be open on it: with several
+        processes, open it on the first.
 
     Raises:
-      OSError: if the file cannot be written.
+      OSError: if the file cannot be written, or another log is open on it.
+      ValueError: if the file is something else than a log, or this log is closed.
 
     Example:
       >>> import jax.numpy as jnp, tempfile, lbw_optax
@@ -131,33 +140,39 @@ class AuditLog:
 
     def __init__(self, path: str | os.PathLike[str]):
         self._path = Path(path)
-        self._next = _next_number(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = _open_log(self._path)
+        self._next = _next_number(self._file)
 
     def record(self, step: int, state: Any) -> int:
         """Write what happened since the last call; returns the number of interventions written.
 
         Waits for the device: call it every so many steps, 64 at the most.
         """
+        if self._file.closed:
+            raise ValueError(f"This AuditLog of {self._path} is closed: open a new one.")
         guard = find(state)
         recorded = int(guard.ring.recorded)
         # After a restore the count is lower than what is written: go on from there.
         first = min(self._next, recorded)
-        if first == recorded:
-            self._next = recorded
-            return 0
         new = [event for event in ring.read(guard.ring) if event.number >= first]
         lost = recorded - first - len(new)
+        said: list[dict[str, Any]] = [event._asdict() for event in new]
         if lost:
-            self._write({"action": "lost", "interventions": lost, "recorded_at": step})
-        for event in new:
-            self._write({**event._asdict(), "recorded_at": step})
-        self._file.flush()
+            said.insert(0, {"action": "lost", "interventions": lost})
+        self._write([{**line, "recorded_at": step} for line in said])
         self._next = recorded
         return len(new)
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(_as_json(line), allow_nan=False) + "\n" for line in lines)
+        try:
+            _append(self._file, text.encode())
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"The audit log {self._path} cannot be written ({error.strerror}): free space "
+                "there; the next call writes what is missing",
+            ) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -216,13 +231,75 @@ def _obituary(guard: GuardState) -> str:
     )
 
 
-def _next_number(path: Path) -> int:
-    """One past the last event in the file; a torn last line, left by a kill, is cut off."""
-    if not path.exists():
-        return 0
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    numbers = [line.get("number", -1) for line in map(json.loads, whole.splitlines())]
-    return next((number for number in reversed(numbers) if number >= 0), -1) + 1
+# Of the lines that a log writes.
+_BEGINNINGS = (b'{"number":', b'{"action":')
+
+
+def _open_log(path: Path) -> FileIO:
+    """The file, for this log alone, and made to end with a whole line."""
+    file = FileIO(path, "a+")
+    try:
+        if not lock.claim(file):
+            raise OSError(
+                f"Another AuditLog is open on {path}: close it, or pass another path. With several "
+                "processes only the first needs one."
+            )
+        _end_with_a_line(file)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _end_with_a_line(file: FileIO) -> None:
+    """Cut off the torn line that a kill has left, in place; anything else that is torn stays."""
+    content = _read(file)
+    torn = content[content.rfind(b"\n") + 1 :]
+    is_ours = any(torn.startswith(x[: len(torn)]) for x in _BEGINNINGS)
+    is_ours = is_ours or not torn.strip(b"\0")  # zeros: the power went off
+    whole = content[: len(content) - len(torn)]
+    if (whole.strip() or not is_ours) and next(_objects(whole), None) is None:
+        raise ValueError(f"{file.name} is no audit log: pass another path.")
+    if torn and is_ours:
+        file.truncate(len(whole))
+    elif torn:
+        _append(file, b"\n")
+
+
+def _next_number(file: FileIO) -> int:
+    """One past the last event in the file."""
+    numbers = (line.get("number") for line in _objects(_read(file)))
+    return next((n for n in numbers if type(n) is int and n >= 0), -1) + 1
+
+
+def _objects(content: bytes) -> Iterator[dict[str, Any]]:
+    """The JSON objects among the lines, last first."""
+    for line in reversed(content.split(b"\n")):
+        try:
+            read = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(read, dict):
+            yield read
+
+
+def _read(file: FileIO) -> bytes:
+    file.seek(0)
+    return file.readall() or b""
+
+
+def _append(file: FileIO, content: bytes) -> None:
+    """All of it, or nothing: what a full disk has cut short is taken back."""
+    size, rest = os.fstat(file.fileno()).st_size, memoryview(content)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except BaseException:
+        file.truncate(size)
+        raise
+
+
+def _as_json(line: dict[str, Any]) -> dict[str, Any]:
+    """As the standard has it: numbers that are not finite become null."""
+    broken = [k for k, x in line.items() if isinstance(x, float) and not math.isfinite(x)]
+    return line | dict.fromkeys(broken)
