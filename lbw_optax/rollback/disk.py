@@ -167,6 +167,7 @@ class Disk:
             self.journal.checkpoints[step] = CANDIDATE
             self.journal.dropped = [s for s in self.journal.dropped if s != step]
             self._folder.write(self.journal)
+            self._folder.require_room(snapshot.nbytes)
             wait = checkpoints.save(self._folder.checkpoint(step), snapshot)
         except Exception as error:
             self._lose(step, first_line(error))

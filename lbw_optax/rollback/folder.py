@@ -5,6 +5,7 @@ on the first is an error on all of them.
 """
 
 import itertools
+import shutil
 import warnings
 from collections.abc import Callable
 from io import FileIO
@@ -16,6 +17,10 @@ from lbw_optax import lock
 from lbw_optax.rollback import checkpoints, journal
 from lbw_optax.rollback.agreement import first_text, wait_for_all
 from lbw_optax.rollback.journal import Journal
+
+
+# Bytes that are written to see whether it can be done.
+PROBE = 4096
 
 
 class Folder:
@@ -84,6 +89,30 @@ class Folder:
             )
 
         self._on_first(rename)
+
+    def require_room(self, nbytes: int) -> None:
+        """Every process must be able to write: one that fails later keeps the others waiting.
+
+        Args:
+          nbytes: that this process is about to write.
+
+        Raises:
+          OSError: on all processes, if one has no room, or may not write.
+        """
+        if jax.process_count() == 1:
+            return  # what goes wrong is said by the write itself
+        error, probe = "", self.path / f"probe-{jax.process_index()}"
+        try:
+            if shutil.disk_usage(self.path).free < nbytes:
+                raise OSError(f"No room for {nbytes} bytes")
+            probe.write_bytes(bytes(PROBE))
+            probe.unlink()
+        except OSError as problem:
+            probe.unlink(missing_ok=True)
+            error = str(problem)
+        error = first_text(error)
+        if error:
+            raise OSError(error)
 
     def delete(self, steps: list[int]) -> None:
         """Remove checkpoints of ours.
