@@ -329,6 +329,56 @@ def test_budget(tmp_path):
     assert step >= max(good)
 
 
+# --- checkpoints to resume from ----------------------------------------------------------------
+
+
+def gaps_of(directory, steps, **options) -> list[int]:
+    """Steps that a kill would have lost, at each step of a run."""
+    gaps = []
+
+    def watch(rollback, step, tree):
+        gaps.append(step - max(checkpoints_in(directory)))
+
+    run(directory, steps, on_step=watch, **options)
+    return gaps
+
+
+def test_an_observed_run_that_once_asked_is_still_saved(tmp_path):
+    """What it asks for stays asked for ever."""
+    params, state = start()
+    state = optax.tree.set(lbw_optax.override(state, mode="observe"), rollback_asked=jnp.int32(4))
+    assert max(gaps_of(tmp_path, 100, tree=(params, state))) <= 2 * QUICK["save_every"]
+    assert max(checkpoints_in(tmp_path)) >= 96
+
+
+@pytest.mark.parametrize("period", [2, 3, 5])
+def test_a_run_with_trouble_again_and_again_is_still_saved(tmp_path, period):
+    bad = dict.fromkeys(range(30, 200, period), NAN_BATCH)
+    assert max(gaps_of(tmp_path, 120, bad_batches=bad)) <= 2 * QUICK["save_every"]
+    assert len(checkpoints_in(tmp_path)) <= 6
+
+
+def test_trouble_does_not_write_at_every_step(tmp_path, monkeypatch):
+    """One more try after the first, and then the cadence."""
+    written, save = [], checkpoints.save
+    monkeypatch.setattr(
+        checkpoints, "save", lambda path, snapshot: (written.append(path), save(path, snapshot))[1]
+    )
+    bad = dict.fromkeys(range(30, 200, 2), NAN_BATCH)
+    run(tmp_path, 110, bad_batches=bad)
+    assert len(written) <= 110 // QUICK["save_every"] + 3
+
+
+def test_a_run_that_is_suspected_for_long_is_still_saved(tmp_path):
+    """The loss lies above its level, but not by enough to ask."""
+
+    def suspect(tree):
+        return tree[0], optax.tree.set(tree[1], loss_excess=jnp.float32(0.5))
+
+    gaps = gaps_of(tmp_path, 80, faults=dict.fromkeys(range(30, 80), suspect))
+    assert max(gaps) <= 2 * QUICK["save_every"]
+
+
 # --- after a rollback --------------------------------------------------------------------------
 
 

@@ -173,6 +173,61 @@ def test_a_sharded_state_resumes_on_other_devices(tmp_path):
     assert_same(tree, single, weak=False)
 
 
+NUMBERS = [
+    "bool", "int2", "int4", "int8", "int16", "int32", "uint2", "uint4", "uint8", "uint16", "uint32",
+    "float8_e3m4", "float8_e4m3", "float8_e8m0fnu", "float8_e4m3b11fnuz", "float8_e4m3fn",
+    "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float4_e2m1fn", "bfloat16", "float16",
+    "float32", "complex64",
+]  # fmt: skip
+HOST_KINDS = [
+    "bool", "int64", "uint64", "float16", "float64", "longdouble", "complex128", "clongdouble",
+    ">i4", ">f8", ">c16", "datetime64[s]", "timedelta64[ms]", "U3", "S1", "S3", "V1", "V4",
+    "i4,f4",
+]  # fmt: skip
+LEAVES = {
+    **{f"jax_{name}": lambda name=name: jnp.arange(3).astype(name) for name in NUMBERS},
+    **{f"numpy_{name}": lambda name=name: np.zeros(3, name) for name in HOST_KINDS},
+    "a_string": lambda: "run 7",
+    "an_object": lambda: np.array([None, 1]),
+}
+
+
+@pytest.mark.parametrize("make", LEAVES.values(), ids=LEAVES)
+def test_a_leaf_of_any_kind_comes_back_or_is_refused_by_name(tmp_path, make):
+    """Never is it taken for a full disk."""
+    tree = TX.init(params()), {"extra": make()}
+    refused = False
+    with RollbackManager(tmp_path) as rollback:
+        try:
+            rollback.resume(tree)
+        except TypeError as error:
+            refused = True
+            assert "extra" in str(error)
+    if refused:
+        assert not list(tmp_path.glob("checkpoints/*"))
+        return
+    with RollbackManager(tmp_path) as rollback:
+        _, back = rollback.resume(tree)
+    assert_same(back, tree, weak=False)
+    assert np.asarray(back[1]["extra"]).dtype == np.asarray(tree[1]["extra"]).dtype
+
+
+def test_most_leaves_are_not_refused():
+    writable = [name for name, make in LEAVES.items() if _is_writable(make())]
+    assert {f"jax_{name}" for name in NUMBERS} - set(writable) <= {
+        "jax_uint2", "jax_uint4", "jax_float8_e4m3",
+    }  # fmt: skip
+    assert {"numpy_int64", "numpy_float64", "numpy_>i4", "numpy_>f8"} <= set(writable)
+
+
+def _is_writable(leaf: Any) -> bool:
+    try:
+        checkpoints.require_writable({"leaf": leaf})
+    except TypeError:
+        return False
+    return True
+
+
 def test_pinned_host_memory(tmp_path, monkeypatch):
     """The way that accelerators take; the CPU backend has such a memory too."""
     monkeypatch.setattr(snapshots, "_may_pin", lambda x: True)
