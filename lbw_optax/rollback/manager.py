@@ -158,7 +158,7 @@ class RollbackManager:
     def step(self, step: int, tree: Any) -> tuple[int, Any]:
         """Hand in the state after `step` updates; get it back, or an earlier one."""
         self._require_open()
-        step = self._follow(step)
+        step = self._last = self._follow(step)
         before = self._report
         self._report = verdict.begin(step, tree, requested=self._requested is not None)
         self._require_resumed()
@@ -279,7 +279,6 @@ class RollbackManager:
                 "the number of updates that the state has had, in order and at most "
                 f"max_distance={self._max_distance} apart; resume says where to go on."
             )
-        self._last = number
         return number
 
     def _require_open(self) -> None:

@@ -40,7 +40,8 @@ def healthy_loss() -> float:
 
 
 def checkpoints_in(directory) -> list[int]:
-    return sorted(int(path.name) for path in directory.glob("checkpoints/*"))
+    names = [path.name for path in directory.glob("checkpoints/*")]
+    return sorted(int(name) for name in names if name.isdecimal())  # others are being written
 
 
 # --- without a fault ---------------------------------------------------------------------------

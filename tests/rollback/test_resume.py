@@ -466,7 +466,7 @@ def test_a_journal_of_an_older_version(directory):
 
 def test_nothing_is_written_after_close(tmp_path):
     with RollbackManager(tmp_path, **QUICK) as rollback:
-        step, tree = rollback.resume(start())
+        _, tree = rollback.resume(start())
     before = (tmp_path / "journal.json").read_text()
     rollback.close()
     calls = {
