@@ -44,26 +44,33 @@ class RollbackManager:
 
     Only a state that has proven healthy is gone back to: after it, the guard must have seen
     ``probation`` steps without a skip, a jump of the loss, or a loss above its level. Copies are
-    held in two tiers: at most three in host memory (pinned, where the backend has it), and at most
-    four Orbax checkpoints (five with :meth:`save`), written while the run goes on. Each is as large
-    as the state.
+    held in two tiers, each as large as the state: at most three in host memory (pinned, where the
+    backend has it), and Orbax checkpoints, written while the run goes on. Three proven ones are
+    kept on disk, and at most three that are not: on probation, the newest, and being written.
+
+    Checkpoints to resume from are written at their cadence whatever the guard thinks. One with a
+    NaN in the optimizer's state, or in parameters that the guard finds broken, is not kept, and a
+    warning names the leaf. A NaN elsewhere, as in statistics of a batch, is the run's own. Nothing
+    in the directory that a manager has not written is deleted.
 
     After a rollback the batches since that step are not used again and newer checkpoints are gone.
     For 20 steps the scale stays under half of what it was at that step. The guard learns the
     level of the loss anew, and asks for certain reasons only until it has seen 10 sound steps. The
     rollback is the newest of :func:`lbw_optax.events`, which the restored state takes over from the
     one that is left. If no other state has proven healthy since, the next rollback goes further
-    back, and halves the ceiling again.
+    back, and halves the ceiling again. A run that is killed after a rollback, and resumed, is the
+    run that was not.
 
     The guard's verdict on a step is read one call later, so that the loop never waits for the step
     that was just dispatched. A checkpoint that is still being written is waited for when the next
     one is due, and when it is to be gone back to. One that cannot be written is a warning, and the
     run goes on with those that it has. So is an uncertain ask (skips, loss) while nothing has
-    proven healthy. With several processes all make the same calls, over one shared directory.
+    proven healthy. With several processes all make the same calls, over one shared directory; what
+    goes wrong on one of them is a warning or an error on all.
 
     Args:
       directory: for the checkpoints, made if it is missing; one run at a time.
-      max_distance: no rollback is longer, in steps.
+      max_distance: no rollback is longer, in steps, and no two calls of `step` are further apart.
       save_every: steps between checkpoints on disk.
       snapshot_every: steps between copies in host memory; None switches that tier off.
       probation: steps without trouble that prove a state healthy; certain signs show within two,
@@ -71,10 +78,13 @@ class RollbackManager:
       max_rollbacks: in 1000 calls of `step`; one more raises.
 
     Raises:
-      ValueError: if the arguments cannot keep `max_distance`, or the state holds no guard.
+      ValueError: if the arguments cannot keep `max_distance`, the journal is damaged, the state
+        holds no guard, a step is out of order, the manager is closed, or the processes differ in
+        their calls or in the loss that they pass.
       OSError: if the directory cannot be written, or another process uses it.
-      GuardExhausted: from `step`, when it should go back but may not, or when the state is broken
-        and there is nowhere to go. The newest good checkpoint stays.
+      GuardExhausted: from `step`, when the guard governs and can do no more, when it should go back
+        but may not, or when the state is broken and there is nowhere to go. The newest good
+        checkpoint stays.
 
     Example:
       >>> import jax, jax.numpy as jnp, tempfile, lbw_optax
