@@ -1,7 +1,10 @@
 """What a person can read of the guard, and how they can overrule it. Runs on the host."""
 
 import json
+import math
 import os
+from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbw_optax import sentences
+from lbw_optax import lock, sentences
 from lbw_optax.law import events as ring
 from lbw_optax.law.events import Event
 from lbw_optax.law.telemetry import HISTOGRAM_EDGES
@@ -197,15 +200,23 @@ class AuditLog:
     """Append the guard's interventions to a JSON Lines file, one line each.
 
     A line holds ``number, step, regime, signal, value, threshold, action, scale_before,
-    scale_after`` and ``recorded_at``, the step of the loop that wrote it. A log that is opened
+    scale_after`` and ``recorded_at``, the step of the loop that wrote it; of a rollback ``from_step``
+    and ``to_step`` instead of value and threshold. A log that is opened
     again goes on after its last line. If the ring was read too late, a line
-    ``{"action": "lost", ...}`` says how many interventions are missing.
+    ``{"action": "lost", ...}`` says how many interventions are missing. Where a state holds several
+    guards, ``guard`` is the path of the one that a line is of.
+
+    What a call of :meth:`record` adds is in the file as a whole or not at all: after a disk was
+    full, the next call writes what is missing. A last line that a kill has torn is cut off when the
+    log is opened again; no other byte of it is changed, and lines that are none of ours stay.
 
     Args:
-      path: the file; its folder must exist.
+      path: the file; its folder must exist. One log at a time may be open on it: with several
+        processes, open it on the first.
 
     Raises:
-      OSError: if the file cannot be written.
+      OSError: if the file cannot be written, or another log is open on it.
+      ValueError: if the file is something else than a log, or this log is closed.
 
     Example:
       >>> import jax.numpy as jnp, tempfile, lbw_optax
@@ -217,33 +228,51 @@ class AuditLog:
 
     def __init__(self, path: str | os.PathLike[str]):
         self._path = Path(path)
-        self._next = _next_number(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = _open_log(self._path)
+        self._next = _next_numbers(self._file)
 
     def record(self, step: int, state: Any) -> int:
         """Write what happened since the last call; returns the number of interventions written.
 
         Waits for the device: call it every so many steps, 64 at the most.
         """
-        guard = find(state)
+        if self._file.closed:
+            raise ValueError(f"This AuditLog of {self._path} is closed: open a new one.")
+        guards = find_named(state)
+        paths = [""] if len(guards) == 1 else list(guards)
+        lines: list[dict[str, Any]] = []
+        for path, guard in zip(paths, guards.values(), strict=True):
+            lines += self._news(path, of_one_run(guard))
+        self._write([{**line, "recorded_at": step} for line in lines])
+        self._next |= {
+            path: int(guard.events.recorded)
+            for path, guard in zip(paths, guards.values(), strict=True)
+        }
+        return sum("number" in line for line in lines)
+
+    def _news(self, path: str, guard: GuardState) -> list[dict[str, Any]]:
+        """What one guard did since the last call."""
         recorded = int(guard.events.recorded)
         # After a restore the count is lower than what is written: go on from there.
-        first = min(self._next, recorded)
-        if first == recorded:
-            self._next = recorded
-            return 0
-        new = [event for event in ring.read(guard.events) if event.number >= first]
-        lost = recorded - first - len(new)
+        first = min(self._next.get(path, 0), recorded)
+        events = [event for event in ring.read(guard.events) if event.number >= first]
+        lines = [event._replace(guard=path)._asdict() for event in events]
+        lost = recorded - first - len(events)
         if lost:
-            self._write({"action": "lost", "interventions": lost, "recorded_at": step})
-        for event in new:
-            self._write({**event._asdict(), "recorded_at": step})
-        self._file.flush()
-        self._next = recorded
-        return len(new)
+            lines.insert(0, {"action": "lost", "interventions": lost, "guard": path})
+        # What an event does not have, as a rollback a threshold, is not in its line.
+        return [{k: x for k, x in line.items() if x not in (None, "")} for line in lines]
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(_as_json(line), allow_nan=False) + "\n" for line in lines)
+        try:
+            _append(self._file, text.encode())
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"The audit log {self._path} cannot be written ({error.strerror}): free space "
+                "there; the next call writes what is missing",
+            ) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -287,13 +316,79 @@ def _reset(guard: GuardState) -> GuardState:
     return guard._replace(law=guard.law._replace(control=control, divergence=divergence))
 
 
-def _next_number(path: Path) -> int:
-    """One past the last event in the file; a torn last line, left by a kill, is cut off."""
-    if not path.exists():
-        return 0
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    numbers = [line.get("number", -1) for line in map(json.loads, whole.splitlines())]
-    return next((number for number in reversed(numbers) if number >= 0), -1) + 1
+# Of the lines that a log writes.
+_BEGINNINGS = (b'{"number":', b'{"action":')
+
+
+def _open_log(path: Path) -> FileIO:
+    """The file, for this log alone, and made to end with a whole line."""
+    file = FileIO(path, "a+")
+    try:
+        if not lock.claim(file):
+            raise OSError(
+                f"Another AuditLog is open on {path}: close it, or pass another path. With several "
+                "processes only the first needs one."
+            )
+        _end_with_a_line(file)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _end_with_a_line(file: FileIO) -> None:
+    """Cut off the torn line that a kill has left, in place; anything else that is torn stays."""
+    content = _read(file)
+    torn = content[content.rfind(b"\n") + 1 :]
+    is_ours = any(torn.startswith(x[: len(torn)]) for x in _BEGINNINGS)
+    is_ours = is_ours or not torn.strip(b"\0")  # zeros: the power went off
+    whole = content[: len(content) - len(torn)]
+    if (whole.strip() or not is_ours) and next(_objects(whole), None) is None:
+        raise ValueError(f"{file.name} is no audit log: pass another path.")
+    if torn and is_ours:
+        file.truncate(len(whole))
+    elif torn:
+        _append(file, b"\n")
+
+
+def _next_numbers(file: FileIO) -> dict[str, int]:
+    """Of each guard, one past the last event in the file."""
+    newest: dict[str, int] = {}
+    for line in _objects(_read(file)):
+        number = line.get("number")
+        if type(number) is int and number >= 0:
+            newest.setdefault(str(line.get("guard", "")), number + 1)
+    return newest
+
+
+def _objects(content: bytes) -> Iterator[dict[str, Any]]:
+    """The JSON objects among the lines, last first."""
+    for line in reversed(content.split(b"\n")):
+        try:
+            read = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(read, dict):
+            yield read
+
+
+def _read(file: FileIO) -> bytes:
+    file.seek(0)
+    return file.readall() or b""
+
+
+def _append(file: FileIO, content: bytes) -> None:
+    """All of it, or nothing: what a full disk has cut short is taken back."""
+    size, rest = os.fstat(file.fileno()).st_size, memoryview(content)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except BaseException:
+        file.truncate(size)
+        raise
+
+
+def _as_json(line: dict[str, Any]) -> dict[str, Any]:
+    """As the standard has it: numbers that are not finite become null."""
+    broken = [k for k, x in line.items() if isinstance(x, float) and not math.isfinite(x)]
+    return line | dict.fromkeys(broken)

@@ -1,7 +1,6 @@
-"""What the host reads and orders: metrics, events, check, override, the audit log."""
+"""What the host reads and orders: metrics, events, check, override."""
 
 import functools
-import json
 
 import chex
 import jax
@@ -13,8 +12,7 @@ from flax import nnx
 from support import assert_same_bits, gradients_of, guard_in, guarded, run_of, small_params, train
 
 import lbw_optax
-from lbw_optax import AuditLog, lbw_guard
-from lbw_optax.law import control
+from lbw_optax import lbw_guard
 from lbw_optax.law.events import SIZE, Event
 
 LABELS = {"bias": "bare", "gain": "bare", "weights": "governed"}
@@ -197,7 +195,7 @@ def test_reset_gives_a_fresh_allowance():
     assert not bool(guard_in(state).law.control.exhausted)  # one skip after the order, of two
 
 
-# --- events and the audit log ------------------------------------------------------------------
+# --- events ------------------------------------------------------------------------------------
 
 
 def storm(steps, every=1):
@@ -221,120 +219,6 @@ def test_no_event_is_lost_when_read_every_64_steps():
     assert seen == one_by_one
     assert sorted(seen) == list(range(320))
     assert [seen[i].step for i in range(320)] == list(range(320))
-
-
-def lines(path):
-    """Every line on its own must be valid JSON by the standard: no NaN, no Infinity."""
-
-    def refuse(name):
-        raise AssertionError(name)
-
-    text = path.read_text(encoding="utf-8")
-    assert not text or text.endswith("\n")
-    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
-
-
-def test_audit_log_writes_each_intervention_once(tmp_path):
-    path = tmp_path / "audit.jsonl"
-    with AuditLog(path) as audit:
-        for step, state in storm(100, every=5):
-            if step % 10 == 9:
-                audit.record(step, state)
-        assert audit.record(100, state) == 0
-        written = lines(path)  # complete without closing
-    assert [line["number"] for line in written] == list(range(int(guard_in(state).events.recorded)))
-    assert [{k: v for k, v in line.items() if k != "recorded_at"} for line in written] == [
-        event._asdict() for event in lbw_optax.events(state)
-    ]
-    first = written[0]
-    assert first == {
-        "number": 0,
-        "step": 0,
-        "regime": "unstable",
-        "signal": "nonfinite_gradients",
-        "value": 16.0,
-        "threshold": 0.0,
-        "action": "skip",
-        "scale_before": pytest.approx(control.FIRST_SCALE),
-        "scale_after": pytest.approx(control.FIRST_SCALE),
-        "from_step": None,
-        "to_step": None,
-        "recorded_at": 9,
-    }
-
-
-def test_reopened_audit_log_goes_on_without_duplicates(tmp_path):
-    path = tmp_path / "audit.jsonl"
-    for step, state in storm(90):
-        if step % 30 == 29:
-            with AuditLog(path) as audit:
-                assert audit.record(step, state) == 30
-                assert audit.record(step, state) == 0
-    assert [line["number"] for line in lines(path)] == list(range(90))
-
-
-@pytest.mark.parametrize("torn", ['{"number": 10, "st', "{", '{"number": 10}'])
-def test_a_torn_last_line_is_cut_off(tmp_path, torn):
-    """As a kill in the middle of a write leaves it; the event itself is written again."""
-    path = tmp_path / "audit.jsonl"
-    states = [state for _, state in storm(20)]
-    with AuditLog(path) as audit:
-        audit.record(9, states[9])
-    with path.open("a") as file:
-        file.write(torn)
-    with AuditLog(path) as audit:
-        assert audit.record(19, states[19]) == 10
-    assert [line["number"] for line in lines(path)] == list(range(20))
-
-
-def test_late_reading_says_how_many_are_lost(tmp_path):
-    path = tmp_path / "audit.jsonl"
-    states = [state for _, state in storm(SIZE + 20)]
-    with AuditLog(path) as audit:
-        assert audit.record(4, states[4]) == 5
-        assert audit.record(SIZE + 19, states[-1]) == SIZE
-    written = lines(path)
-    assert written[5] == {"action": "lost", "interventions": 15, "recorded_at": SIZE + 19}
-    assert [line["number"] for line in written if "number" in line] == [
-        *range(5), *range(20, SIZE + 20)
-    ]  # fmt: skip
-    with AuditLog(path) as audit:  # a "lost" line is no obstacle to going on
-        assert audit.record(SIZE + 20, states[-1]) == 0
-
-
-def test_after_a_restore_the_log_goes_on_from_there(tmp_path):
-    """Back to the state after 5 events, of 10 written; what happens then is written again."""
-    path = tmp_path / "audit.jsonl"
-    states = [state for _, state in storm(10)]
-    with AuditLog(path) as audit:
-        audit.record(9, states[9])
-        assert audit.record(4, states[4]) == 0
-        assert audit.record(5, states[5]) == 1
-    assert [line["number"] for line in lines(path)] == [*range(10), 5]
-
-
-def test_after_a_restore_a_reopened_log_goes_on_from_there(tmp_path):
-    path = tmp_path / "audit.jsonl"
-    states = [state for _, state in storm(10)]
-    with AuditLog(path) as audit:
-        audit.record(9, states[9])
-        audit.record(4, states[4])
-        audit.record(5, states[5])
-    with AuditLog(path) as audit:
-        assert audit.record(7, states[7]) == 2
-    assert [line["number"] for line in lines(path)] == [*range(10), 5, 6, 7]
-
-
-def test_a_path_in_a_missing_folder(tmp_path):
-    path = tmp_path / "missing" / "audit.jsonl"
-    with pytest.raises(OSError, match="missing"):
-        AuditLog(path)
-
-
-def test_an_empty_log(tmp_path):
-    with AuditLog(str(tmp_path / "audit.jsonl")) as audit:
-        assert audit.record(0, governed().init(small_params())) == 0
-    assert lines(tmp_path / "audit.jsonl") == []
 
 
 def test_check_names_what_to_do():

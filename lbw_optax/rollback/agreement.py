@@ -1,25 +1,66 @@
-"""One answer for all processes of a job, though each may see something else."""
+"""One answer for all processes of a job, though each may see something else.
+
+What one process finds out alone, a full disk or a taken lock, must be known to all before any of
+them waits for the others, or those would wait for ever.
+"""
 
 import functools
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Bytes of a text that is handed round.
+LONGEST = 1024
 
 
 def largest(numbers: jax.Array) -> jax.Array:
-    """The elementwise maximum over processes. Does not wait.
+    """The elementwise maximum over all copies of a replicated array. Does not wait.
 
-    Copies of a replicated array should be equal, but a fault of memory strikes one of them, and
-    then a decision that each process takes by itself would tear the job apart.
+    Copies should be equal, but a fault of memory strikes one of them, and a loss that each device
+    computes for itself makes them differ: then a decision that each process takes by itself would
+    tear the job apart.
     """
+    copies = [shard.data for shard in numbers.addressable_shards]
     if jax.process_count() == 1:
-        return numbers
+        return copies[0] if len(copies) == 1 else _largest_of(_on_one_device(copies))
     mesh = _one_device_each()
-    mine = jax.device_put(numbers.addressable_data(0)[None], mesh.local_devices[0])
+    mine = _largest_of(_on_one_device(copies, mesh.local_devices[0]))
     shape = (mesh.size, *numbers.shape)
     sharding = NamedSharding(mesh, PartitionSpec("process"))
-    return _largest(jax.make_array_from_single_device_arrays(shape, sharding, [mine]))
+    return _largest(jax.make_array_from_single_device_arrays(shape, sharding, [mine[None]]))
+
+
+def first_text(text: str) -> str:
+    """The text of the first process that has one, on every process; "" if none has. Waits for all.
+
+    Errors are handed round with it: "" says that all went well.
+    """
+    if jax.process_count() == 1:
+        return text
+    mine = np.zeros(LONGEST, np.uint8)
+    letters = text.encode()[:LONGEST]
+    mine[: len(letters)] = np.frombuffer(letters, np.uint8)
+    everyones = multihost_utils.process_allgather(mine)
+    texts = [bytes(x).rstrip(b"\0").decode(errors="ignore") for x in np.asarray(everyones)]
+    return next((said for said in texts if said), "")
+
+
+def wait_for_all(name: str) -> None:
+    """Until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"lbw_optax {name}")
+
+
+def _on_one_device(copies: list[jax.Array], device: jax.Device | None = None) -> list[jax.Array]:
+    place = device or next(iter(copies[0].devices()))
+    return [jax.device_put(x, place) for x in copies]
+
+
+@jax.jit
+def _largest_of(copies: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jax.numpy.maximum, copies)
 
 
 @functools.cache

@@ -1,25 +1,33 @@
 """The one module that touches Orbax: checkpoints of named leaves, one folder a step.
 
-A checkpoint holds the leaves and their checksums, so that what is read is what was written.
+A checkpoint holds the leaves, their checksums and its step, so that what is read is what was
+written, and of the step that its name says.
 """
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax.rollback import snapshots
 from lbw_optax.rollback.snapshots import Snapshot
 
 try:
+    import tensorstore
     from orbax.checkpoint import v1 as ocp
 except ImportError as error:
     raise ImportError(
         "RollbackManager needs Orbax: install it with pip install 'lbw_optax[rollback]'."
     ) from error
+
+
+# What Orbax calls a checkpoint that it has not finished.
+_UNFINISHED = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
 
 
 class Unreadable(Exception):
@@ -30,6 +38,21 @@ class OtherModel(ValueError):
     """A checkpoint of a state with other names, shapes or dtypes."""
 
 
+def require_writable(tree: Any) -> None:
+    """Every leaf must be of a kind that a checkpoint can hold.
+
+    Raises:
+      TypeError: that names the first one that is not.
+    """
+    for name, leaf in snapshots.flatten(tree).items():
+        if not _can_hold(leaf.dtype):
+            raise TypeError(
+                f"The leaf {snapshots.plain_name(name)} of the training state is of dtype "
+                f"{leaf.dtype}, which a checkpoint cannot hold: convert it, or keep it out of the "
+                "state."
+            )
+
+
 def save(path: Path, snapshot: Snapshot) -> Callable[[], None]:
     """Begin to write a checkpoint; what is returned waits for it and raises what went wrong.
 
@@ -38,15 +61,16 @@ def save(path: Path, snapshot: Snapshot) -> Callable[[], None]:
     leaves = {name: x for name, x in snapshot.leaves.items() if x.size}  # Orbax writes no empty one
     sums = np.asarray(snapshot.sums)
     with _uncompressed():
-        return ocp.save_async(path, {"leaves": leaves, "sums": sums}, overwrite=True).result
+        content = {"leaves": leaves, "sums": sums, "step": np.array([snapshot.step])}
+        return ocp.save_async(path, content, overwrite=True).result
 
 
-def load(path: Path, like: Any) -> Any:
-    """The state in a checkpoint, placed as `like` is.
+def load(path: Path, step: int, like: Any) -> Any:
+    """The state in the checkpoint of this step, placed as `like` is.
 
     Raises:
       OtherModel: if it does not fit `like`; says where.
-      Unreadable: if it cannot be read, or its checksums are wrong.
+      Unreadable: if it cannot be read, its checksums are wrong, or it is of another step.
     """
     wanted = snapshots.flatten(like)
     try:
@@ -56,26 +80,41 @@ def load(path: Path, like: Any) -> Any:
         raise Unreadable(f"{type(error).__name__} in its description") from error
     _require_same(found, wanted)
     try:
-        state = {"leaves": {n: _abstract(x) for n, x in wanted.items() if x.size}}
+        state: dict[str, Any] = {"leaves": {n: _abstract(x) for n, x in wanted.items() if x.size}}
+        if "step" in stored:  # before this was written, the name alone said it
+            state["step"] = np.zeros(1, np.int64)
         read = ocp.load(path, {**state, "sums": np.zeros(len(wanted), np.uint32)})
     except Exception as error:
         raise Unreadable(f"{type(error).__name__} while reading") from error
     leaves = {name: read["leaves"].get(name, x) for name, x in wanted.items()}
     if not np.array_equal(np.asarray(snapshots.checksums(leaves)), read["sums"]):
         raise Unreadable("its checksums do not match")
+    (is_of,) = read.get("step", [step])
+    if is_of != step:
+        raise Unreadable(f"it is a copy of step {is_of}")
     return snapshots.place(leaves, like)
 
 
 def delete(path: Path) -> None:
     """Remove a checkpoint, whole or half-written."""
     if path.exists():
-        ocp.delete(path, missing_ok=True)
+        shutil.rmtree(path)
 
 
 def clear_unfinished(directory: Path) -> None:
     """Remove what killed saves have left."""
-    for path in directory.glob("*tmp*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in directory.glob("*"):
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _can_hold(dtype: np.dtype) -> bool:
+    """Whether it is a number that Orbax, through TensorStore, can write."""
+    try:
+        tensorstore.dtype(dtype)
+    except ValueError:
+        return False
+    return dtype.kind == "b" or jnp.issubdtype(dtype, np.number)
 
 
 def _uncompressed() -> ocp.Context:

@@ -1,17 +1,25 @@
 """One run's folder on disk: its lock, its journal, and one folder a checkpoint.
 
-With several processes only the first writes here; the folder is shared by all.
+With several processes only the first writes here; the folder is shared by all, and what goes wrong
+on the first is an error on all of them.
 """
 
-import fcntl
+import itertools
+import shutil
+import warnings
+from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 import jax
-from jax.experimental import multihost_utils
 
+from lbw_optax import lock
 from lbw_optax.rollback import checkpoints, journal
+from lbw_optax.rollback.agreement import first_text, wait_for_all
 from lbw_optax.rollback.journal import Journal
+
+# Bytes that are written to see whether it can be done.
+PROBE = 4096
 
 
 class Folder:
@@ -21,8 +29,17 @@ class Folder:
         self.path = path.absolute()
         self._journal = self.path / "journal.json"
         self._is_first = jax.process_index() == 0
-        self._lock = self._claim() if self._is_first else None
-        _wait_for_all("claimed")
+        self._lock: FileIO | None = None
+        try:
+            self._on_first(self._claim)
+        except OSError:
+            self.release()
+            raise
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process may write here: not after `release`, and not in a fork."""
+        return not (self._is_first and (self._lock is None or self._lock.closed))
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of this step is, or would be."""
@@ -30,52 +47,120 @@ class Folder:
 
     def read(self) -> Journal:
         """The journal; all processes get the same, and none has written in the meantime."""
-        content = journal.read(self._journal)
-        _wait_for_all("read")
+        content, error = Journal(), ""
+        try:
+            content = journal.read(self._journal)
+        except ValueError as damage:
+            error = str(damage)
+        error = first_text(error)
+        if error:
+            raise ValueError(error)
         return content
 
     def write(self, content: Journal) -> None:
-        """Replace the journal."""
-        if self._is_first:
-            journal.write(self._journal, content)
+        """Replace the journal.
+
+        Raises:
+          OSError: on all processes, if the first cannot.
+        """
+        self._on_first(lambda: journal.write(self._journal, content))
+
+    def found(self) -> list[int]:
+        """Steps of which a checkpoint lies here, whoever wrote it."""
+        names = [path.name for path in (self.path / "checkpoints").glob("*")]
+        wait_for_all("listed")
+        return sorted(int(x) for x in names if x.isascii() and x.isdecimal() and str(int(x)) == x)
+
+    def make_room(self, step: int) -> None:
+        """What lies where this checkpoint is to be, and is none of ours, gets another name."""
+
+        def rename() -> None:
+            path = self.checkpoint(step)
+            if not path.exists():
+                return
+            names = (path.with_name(f"{step}.kept{i}") for i in itertools.count())
+            kept = next(name for name in names if not name.exists())
+            path.rename(kept)
+            warnings.warn(
+                f"{path} is no checkpoint of this run: it is kept as {kept.name}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+        self._on_first(rename)
+
+    def require_room(self, nbytes: int) -> None:
+        """Every process must be able to write: one that fails later keeps the others waiting.
+
+        Args:
+          nbytes: that this process is about to write.
+
+        Raises:
+          OSError: on all processes, if one has no room, or may not write.
+        """
+        if jax.process_count() == 1:
+            return  # what goes wrong is said by the write itself
+        error, probe = "", self.path / f"probe-{jax.process_index()}"
+        try:
+            if shutil.disk_usage(self.path).free < nbytes:
+                raise OSError(f"No room for {nbytes} bytes")
+            probe.write_bytes(bytes(PROBE))
+            probe.unlink()
+        except OSError as problem:
+            probe.unlink(missing_ok=True)
+            error = str(problem)
+        error = first_text(error)
+        if error:
+            raise OSError(error)
+
+    def delete(self, steps: list[int]) -> None:
+        """Remove checkpoints of ours.
+
+        Raises:
+          OSError: on all processes, if the first cannot.
+        """
+
+        def each() -> None:
+            for step in steps:
+                checkpoints.delete(self.checkpoint(step))
+
+        self._on_first(each)
 
     def tidy(self, content: Journal) -> None:
-        """Remove every checkpoint that the journal does not name, and what kills have left."""
-        root = self.path / "checkpoints"
+        """Remove what a kill kept from being removed, and what it has left unfinished."""
         if self._is_first:
-            checkpoints.clear_unfinished(root)
-        _wait_for_all("cleared")
-        on_disk = [int(path.name) for path in root.glob("*") if path.name.isdecimal()]
-        _wait_for_all("listed")
-        for step in sorted(set(on_disk) - set(content.checkpoints)):
-            checkpoints.delete(self.checkpoint(step))
+            checkpoints.clear_unfinished(self.path / "checkpoints")
+        wait_for_all("cleared")
+        self.delete(content.dropped)
 
     def release(self) -> None:
         """Let another run use the folder."""
         if self._lock is not None:
             self._lock.close()
-            self._lock = None
 
-    def _claim(self) -> TextIO:
+    def _claim(self) -> None:
         try:
             self.path.joinpath("checkpoints").mkdir(parents=True, exist_ok=True)
-            lock = self.path.joinpath("lock").open("a")
+            self._lock = FileIO(self.path / "lock", "a")
         except OSError as error:
             raise OSError(
                 f"Checkpoints cannot be written to {self.path} ({error.strerror}): "
                 "pass a directory that this user may write to."
             ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
+        if not lock.claim(self._lock):
             raise OSError(
                 f"Another process uses {self.path} for its checkpoints: wait until it has ended, "
                 "or pass another directory."
-            ) from error
-        return lock
+            )
 
-
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"lbw_optax {name}")
+    def _on_first(self, act: Callable[[], None]) -> None:
+        """Act on the first process; its error is everybody's, before anybody waits for it."""
+        problem: OSError | None = None
+        if self._is_first:
+            try:
+                act()
+            except OSError as error:
+                problem = error
+        said = first_text(str(problem) if problem else "")
+        if said:
+            raise problem or OSError(said)

@@ -1,50 +1,37 @@
 """Going back to the last good state, around any training loop."""
 
+import operator
 import os
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbw_optax.audit import GuardExhausted
+from lbw_optax.audit import GuardExhausted, check
 from lbw_optax.law import divergence
 from lbw_optax.law import events as ring
 from lbw_optax.law.divergence import UNCERTAIN, Reason
-from lbw_optax.rollback.agreement import largest
-from lbw_optax.rollback.candidates import Health, Plan, Targets
-from lbw_optax.rollback.checkpoints import Unreadable
+from lbw_optax.rollback import verdict
+from lbw_optax.rollback.agreement import first_text
+from lbw_optax.rollback.arrivals import Arrivals
+from lbw_optax.rollback.candidates import Candidates, Plan
+from lbw_optax.rollback.checkpoints import OtherModel, Unreadable
 from lbw_optax.rollback.folder import Folder
-from lbw_optax.state import GuardState, Mode, find_all, map_guards
+from lbw_optax.rollback.journal import Rollback
+from lbw_optax.rollback.verdict import Report, Verdict
+from lbw_optax.state import GuardState, find_all, map_guards
 
 _REASONS = {reason.name.lower(): reason for reason in Reason}
-_UNCERTAIN = tuple(reason.name.lower() for reason in UNCERTAIN)
 # After a rollback the scale stays under this share of what it was, for so many steps.
 CEILING, CEILING_STEPS = 0.5, 20
 # `max_rollbacks` are allowed in so many calls of `step`.
 WINDOW = 1000
-
-
-class Rollback(NamedTuple):
-    """One return to an earlier state.
-
-    Attributes:
-      from_step: the step that was left.
-      to_step: the step that it went back to.
-      reason: a `lbw_optax.law.divergence.Reason` by its name, or what `request` was given.
-      tier: "memory" or "disk".
-      skipped_batches: batches that are not used again.
-      at_call: calls of `step` before it.
-    """
-
-    from_step: int
-    to_step: int
-    reason: str
-    tier: str
-    skipped_batches: int
-    at_call: int
+# The copies of the guard's state may differ for so many steps: a fault of memory in one of them is
+# answered by a rollback within two.
+APART = 3
 
 
 class RollbackManager:
@@ -58,26 +45,33 @@ class RollbackManager:
 
     Only a state that has proven healthy is gone back to: after it, the guard must have seen
     ``probation`` steps without a skip, a jump of the loss, or a loss above its level. Copies are
-    held in two tiers: at most three in host memory (pinned, where the backend has it), and at most
-    four Orbax checkpoints (five with :meth:`save`), written while the run goes on. Each is as large
-    as the state.
+    held in two tiers, each as large as the state: at most three in host memory (pinned, where the
+    backend has it), and Orbax checkpoints, written while the run goes on. Three proven ones are
+    kept on disk, and at most three that are not: on probation, the newest, and being written.
 
-    After a rollback the batches since the target are not used again and newer checkpoints are
-    gone. For 20 steps the scale stays under half of what it was at the target. The guard learns the
+    Checkpoints to resume from are written at their cadence whatever the guard thinks. One with a
+    NaN in the optimizer's state, or in parameters that the guard finds broken, is not kept, and a
+    warning names the leaf. A NaN elsewhere, as in statistics of a batch, is the run's own. Nothing
+    in the directory that a manager has not written is deleted.
+
+    After a rollback the batches since that step are not used again and newer checkpoints are gone.
+    For 20 steps the scale stays under half of what it was at that step. The guard learns the
     level of the loss anew, and asks for certain reasons only until it has seen 10 sound steps. The
     rollback is the newest of :func:`lbw_optax.events`, which the restored state takes over from the
     one that is left. If no other state has proven healthy since, the next rollback goes further
-    back, and halves the ceiling again.
+    back, and halves the ceiling again. A run that is killed after a rollback, and resumed, is the
+    run that was not.
 
     The guard's verdict on a step is read one call later, so that the loop never waits for the step
     that was just dispatched. A checkpoint that is still being written is waited for when the next
     one is due, and when it is to be gone back to. One that cannot be written is a warning, and the
-    run goes on with the targets that it has. So is an uncertain ask (skips, loss) while nothing has
-    proven healthy. With several processes all make the same calls, over one shared directory.
+    run goes on with those that it has. So is an uncertain ask (skips, loss) while nothing has
+    proven healthy. With several processes all make the same calls, over one shared directory; what
+    goes wrong on one of them is a warning or an error on all.
 
     Args:
       directory: for the checkpoints, made if it is missing; one run at a time.
-      max_distance: no rollback is longer, in steps.
+      max_distance: no rollback is longer, in steps, and no two calls of `step` are further apart.
       save_every: steps between checkpoints on disk.
       snapshot_every: steps between copies in host memory; None switches that tier off.
       probation: steps without trouble that prove a state healthy; certain signs show within two,
@@ -85,10 +79,13 @@ class RollbackManager:
       max_rollbacks: in 1000 calls of `step`; one more raises.
 
     Raises:
-      ValueError: if the arguments cannot keep `max_distance`, or the state holds no guard.
+      ValueError: if the arguments cannot keep `max_distance`, the journal is damaged, the state
+        holds no guard, a step is out of order, the manager is closed, or the processes differ in
+        their calls or in the loss that they pass.
       OSError: if the directory cannot be written, or another process uses it.
-      GuardExhausted: from `step`, when it should go back but may not, or when the state is broken
-        and there is nowhere to go. The newest good checkpoint stays.
+      GuardExhausted: from `step`, when the guard governs and can do no more, when it should go back
+        but may not, or when the state is broken and there is nowhere to go. The newest good
+        checkpoint stays.
 
     Example:
       >>> import jax, jax.numpy as jnp, tempfile, lbw_optax
@@ -125,68 +122,91 @@ class RollbackManager:
         plan = Plan(save_every, snapshot_every, probation)
         _validate(plan, max_distance, max_rollbacks)
         self._max_distance, self._max_rollbacks = max_distance, max_rollbacks
-        folder = Folder(Path(directory))
+        self._folder = Folder(Path(directory))
         try:
-            self._targets = Targets(folder, plan)
+            self._candidates = Candidates(self._folder, plan)
         except ValueError:
-            folder.release()
+            self._folder.release()
             raise
-        self._journal = self._targets.journal
-        self.history = [Rollback(**r) for r in self._journal.rollbacks]
+        self._journal = self._candidates.journal
+        self._arrivals = Arrivals(self._folder.path / "arrivals")
+        self.history = list(self._journal.rollbacks)
         """All rollbacks of this run, oldest first."""
-        self._calls = max((r.at_call for r in self.history), default=0)
         self._in_a_row = 0  # rollbacks since a state was last proven healthy
-        self._report: tuple[int, jax.Array] | None = None
+        self._report: Report | None = None
         self._guard_steps: int | None = None
+        self._is_calm = True  # for all that is known
+        self._apart = 0  # verdicts in a row in which copies of the guard's state differ
         self._requested: str | None = None
+        self._last: int | None = None  # the step that was handed in last
+        self._to_come: set[int] = set()  # steps of rollbacks that the resumed run comes by again
         self._resumed = False
 
     def resume(self, tree: Any) -> tuple[int, Any]:
         """The newest checkpoint as ``(step, tree)``, or ``(0, tree)`` in an empty directory.
 
         `tree` is a freshly made state: what is read takes its shapes, dtypes and shardings. One
-        that cannot be read (its checksums are verified) is passed over with a warning. At the start
-        of a run `tree` itself becomes the first target.
+        that cannot be read (its checksums are verified) is passed over with a warning. Where
+        checkpoints lie without a journal, the newest that is whole is gone on from, with a warning.
+        At the start of a run `tree` itself becomes the first candidate.
 
         Raises:
           ValueError: if the checkpoints are of another model (names, shapes and dtypes that differ
             are listed), if none can be read, or if the state holds no guard.
+          TypeError: if a leaf of the state is none that a checkpoint can hold.
         """
+        self._require_open()
         find_all(tree)
         self._resumed = True
-        if self._journal.checkpoints:
-            return self._targets.resume(tree)
-        self._targets.begin(tree)
-        return 0, tree
+        is_new = not self._candidates.found()
+        step, tree = self._candidates.resume(tree)
+        # A run that was under way without checkpoints may begin at any step.
+        self._last = None if is_new else step
+        self._report = self._guard_steps = None
+        self._to_come = {start for start, _ in self._journal.jumps if start >= step}
+        return step, self._arrive_again(step, tree)
 
     def step(self, step: int, tree: Any) -> tuple[int, Any]:
         """Hand in the state after `step` updates; get it back, or an earlier one."""
+        self._require_open()
+        step = self._last = self._follow(step)
+        before = self._report
+        self._report = verdict.begin(step, tree, requested=self._requested is not None)
         self._require_resumed()
-        self._calls += 1
-        before, self._report = self._report, (step, _start_report(tree))
-        health = self._read(before) if before is not None else None
-        if health is not None and self._targets.learn(health):
+        self._journal.calls += 1
+        said = self._hear(before)
+        if said is not None and self._candidates.learn(said):
             self._in_a_row = 0
-        reason, self._requested = self._requested, None
-        if health is not None and health.governs and health.asked:
-            reason = reason or Reason(health.asked).name.lower()
-        if reason is not None:
+        reason = self._reason(said)
+        if reason:
             return self._roll_back(step, tree, reason)
-        if health is None or not (health.is_trouble or health.suspected):
-            self._targets.take(step, tree)
+        self._require_strength(said, tree)
+        if step in self._to_come:
+            return step, self._arrive_again(step, tree)
+        self._is_calm = said is None or said.is_calm
+        self._candidates.take(step, tree, is_calm=self._is_calm)
         return step, tree
 
     def save(self, step: int, tree: Any) -> None:
         """Write a checkpoint of this state now, and wait: a run that stops here resumes here.
 
-        It is no target of a rollback until it has proven healthy.
+        It is no candidate for a rollback until it has proven healthy. With several processes all
+        must call it.
         """
+        self._require_open()
+        step = self._follow(step, again=True)
+        if jax.process_count() > 1:  # a process that calls `step` meanwhile is told, too
+            report = verdict.begin(step, tree, requested=False, saves=True)
+            self._require_same_calls(verdict.read(report, None))
         self._require_resumed()
-        self._targets.save(step, tree)
+        self._candidates.save(step, tree, is_calm=self._is_calm)
 
     def request(self, reason: str) -> None:
-        """Roll back at the next call of `step`, whatever the guard says."""
-        self._requested = reason
+        """Roll back at the next call of `step`, whatever the guard says.
+
+        With several processes one may ask for all: then it is at the call after that.
+        """
+        self._requested = reason or "request"
 
     def data_step(self, step: int) -> int:
         """Index of the batch for the update that follows `step`; it never comes back to a batch."""
@@ -195,38 +215,115 @@ class RollbackManager:
     @property
     def memory_bytes(self) -> int:
         """Bytes of host memory that the snapshots of this process take."""
-        return self._targets.memory_bytes
+        return self._candidates.memory_bytes
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written, and free the directory."""
-        try:
-            self._targets.settle()
-        finally:
-            self._targets.folder.release()
+        self._close(alone=False)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # The other processes may not have failed: they cannot be waited for.
+        self._close(alone=kind is not None and jax.process_count() > 1)
 
-    def _read(self, report: tuple[int, jax.Array]) -> Health:
-        """What the guard said of the step before."""
-        step, numbers = report
-        asked, minus_calm, guard_steps, suspected, governs = (int(x) for x in np.asarray(numbers))
-        updates = 1 if self._guard_steps is None else guard_steps - self._guard_steps
-        self._guard_steps = guard_steps
-        return Health(step, asked, -minus_calm < updates, bool(suspected), bool(governs))
+    def _close(self, *, alone: bool) -> None:
+        if not self._folder.is_open:
+            return
+        try:
+            self._candidates.close(alone=alone)
+        finally:
+            self._folder.release()
+
+    # --- what the guard says --------------------------------------------------------------------
+
+    def _hear(self, report: Report | None) -> Verdict | None:
+        """The verdict on the step before."""
+        if report is None:
+            return None
+        said = verdict.read(report, self._guard_steps)
+        self._require_same_calls(said)
+        self._guard_steps = said.guard_steps
+        self._apart = self._apart + 1 if said.differs else 0
+        return said
+
+    def _reason(self, said: Verdict | None) -> str:
+        """Why to go back, or ""."""
+        asked = self._requested or ""
+        if jax.process_count() > 1:  # only what all processes have heard of
+            asked = first_text(asked) if said is not None and said.requested else ""
+        if asked or jax.process_count() == 1:
+            self._requested = None
+        if not asked and said is not None and said.governs and said.asked:
+            asked = Reason(said.asked).name.lower()
+        return asked
+
+    def _require_strength(self, said: Verdict | None, tree: Any) -> None:
+        """The guard must be able to do something, and be one and the same everywhere."""
+        if self._apart >= APART:
+            self._report, self._apart = None, 0
+            raise ValueError(
+                "Copies of the guard's state have differed for three steps, on processes or "
+                "devices of this job: each was given a loss or gradients of its own. Pass the same "
+                "to all of them, as value=jax.lax.pmean(loss, axis_name)."
+            )
+        if said is None or not said.exhausted or self._report is None:
+            return
+        now, self._report = verdict.read(self._report, None), None
+        if now.exhausted:
+            raise GuardExhausted(f"{_last_words(tree)}{self._say_history()}.")
+
+    # --- what may be asked of a manager ---------------------------------------------------------
+
+    def _follow(self, step: int, *, again: bool = False) -> int:
+        """The step as an integer: it comes after the one before, by no more than is useful."""
+        try:
+            number = operator.index(step)
+        except TypeError:
+            raise TypeError(f"step must be an integer, got {step!r}.") from None
+        last = self._last
+        least = (0 if last is None else last) + (not again)
+        if number < least or (last is not None and number > last + self._max_distance):
+            raise ValueError(
+                f"step {number} was handed in after step {last or 0}: hand in every update, with "
+                "the number of updates that the state has had, in order and at most "
+                f"max_distance={self._max_distance} apart; resume says where to go on."
+            )
+        return number
+
+    def _require_open(self) -> None:
+        if not self._folder.is_open:
+            raise ValueError(
+                f"This RollbackManager of {self._folder.path} is closed, or belongs to another "
+                "process: make a new one and begin with resume."
+            )
+
+    def _require_resumed(self) -> None:
+        newest = None if self._resumed else max(self._candidates.found(), default=None)
+        if newest is not None:
+            raise ValueError(
+                f"{self._folder.path} holds checkpoints up to step {newest} of an earlier "
+                "run: begin with step, tree = rollback.resume(tree), or pass an empty directory."
+            )
+        self._resumed = True
+
+    def _require_same_calls(self, said: Verdict) -> None:
+        if said.complaint:
+            self._report = None
+            raise ValueError(f"{said.complaint} (step {said.step} on this one).")
+
+    # --- going back -----------------------------------------------------------------------------
 
     def _roll_back(self, step: int, tree: Any, reason: str) -> tuple[int, Any]:
         self._require_budget(step, reason)
         newest = self.history[-1].to_step if self._in_a_row else step
-        for to_step, tier in self._targets.proven():
+        for to_step, tier in self._candidates.proven():
             if to_step >= newest or step - to_step > self._max_distance:
                 continue
             try:
-                good = self._targets.load(to_step, tier, tree)
-            except Unreadable as error:
+                good = self._candidates.load(to_step, tier, tree)
+            except (OtherModel, Unreadable) as error:
                 _warn(f"The checkpoint of step {to_step} is passed over: {error}.")
                 continue
             return to_step, self._arrive(good, tree, step, to_step, reason, tier)
@@ -234,7 +331,7 @@ class RollbackManager:
             f"The guard asks for a rollback at step {step} ({reason}), and no state within "
             f"{self._max_distance} steps has proven healthy"
         )
-        if reason not in _UNCERTAIN:
+        if _REASONS.get(reason) not in UNCERTAIN:
             raise GuardExhausted(f"{asked}{self._say_history()}.")
         _warn(f"{asked}: the run goes on, for this reason is not certain.")
         self._report = None
@@ -243,26 +340,45 @@ class RollbackManager:
     def _arrive(self, good: Any, left: Any, step: int, to_step: int, reason: str, tier: str) -> Any:
         """Make the state that is gone back to ready to go on."""
         self._in_a_row += 1
-        self._journal.jump(step, to_step)
-        rollback = Rollback(step, to_step, reason, tier, step - to_step, self._calls)
-        self.history.append(rollback)
-        self._journal.rollbacks.append(rollback._asdict())
-        self._targets.return_to(to_step)
-        self._report = self._guard_steps = None
         number = _REASONS.get(reason, Reason.REQUEST)
-        return _rejoin(good, left, number, step, to_step, CEILING**self._in_a_row)
+        good = _rejoin(good, left, number, step, to_step, CEILING**self._in_a_row)
+        self._journal.jump(step, to_step)
+        self._keep_arrival(to_step, good)
+        rollback = Rollback(step, to_step, reason, tier, step - to_step, self._journal.calls)
+        self.history.append(rollback)
+        self._journal.rollbacks.append(rollback)
+        self._candidates.return_to(to_step)
+        self._report = self._guard_steps = None
+        self._last, self._is_calm, self._apart = to_step, True, 0
+        self._to_come.clear()
+        return good
 
-    def _require_resumed(self) -> None:
-        newest = max(self._journal.checkpoints, default=None)
-        if newest is not None and not self._resumed:
-            raise ValueError(
-                f"{self._targets.folder.path} holds checkpoints up to step {newest} of an earlier "
-                "run: begin with step, tree = rollback.resume(tree), or pass an empty directory."
+    def _keep_arrival(self, step: int, tree: Any) -> None:
+        """A run that is killed now comes by this step again: then the guard is to be as it is."""
+        oldest = min(self._journal.checkpoints, default=step)
+        wanted = [self._batch_at(start) for start, _ in self._journal.jumps if start >= oldest]
+        try:
+            self._arrivals.save(*self._batch_at(step), tree, wanted)
+        except OSError as error:
+            _warn(
+                f"What the guard knows after the rollback to step {step} could not be written to "
+                f"{self._folder.path} ({error}): if the run is killed before its next checkpoint, "
+                "the ceiling on its scale is lost."
             )
-        self._resumed = True
+
+    def _arrive_again(self, step: int, tree: Any) -> Any:
+        """The guard as the rollback to this step had left it, in a run that was killed since."""
+        if step not in self._to_come:
+            return tree
+        self._to_come.discard(step)
+        self._report = self._guard_steps = None
+        return self._arrivals.take_over(*self._batch_at(step), tree)
+
+    def _batch_at(self, step: int) -> tuple[int, int]:
+        return step, self._journal.data_step(step)
 
     def _require_budget(self, step: int, reason: str) -> None:
-        recent = [r for r in self.history if r.at_call > self._calls - WINDOW]
+        recent = [r for r in self.history if r.at_call > self._journal.calls - WINDOW]
         if len(recent) >= self._max_rollbacks:
             raise GuardExhausted(
                 f"The guard asks for a rollback at step {step} ({reason}), and its budget of "
@@ -275,47 +391,36 @@ class RollbackManager:
         left = "none" if newest is None else f"of step {newest}"
         return (
             f". Rollbacks so far: {said or 'none'}. The newest checkpoint in "
-            f"{self._targets.folder.path} is {left}: look at the data and the learning rate"
+            f"{self._folder.path} is {left}: look at the data and the learning rate"
         )
 
 
 def _validate(plan: Plan, max_distance: int, max_rollbacks: int) -> None:
-    for name, x in {**plan._asdict(), "max_rollbacks": max_rollbacks}.items():
-        if x is not None and x < 1:
+    counts = {**plan._asdict(), "max_distance": max_distance, "max_rollbacks": max_rollbacks}
+    for name, x in counts.items():
+        if x is None and name == "snapshot_every":
+            continue
+        if not isinstance(x, int | np.integer) or isinstance(x, bool):
+            raise ValueError(f"{name} must be an integer, got {x!r}.")
+        if x < 1:
             raise ValueError(f"{name} must be at least 1, got {x}.")
     every = {"save_every": plan.save_every, "snapshot_every": plan.snapshot_every or 1}
     for name, x in every.items():
         if x + plan.probation + 1 > max_distance:
             raise ValueError(
                 f"max_distance={max_distance} is too small for {name}={x} and "
-                f"probation={plan.probation}: a target can be {x + plan.probation + 1} steps old "
-                f"before the next has proven healthy; lower {name} or raise max_distance."
+                f"probation={plan.probation}: a good state can be {x + plan.probation + 1} steps "
+                f"old before the next has proven healthy; lower {name} or raise max_distance."
             )
 
 
-def _start_report(tree: Any) -> jax.Array:
-    """The guard's verdict in one small array of its own, on its way to the host."""
-    parts = [
-        (
-            guard.law.divergence.rollback_asked,
-            guard.law.control.calm_steps,
-            guard.guard_steps,
-            guard.law.divergence.loss_excess,
-            guard.mode,
-        )
-        for guard in find_all(tree)
-    ]
-    numbers = largest(_summarise(parts))
-    numbers.copy_to_host_async()
-    return numbers
-
-
-@jax.jit
-def _summarise(parts: list[tuple[jax.Array, ...]]) -> jax.Array:
-    asked, calm, steps, excess, mode = (jnp.stack(x) for x in zip(*parts, strict=True))
-    governs = mode == Mode.GOVERN
-    numbers = [asked.max(), (-calm).max(), steps.max(), (excess > 0).any(), governs.any()]
-    return jnp.stack([x.astype(jnp.int32) for x in numbers])
+def _last_words(tree: Any) -> str:
+    """What the exhausted guard has to say."""
+    try:
+        check(tree)
+    except GuardExhausted as error:
+        return str(error).removesuffix(".")
+    return "The guard of another process is exhausted"
 
 
 def _rejoin(good: Any, left: Any, reason: int, step: int, to_step: int, share: float) -> Any:

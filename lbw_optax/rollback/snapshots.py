@@ -4,7 +4,8 @@ A state is flattened to named leaves that every tier can hold: typed keys become
 Python and NumPy numbers become arrays. `like`, a state of the same kind, brings them back.
 """
 
-import functools
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax.rollback.agreement import largest
+from lbw_optax.state import GuardState
 
 PINNED = "pinned_host"
+# Arrays alike that one compiled program measures at a time.
+TOGETHER = 32
 
 
 class Snapshot(NamedTuple):
@@ -23,13 +27,21 @@ class Snapshot(NamedTuple):
       step: updates that the state has had.
       leaves: name to array.
       sums: uint32[n], a checksum of each leaf; None for a copy that stays in memory.
-      has_nan: bool, whether any leaf holds a NaN.
+      has_nan: bool[k], whether this array holds a NaN.
+      names: of these arrays, each with whether an optimizer that is guarded holds it.
     """
 
     step: int
     leaves: dict[str, Any]
     sums: jax.Array | None
     has_nan: jax.Array
+    names: list[tuple[str, bool]]
+
+    def nan_leaves(self) -> tuple[list[str], list[str]]:
+        """Names of the leaves with a NaN: in the optimizer's state, and elsewhere. Waits."""
+        found = [who for who, bad in zip(self.names, np.asarray(self.has_nan), strict=True) if bad]
+        mine = [name for name, is_guarded in found if is_guarded]
+        return mine, [name for name, is_guarded in found if not is_guarded]
 
     @property
     def nbytes(self) -> int:
@@ -41,8 +53,11 @@ def take(step: int, tree: Any, *, for_disk: bool = False) -> Snapshot:
     """Copy a state, to pinned host memory where the backend has it. Does not wait."""
     leaves = flatten(tree)
     sums = checksums(leaves) if for_disk else None
-    has_nan = largest(_has_nan([x for x in leaves.values() if isinstance(x, jax.Array)]))
-    return Snapshot(step, _copy(leaves, to_host=True), sums, has_nan)
+    floats = {name: x for name, x in leaves.items() if _may_be_nan(x)}
+    has_nan = largest(_of_each(_has_nan, list(floats.values()))) if floats else jnp.zeros(0, bool)
+    guarded = dict(zip(leaves, _are_guarded(tree), strict=True))
+    names = [(plain_name(name), guarded[name]) for name in floats]
+    return Snapshot(step, _copy(leaves, to_host=True), sums, has_nan, names)
 
 
 def restore(snapshot: Snapshot, like: Any) -> Any:
@@ -62,6 +77,11 @@ def flatten(tree: Any) -> dict[str, Any]:
     }
 
 
+def plain_name(name: str) -> str:
+    """The path of a leaf, without its number."""
+    return name.partition(" ")[2]
+
+
 def place(leaves: dict[str, Any], like: Any) -> Any:
     """The state of the kind of `like` that these leaves make."""
     models, structure = jax.tree.flatten(like)
@@ -75,14 +95,49 @@ def checksums(leaves: dict[str, Any]) -> jax.Array:
     With b_i the bits of element i as an unsigned number, the sum of (2 i + 1) b_i modulo 2^32:
     it changes with any single bit, and does not depend on how the array is sharded.
     """
-    return _checksums([_as_32_bits(x) if isinstance(x, np.ndarray) else x for x in leaves.values()])
+    words = [_as_32_bits(x) if isinstance(x, np.ndarray) else x for x in leaves.values()]
+    return _of_each(_checksums, words)
+
+
+def _of_each(measure: Callable[[list[Any]], jax.Array], arrays: list[Any]) -> jax.Array:
+    """A number of each array, in their order.
+
+    Arrays that are alike share a program, so that what is compiled grows with the kinds of arrays
+    and not with their number.
+    """
+    alike = defaultdict(list)
+    for i, x in enumerate(arrays):
+        alike[x.shape, x.dtype, getattr(x, "sharding", None)].append(i)
+    groups = [
+        places[start : start + TOGETHER]
+        for places in alike.values()
+        for start in range(0, len(places), TOGETHER)
+    ]
+    numbers = [measure([arrays[i] for i in group]) for group in groups]
+    return _in_order(numbers, np.argsort([i for group in groups for i in group]))
+
+
+@jax.jit
+def _in_order(numbers: list[jax.Array], order: np.ndarray) -> jax.Array:
+    return jnp.concatenate(numbers)[order]
+
+
+def _are_guarded(tree: Any) -> list[bool]:
+    """Of each leaf, whether it belongs to an optimizer inside a guard."""
+    are: list[bool] = []
+    for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, GuardState)):
+        inner = len(jax.tree.leaves(node.inner_state)) if isinstance(node, GuardState) else 0
+        are += [True] * inner + [False] * (len(jax.tree.leaves(node)) - inner)
+    return are
+
+
+def _may_be_nan(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 @jax.jit
 def _has_nan(arrays: list[jax.Array]) -> jax.Array:
-    floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact)]
-    nans = [jnp.any(jnp.isnan(x)) for x in floats]
-    return functools.reduce(jnp.logical_or, nans, jnp.array(False))
+    return jnp.stack([jnp.any(jnp.isnan(x)) for x in arrays])
 
 
 @jax.jit
@@ -123,7 +178,7 @@ def _pack(path: Any, leaf: Any) -> Any:
     if isinstance(leaf, np.ndarray | np.generic | bool | int | float | complex):
         array = np.array(leaf)  # a copy: NumPy arrays may be written to
         if array.dtype != object:
-            return array
+            return array.astype(array.dtype.newbyteorder("="))
     raise TypeError(
         f"The leaf {jax.tree_util.keystr(path)} of the training state is of type "
         f"{type(leaf).__name__}: pass a state of arrays, keys and numbers only."
@@ -141,7 +196,7 @@ def _unpack(x: Any, like: Any) -> Any:
         is_key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
         return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if is_key else x
     if isinstance(like, np.ndarray):
-        return np.array(x)
+        return np.array(x, like.dtype)
     return type(like)(np.asarray(x)[()])
 
 

@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lbw_optax import RollbackManager
+
 pytestmark = pytest.mark.process
 
 TESTS = Path(__file__).parent.parent
 
 WORKER = """
-import json, os, sys
+import json, os, resource, sys
 import jax
 rank, count, port, directory, mode, steps = sys.argv[1:7]
 rank, count, steps = int(rank), int(count), int(steps)
@@ -47,11 +49,12 @@ tx = lbw_optax.lbw_guard(optax.adamw(0.03))
 params = {"b": jnp.zeros((1, 3)), "w": jnp.linspace(-1, 1, 24).reshape(8, 3)}
 start = jax.tree.map(place, (params, tx.init(params)))
 
-def update(tree, x, y):
+def update(tree, x, y, own):
     params, state = tree
     loss_of = lambda p: jnp.mean((x @ p["w"] + p["b"] - y) ** 2)
     loss, gradients = jax.value_and_grad(loss_of)(params)
-    updates, state = tx.update(gradients, state, params, value=loss)
+    value = own if "own_loss" in faults else loss
+    updates, state = tx.update(gradients, state, params, value=value)
     return optax.apply_updates(params, updates), state
 update = jax.jit(update, out_shardings=jax.tree.map(lambda x: x.sharding, start), donate_argnums=0)
 
@@ -88,12 +91,28 @@ with lbw_optax.RollbackManager(directory, **options) as rollback:
         x, y = batch(index)
         if index in faults.get("batches", []):
             x = bad(x)
-        tree = update(tree, x, y)
+        if rank == faults.get("own_loss"):  # each process hands in what it has computed itself
+            own = np.float32(3 + index % 2)
+        else:
+            own = np.float32(1)
+        tree = update(tree, x, y, own)
         step += 1
+        if "full" in faults and faults["full"][1] == step:
+            rollback.save(step, tree)  # nothing is under way any more
+        if faults.get("full") == [rank, step]:  # no file of this process may grow from now on
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        if faults.get("room") == [rank, step]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        if faults.get("request") == [rank, step] and not rollback.history:
+            rollback.request("the evaluation was wrong")
+        if faults.get("save_alone") == [rank, step]:
+            rollback.save(step, tree)
         if step == faults.get("corrupt") and not rollback.history:
             tree = corrupt(tree)
         step, tree = rollback.step(step, tree)
         print(step, flush=True)
+    if "save" in faults:
+        rollback.save(step, tree)
 whole = multihost_utils.process_allgather(tree[0], tiled=True)
 print(json.dumps({
     "history": [r._asdict() for r in rollback.history],
@@ -160,6 +179,70 @@ def check_agreement(directory: Path, count: int, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["data", "fsdp"])
 def test_two_processes_agree(tmp_path, mode):
     check_agreement(tmp_path, 2, mode)
+
+
+def test_one_process_asks_for_all(tmp_path):
+    ended = agree(finish(launch(2, tmp_path, "data", 30, request=[1, 22])))
+    (rollback,) = ended["history"]
+    assert (rollback["from_step"], rollback["reason"]) == (23, "the evaluation was wrong")
+
+
+# --- what one process finds out alone ----------------------------------------------------------
+
+
+def end(processes: list[subprocess.Popen], timeout: float = 120) -> list[tuple[int, str, str]]:
+    """How each ended, what it printed and what it complained of."""
+    try:
+        said = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return [(p.returncode, out, err) for p, (out, err) in zip(processes, said, strict=True)]
+
+
+def test_a_taken_directory_is_an_error_on_all(tmp_path):
+    with RollbackManager(tmp_path):
+        ends = end(launch(2, tmp_path, "data", 30))
+    for code, _, error in ends:
+        assert code == 1
+        assert f"Another process uses {tmp_path} for its checkpoints" in error
+
+
+def test_a_directory_that_cannot_be_made_is_an_error_on_all(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    for code, _, error in end(launch(2, tmp_path / "run", "data", 30)):
+        assert code == 1
+        assert "run (Not a directory): pass a directory that this user may write to" in error
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_without_room_for_a_while(tmp_path, rank):
+    """All warn, none waits for another, and when there is room again they save."""
+    faults = {"full": [rank, 12], "room": [rank, 28], "save": 1}
+    ends = end(launch(2, tmp_path, "fsdp", 45, **faults))
+    for code, out, error in ends:
+        assert code == 0, error[-3000:]
+        assert "could not be written" in error
+        assert "45" in out.splitlines()
+    journal = json.loads((tmp_path / "journal.json").read_text())
+    assert max(journal["checkpoints"], key=int) == "45"
+    assert (tmp_path / "checkpoints" / "45").is_dir()
+
+
+def test_a_process_that_saves_alone_is_told(tmp_path):
+    ends = end(launch(2, tmp_path, "data", 10**6, save_alone=[0, 12]))
+    assert all(code != 0 for code, _, _ in ends)
+    assert "save was called on some processes only: call it on all of them" in ends[0][2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loss_of_its_own_on_each_process_is_told(tmp_path, rank):
+    ends = end(launch(2, tmp_path, "data", 10**6, own_loss=rank))
+    for code, out, error in ends:
+        assert code != 0
+        assert len(out.splitlines()) < 10
+        assert "Pass the same to all of them, as value=jax.lax.pmean(loss, axis_name)" in error
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_saves_by_hand_prove_themselves_and_do_not_pile_up(tmp_path, every):
                 assert newest(tmp_path) == step
         assert len(list(tmp_path.glob("checkpoints/*"))) <= 5
         rollback.request("to see where it goes")
-        step, _ = rollback.step(step, tree)
+        step, _ = rollback.step(step + 1, update(tree, batch(step)))
     assert step == {4: 52, 15: 45}[every]
 
 
@@ -147,6 +147,19 @@ def test_the_audit_log_goes_on(tmp_path):
     lines = [json.loads(x) for x in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert [line["number"] for line in lines] == list(range(len(lines)))
     assert [line["step"] for line in lines if line["action"] == "skip"] == [12, 35]
+
+
+def test_the_budget_counts_calls_over_restarts(tmp_path):
+    """One rollback in every four sessions of 150 calls: never two in a thousand."""
+    options = {"max_rollbacks": 1, "save_every": 40, "max_distance": 100}
+    for session in range(3):
+        with RollbackManager(tmp_path, **(QUICK | options)) as rollback:
+            step, tree = rollback.resume(start())
+            for call in range(1100):
+                if call == 20:
+                    rollback.request("by hand")
+                step, tree = rollback.step(step + 1, update(tree, batch(step % 7)))
+        assert len(rollback.history) == session + 1
 
 
 def test_an_occupied_directory_must_be_resumed(directory):
@@ -270,7 +283,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_a_rollback(tmp_path):
 
     def damage(rollback, step, tree):
         if step == 30 and not rollback.history:
-            target = max(s for s, _ in rollback._targets.proven())
+            target = max(s for s, _ in rollback._candidates.proven())
             for file in files_of(tmp_path, target):
                 os.truncate(file, file.stat().st_size // 2)
             rollback.request("test")
@@ -296,6 +309,216 @@ def test_another_model(directory):
     assert "0.b: float32[1, 3] in the checkpoint, absent here" in str(error.value)
 
 
+# --- what is not ours --------------------------------------------------------------------------
+
+
+def lose_the_journal(directory: Path) -> None:
+    for name in ("journal.json", "journal.before.json"):
+        (directory / name).unlink()
+
+
+def empty_the_journal(directory: Path) -> None:
+    for name in ("journal.json", "journal.before.json"):
+        content = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps(content | {"checkpoints": {}}))
+
+
+def steps_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.glob("checkpoints/*")}
+
+
+@pytest.mark.parametrize("lose", [lose_the_journal, empty_the_journal])
+def test_checkpoints_without_a_journal_are_adopted(directory, lose):
+    """The newest that is whole is gone on from, and none is deleted."""
+    before = steps_in(directory)
+    lose(directory)
+    with pytest.warns(RuntimeWarning, match=r"no journal: the run goes on from .* step 40 that"):
+        step, tree = resume(directory)
+    assert step == 40
+    assert_same_bits(tree, plain(40))
+    assert steps_in(directory) == before
+    tree, _, used = run(directory, 70)  # and now there is one
+    assert_same_bits(tree, plain(70))
+    assert used[0] == 40
+
+
+def test_a_damaged_one_is_not_adopted(directory):
+    lose_the_journal(directory)
+    for file in files_of(directory, 40):
+        os.truncate(file, file.stat().st_size // 2)
+    before = steps_in(directory)
+    step, tree, said = resume_and_listen(directory)
+    assert step == 32
+    assert "step 40: " in said
+    assert_same_bits(tree, plain(32))
+    assert steps_in(directory) == before
+
+
+def test_an_older_one_under_a_newer_name_is_not_adopted(directory):
+    shutil.copytree(directory / "checkpoints" / "24", directory / "checkpoints" / "1234")
+    lose_the_journal(directory)
+    step, tree, said = resume_and_listen(directory)
+    assert step == 40
+    assert "step 1234: it is a copy of step 24" in said
+    assert_same_bits(tree, plain(40))
+    assert "1234" in steps_in(directory)
+
+
+def test_what_cannot_be_adopted_is_refused_and_left(tmp_path):
+    (tmp_path / "checkpoints" / "25").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "25" / "notes").write_text("mine")
+    with pytest.raises(ValueError, match=r"No checkpoint in .* can be read \(step 25: .*anew"):
+        resume(tmp_path)
+    with RollbackManager(tmp_path) as rollback, pytest.raises(ValueError, match="up to step 25"):
+        rollback.step(1, start())
+    assert (tmp_path / "checkpoints" / "25" / "notes").read_text() == "mine"
+
+
+FOREIGN = ["1234", "00099", "my_tmp_notes", "\u0663", "40.bak", "tmp", "-7", "48"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_that_is_not_ours_is_left(directory, name):
+    """Also when a checkpoint is to be written under its name: then it gets another."""
+    foreign = directory / "checkpoints" / name
+    foreign.mkdir()
+    (foreign / "notes").write_text("mine")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tree, _, used = run(directory, 80)
+    said = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    kept = foreign if name != "48" else directory / "checkpoints" / "48.kept0"
+    assert (kept / "notes").read_text() == "mine"
+    assert bool(said) == (name == "48")
+    assert used[0] == 40
+    assert resume(directory)[0] == 80
+    assert_same_bits(tree, plain(80))
+
+
+def without(entry: str, key: str):
+    return lambda journal: journal[entry][0].pop(key)
+
+
+ENTRY = {
+    "from_step": 9, "to_step": 5, "reason": "loss", "tier": "disk", "skipped_batches": 4,
+    "at_call": 9,
+}  # fmt: skip
+JOURNALS = {
+    "no_rollbacks": ({"rollbacks": None}, "'rollbacks' is missing"),
+    "no_jumps": ({"jumps": None}, "'jumps' is missing"),
+    "a_negative_step": ({"checkpoints": {"-7": "good"}}, "'-7' is no step"),
+    "a_path": ({"checkpoints": {"../x": "good"}}, r"'\.\./x' is no step"),
+    "a_step_in_spaces": ({"checkpoints": {" 8 ": "good"}}, "' 8 ' is no step"),
+    "a_step_with_an_underscore": ({"checkpoints": {"1_6": "good"}}, "'1_6' is no step"),
+    "an_unknown_standing": ({"checkpoints": {"8": "fine"}}, "'fine' is no standing"),
+    "a_standing_that_is_a_list": ({"checkpoints": {"8": [1]}}, r"\[1\] is no standing"),
+    "a_jump_without_end": ({"jumps": [[1, float("inf")]]}, "inf is no whole number"),
+    "a_jump_of_a_fraction": ({"jumps": [[1, 2.7]]}, "2.7 is no whole number"),
+    "a_rollback_that_is_a_list": ({"rollbacks": [[1]]}, ""),
+    "a_rollback_with_a_key_missing": ({"rollbacks": [{"from_step": 3}]}, "'to_step' is missing"),
+    "a_call_that_is_text": ({"rollbacks": [{**ENTRY, "at_call": "9"}]}, "'9' is no whole number"),
+}
+
+
+def write_journals(directory: Path, text: str) -> None:
+    for name in ("journal.json", "journal.before.json"):
+        (directory / name).write_text(text)
+
+
+@pytest.mark.parametrize(("change", "sentence"), JOURNALS.values(), ids=JOURNALS)
+def test_a_journal_that_does_not_say_what_it_must(tmp_path, change, sentence):
+    """One sentence that says what is wrong, and nothing is deleted."""
+    content = {"checkpoints": {}, "jumps": [], "rollbacks": []} | change
+    text = json.dumps({name: x for name, x in content.items() if x is not None})
+    write_journals(tmp_path, text)
+    with pytest.raises(ValueError, match=rf"journal\.json is damaged \(.*{sentence}.*, and so is"):
+        RollbackManager(tmp_path)
+    assert (tmp_path / "journal.json").read_text() == text
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "[]", "3", "{}", "", "\0" * 300])
+def test_a_journal_that_is_none(tmp_path, text):
+    write_journals(tmp_path, text)
+    with pytest.raises(ValueError, match=r"journal\.json is damaged"):
+        RollbackManager(tmp_path)
+
+
+def test_what_a_newer_version_wrote_is_kept(directory):
+    content = json.loads((directory / "journal.json").read_text())
+    content["rollbacks"] = [ENTRY | {"cause": "a flipped bit"}]
+    write_journals(directory, json.dumps(content | {"schema": 7}))
+    tree, manager, _ = run(directory, 60)
+    assert [r._asdict() for r in manager.history] == [ENTRY]
+    assert_same_bits(tree, plain(60))
+    assert json.loads((directory / "journal.json").read_text())["schema"] == 7
+
+
+def test_a_journal_of_an_older_version(directory):
+    """It has neither calls nor what is to be deleted."""
+    content = json.loads((directory / "journal.json").read_text())
+    content = {name: content[name] for name in ("checkpoints", "jumps", "rollbacks")}
+    write_journals(directory, json.dumps(content))
+    assert resume(directory)[0] == 40
+
+
+# --- a manager that is used as it should not be -------------------------------------------------
+
+
+def test_nothing_is_written_after_close(tmp_path):
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        _, tree = rollback.resume(start())
+    before = (tmp_path / "journal.json").read_text()
+    rollback.close()
+    calls = {
+        "step": lambda: rollback.step(1, tree),
+        "save": lambda: rollback.save(1, tree),
+        "resume": lambda: rollback.resume(tree),
+    }
+    for call in calls.values():
+        with pytest.raises(ValueError, match="is closed, or belongs to another process"):
+            call()
+    assert (tmp_path / "journal.json").read_text() == before
+    assert rollback.data_step(3) == 3
+
+
+@pytest.mark.parametrize("wrong", [20, 19, 0, -3, 41, 10**12])
+def test_steps_come_in_order(tmp_path, wrong):
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        step, tree = rollback.resume(start())
+        while step < 20:
+            step, tree = rollback.step(step + 1, update(tree, batch(step)))
+        with pytest.raises(ValueError, match=rf"step {wrong} was handed in after step 20: hand in"):
+            rollback.step(wrong, tree)
+        assert rollback.step(21, tree)[0] == 21
+
+
+@pytest.mark.parametrize("wrong", [2.0, "3", None])
+def test_a_step_is_an_integer(tmp_path, wrong):
+    with RollbackManager(tmp_path) as rollback:
+        rollback.resume(start())
+        with pytest.raises(TypeError, match="step must be an integer, got "):
+            rollback.step(wrong, start())
+
+
+def test_a_run_that_was_under_way_may_begin_anywhere(tmp_path):
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        rollback.resume(start())
+        assert rollback.step(np.int64(5001), start())[0] == 5001
+
+
+def test_resuming_once_more(tmp_path):
+    """Back to the newest checkpoint, and on from there to the same end."""
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        step, tree = rollback.resume(start())
+        for until in (21, 60):
+            while step < until:
+                step, tree = rollback.step(step + 1, update(tree, batch(step)))
+            if until == 21:
+                step, tree = rollback.resume(tree)
+                assert step == 16
+    assert_same_bits(tree, plain(60))
+
+
 # --- the folder --------------------------------------------------------------------------------
 
 HOLD = """
@@ -315,6 +538,41 @@ def test_two_processes_one_directory(tmp_path):
             RollbackManager(tmp_path)
         first.kill()
     assert resume(tmp_path)[0] == 0
+
+
+FORKING = """
+import multiprocessing, sys, time, warnings
+from lbw_optax import RollbackManager
+warnings.simplefilter("ignore")  # that JAX has threads, which a fork does not take along
+def work(queue):
+    queue.get()
+rollback = RollbackManager(sys.argv[1])
+context = multiprocessing.get_context("fork")
+queue = context.SimpleQueue()
+worker = context.Process(target=work, args=(queue,), daemon=True)
+worker.start()
+if sys.argv[2] == "close":
+    rollback.close()
+print(worker.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("end", ["close", "kill"])
+def test_a_forked_data_worker_does_not_keep_the_lock(tmp_path, end):
+    with child(FORKING, tmp_path, end, stdin=subprocess.PIPE) as trainer:
+        worker = int(trainer.stdout.readline())
+        if end == "kill":
+            with pytest.raises(OSError, match="Another process uses"):
+                RollbackManager(tmp_path)
+            trainer.kill()
+            trainer.wait()
+        try:
+            os.kill(worker, 0)  # it lives on
+            RollbackManager(tmp_path).close()
+        finally:
+            os.kill(worker, signal.SIGKILL)
+            trainer.kill()
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):
@@ -491,6 +749,41 @@ def test_killed_while_saving(tmp_path, delay):
     assert killed_at - found <= 2 * QUICK["save_every"]
     assert_same_bits(tree, plain(found))
     assert not list(tmp_path.glob("checkpoints/*tmp*"))  # the unfinished one is gone
+
+
+@pytest.mark.parametrize("options", [{}, {"snapshot_every": None}], ids=["memory", "disk"])
+@pytest.mark.parametrize("after", range(0, 12, 3))
+def test_killed_after_a_rollback_is_the_uninterrupted_run(tmp_path, options, after):
+    """To the bit, ceiling and events too, however soon the kill comes."""
+
+    class Killed(Exception):
+        """The directory is then what a kill leaves behind."""
+
+    def die(rollback, step, tree):
+        if rollback.history and rollback._journal.calls >= rollback.history[0].at_call + after:
+            raise Killed
+
+    whole, manager, _ = run(tmp_path / "whole", 70, {30: nan_parameter}, **options)
+    assert [r.tier for r in manager.history] == ["disk" if options else "memory"]
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", 70, {30: nan_parameter}, on_step=die, **options)
+    tree, resumed, _ = run(tmp_path / "parts", 70, **options)
+    assert resumed.history == manager.history
+    assert_same_bits(tree, whole)
+
+
+def test_what_the_guard_knew_is_lost_with_a_warning(tmp_path):
+    def die(rollback, step, tree):
+        if rollback.history:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, 70, {30: nan_parameter}, on_step=die)
+    shutil.rmtree(tmp_path / "arrivals")
+    with pytest.warns(RuntimeWarning, match="What the guard knew after the rollback to step 2"):
+        tree, rollback, _ = run(tmp_path, 70)
+    assert len(rollback.history) == 1
+    assert np.isfinite(np.asarray(tree[0]["w"])).all()
 
 
 @pytest.mark.parametrize("die_at", ["journal", "delete", "arrived"])

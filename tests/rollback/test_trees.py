@@ -173,6 +173,52 @@ def test_a_sharded_state_resumes_on_other_devices(tmp_path):
     assert_same(tree, single, weak=False)
 
 
+NUMBERS = [
+    "bool", "int2", "int4", "int8", "int16", "int32", "uint2", "uint4", "uint8", "uint16", "uint32",
+    "float8_e3m4", "float8_e4m3", "float8_e8m0fnu", "float8_e4m3b11fnuz", "float8_e4m3fn",
+    "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float4_e2m1fn", "bfloat16", "float16",
+    "float32", "complex64",
+]  # fmt: skip
+HOST_KINDS = [
+    "bool", "int64", "uint64", "float16", "float64", "longdouble", "complex128", "clongdouble",
+    ">i4", ">f8", ">c16", "datetime64[s]", "timedelta64[ms]", "U3", "S1", "S3", "V1", "V4",
+    "i4,f4",
+]  # fmt: skip
+LEAVES = {
+    **{f"jax_{name}": lambda name=name: jnp.arange(3).astype(name) for name in NUMBERS},
+    **{f"numpy_{name}": lambda name=name: np.zeros(3, name) for name in HOST_KINDS},
+    "a_string": lambda: "run 7",
+    "an_object": lambda: np.array([None, 1]),
+}
+
+
+WRITABLE = {
+    *{f"jax_{name}" for name in NUMBERS} - {"jax_uint2", "jax_uint4", "jax_float8_e4m3"},
+    *(f"numpy_{name}" for name in ("bool", "int64", "uint64", "float16", "float64", "complex128")),
+    *(f"numpy_{name}" for name in (">i4", ">f8", ">c16")),
+}
+
+
+@pytest.mark.parametrize("name", sorted(WRITABLE))
+def test_a_number_of_any_kind_comes_back(tmp_path, name):
+    tree = TX.init(params()), {"extra": LEAVES[name]()}
+    with RollbackManager(tmp_path) as rollback:
+        rollback.resume(tree)
+    with RollbackManager(tmp_path) as rollback:
+        _, back = rollback.resume(tree)
+    assert_same(back, tree, weak=False)
+    assert np.asarray(back[1]["extra"]).dtype == np.asarray(tree[1]["extra"]).dtype
+
+
+@pytest.mark.parametrize("name", sorted(LEAVES.keys() - WRITABLE))
+def test_a_leaf_that_no_checkpoint_holds_is_named(tmp_path, name):
+    """And not taken for a full disk."""
+    tree = TX.init(params()), {"extra": LEAVES[name]()}
+    with RollbackManager(tmp_path) as rollback, pytest.raises(TypeError, match="extra"):
+        rollback.resume(tree)
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
 def test_pinned_host_memory(tmp_path, monkeypatch):
     """The way that accelerators take; the CPU backend has such a memory too."""
     monkeypatch.setattr(snapshots, "_may_pin", lambda x: True)
@@ -182,7 +228,7 @@ def test_pinned_host_memory(tmp_path, monkeypatch):
     assert kinds == {"pinned_host"}
     assert_same(snapshots.restore(snapshot, changed(tree)), tree, weak=False)
     checkpoints.save(tmp_path / "0", snapshot)()
-    assert_same(checkpoints.load(tmp_path / "0", changed(tree)), tree, weak=False)
+    assert_same(checkpoints.load(tmp_path / "0", 0, changed(tree)), tree, weak=False)
 
 
 def test_a_snapshot_outlives_donation_and_use():

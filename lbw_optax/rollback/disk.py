@@ -1,0 +1,335 @@
+"""Checkpoints on disk: those that have proven healthy, and the newest, to resume from.
+
+At its cadence a checkpoint is written whatever the guard thinks: a run that is killed goes on from
+there. It is on trial if nothing spoke against it when it was taken, and only one that proves
+healthy is gone back to.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from lbw_optax.rollback import checkpoints
+from lbw_optax.rollback.agreement import first_text
+from lbw_optax.rollback.checkpoints import OtherModel, Unreadable
+from lbw_optax.rollback.folder import Folder
+from lbw_optax.rollback.journal import CANDIDATE, GOOD
+from lbw_optax.rollback.memory import LONG_AGO
+from lbw_optax.rollback.snapshots import Snapshot
+from lbw_optax.rollback.verdict import Verdict
+
+# Proven checkpoints that are kept.
+KEPT = 3
+
+
+class _Copy(NamedTuple):
+    """The newest checkpoint: maybe still being written, maybe not yet heard of."""
+
+    step: int
+    snapshot: Snapshot | None  # None if it was read
+    wait: Callable[[], Any] | None  # None if it is written
+    is_broken: bool | None = None  # whether the parameters are; None before the next verdict
+
+
+class Disk:
+    """The tier on disk.
+
+    Args:
+      folder: where.
+      every: steps between checkpoints.
+      probation: steps without trouble that prove one healthy.
+    """
+
+    def __init__(self, folder: Folder, every: int, probation: int):
+        self._folder, self._every, self._probation = folder, every, probation
+        self.journal = folder.read()
+        self._newest: _Copy | None = None
+        self._trial: int | None = None  # its step
+        self._has_proven = False  # the trial, whose write is still to be waited for
+        self._saved_at = self._tried_at = LONG_AGO
+        self._may_retry = True  # at once, after a trial that failed
+        self._warned: set[str] = set()
+
+    # --- the start of a run ---------------------------------------------------------------------
+
+    def found(self) -> list[int]:
+        """Steps that could be resumed from."""
+        return sorted(self.journal.checkpoints) or self._folder.found()
+
+    def begin(self, snapshot: Snapshot) -> None:
+        """The state that a run starts from may be gone back to; it is written on return."""
+        step = snapshot.step
+        try:
+            self._folder.tidy(self.journal)
+            error = _try(checkpoints.save(self._folder.checkpoint(step), snapshot))
+            if error:
+                raise OSError(error)
+            self.journal.checkpoints[step] = GOOD
+            self._folder.write(self.journal)
+        except OSError as error:
+            raise OSError(
+                f"The first checkpoint cannot be written to {self._folder.path} "
+                f"({first_line(error)}): free space there, or pass another directory."
+            ) from error
+        self._saved_at = self._tried_at = step
+
+    def resume(self, like: Any) -> tuple[int, Any]:
+        """The newest checkpoint that can be read; newer ones of this run are gone."""
+        self.settle()
+        adopts = not self.journal.checkpoints
+        step, tree = self._read_newest(like)
+        if adopts:
+            self.journal.checkpoints = {step: CANDIDATE}
+            warn(
+                f"{self._folder.path} has no journal: the run goes on from the checkpoint of step "
+                f"{step} that lies there. It takes the batches from {step} on: whether an earlier "
+                "rollback has left some out is not known."
+            )
+        self.journal.drop([s for s in self.journal.checkpoints if s > step])
+        try:
+            self._folder.write(self.journal)
+            self._folder.tidy(self.journal)
+        except OSError as error:
+            raise OSError(
+                f"The journal cannot be written to {self._folder.path} ({first_line(error)}): free "
+                "space there, or let this user write to it."
+            ) from error
+        self._newest = _Copy(step, None, None)
+        self._saved_at = self._tried_at = step
+        self._trial = step if self.journal.checkpoints[step] == CANDIDATE else None
+        self._has_proven = False
+        return step, tree
+
+    def _read_newest(self, like: Any) -> tuple[int, Any]:
+        misfit, damaged = "", []
+        for step in reversed(self.found()):
+            is_candidate = self.journal.checkpoints.get(step) == CANDIDATE
+            if is_candidate and not self._folder.checkpoint(step).exists():
+                continue  # a kill came before it was complete
+            try:
+                tree = self.load(step, like)
+            except OtherModel as error:
+                misfit = misfit or str(error)
+                damaged.append(f"step {step}: of another model")
+            except Unreadable as error:
+                damaged.append(f"step {step}: {error}")
+            else:
+                if damaged:
+                    warn(
+                        f"Resumed from step {step} in {self._folder.path}, because newer "
+                        f"checkpoints cannot be read ({'; '.join(damaged)})."
+                    )
+                return step, tree
+        if misfit:
+            raise ValueError(
+                f"The checkpoints in {self._folder.path} are of another model or optimizer: "
+                f"{misfit}. Build the same ones, or pass another directory."
+            )
+        raise ValueError(
+            f"No checkpoint in {self._folder.path} can be read ({'; '.join(damaged)}): "
+            "restore the directory, or pass another one to start anew."
+        )
+
+    def load(self, step: int, like: Any) -> Any:
+        """The state of a checkpoint.
+
+        Raises:
+          OtherModel: if it is none of this model's.
+          Unreadable: if it is damaged, for any process.
+        """
+        tree, problem = None, None
+        try:
+            tree = checkpoints.load(self._folder.checkpoint(step), step, like)
+        except (OtherModel, Unreadable) as error:
+            problem = error
+        said = first_text(str(problem) if problem else "")
+        if said:
+            raise problem or Unreadable(said)
+        return tree
+
+    # --- every step -----------------------------------------------------------------------------
+
+    def is_due(self, step: int, *, is_calm: bool) -> bool:
+        """Whether a checkpoint should be taken: at its cadence, or to try once more."""
+        tries = is_calm and self._trial is None and step - self._tried_at >= self._every
+        return step - self._saved_at >= self._every or (tries and step > self._saved_at)
+
+    def write(self, snapshot: Snapshot, *, is_calm: bool) -> None:
+        """Begin to write, when the write before has ended."""
+        self.settle()
+        step = snapshot.step
+        if is_calm and self._trial is None:
+            self._trial, self._tried_at = step, step
+        self._saved_at = step
+        try:
+            if step not in (*self.journal.checkpoints, *self.journal.dropped):
+                self._folder.make_room(step)
+            self.journal.checkpoints[step] = CANDIDATE
+            self.journal.dropped = [s for s in self.journal.dropped if s != step]
+            self._folder.write(self.journal)
+            self._folder.require_room(snapshot.nbytes)
+            wait = checkpoints.save(self._folder.checkpoint(step), snapshot)
+        except Exception as error:
+            self._lose(step, first_line(error))
+        else:
+            self._newest = _Copy(step, snapshot, wait)
+
+    def has(self, step: int) -> bool:
+        """Whether this step is written, or being written."""
+        return step in self.journal.checkpoints
+
+    def learn(self, verdict: Verdict) -> bool:
+        """What was said of the steps after a checkpoint; True if it has proven healthy."""
+        newest = self._newest
+        if newest is not None and newest.is_broken is None and verdict.step > newest.step:
+            self._newest = newest._replace(is_broken=verdict.broken)
+            if verdict.broken and newest.wait is None:
+                self._settled()
+        if self._trial is None or self._has_proven or verdict.step < self._trial:
+            return False
+        if verdict.is_trouble:
+            self._trial = None
+            if self._may_retry:
+                self._tried_at = LONG_AGO
+            self._may_retry = False
+            return False
+        if not verdict.proves(self._trial, self._probation):
+            return False
+        self._has_proven = self._may_retry = True
+        if newest is None or newest.wait is None or newest.step != self._trial:
+            self._settled()
+        return True
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written. What it replaces is deleted."""
+        newest = self._newest
+        if newest is None or newest.wait is None:
+            return
+        self._newest = newest._replace(wait=None)
+        error = _try(newest.wait)
+        if error:
+            self._lose(newest.step, error)
+        else:
+            self._settled()
+
+    def abandon(self) -> None:
+        """Wait for the checkpoint that is being written, without the other processes."""
+        if self._newest is not None and self._newest.wait is not None:
+            try:
+                self._newest.wait()
+            except Exception as error:
+                warn(f"The checkpoint of step {self._newest.step} failed ({first_line(error)}).")
+
+    def _settled(self) -> None:
+        """The newest is whole: keep it or refuse it, and delete what is not needed any more."""
+        newest = self._newest
+        if newest is not None and (why := _flaw(newest)):
+            self._refuse(newest.step, why)
+            return
+        if self._has_proven and self._trial is not None:
+            self.journal.checkpoints[self._trial] = GOOD
+            self._trial, self._has_proven = None, False
+        kept = {newest.step if newest else None, self._trial}
+        self._drop([*[s for s in self._candidates() if s not in kept], *self.proven[:-KEPT]])
+
+    def _refuse(self, step: int, why: str) -> None:
+        """A state that nobody should go on from."""
+        self._forget(step)
+        if why not in self._warned:
+            self._warned.add(why)
+            warn(f"The checkpoint of step {step} is not kept, for {why}. {self._say_newest()}")
+
+    def _lose(self, step: int, why: str) -> None:
+        """A checkpoint could not be written: the run goes on with those that it has."""
+        self._forget(step)
+        warn(
+            f"The checkpoint of step {step} could not be written to {self._folder.path} "
+            f"({why}): free space there; the next try is in {self._every} steps. "
+            f"{self._say_newest()}"
+        )
+
+    def _say_newest(self) -> str:
+        newest = max(self.journal.checkpoints, default=None)
+        where = "from the beginning" if newest is None else f"from step {newest}"
+        return f"A run that stops now goes on {where}."
+
+    def _forget(self, step: int) -> None:
+        self._newest = None
+        if self._trial == step:
+            self._trial, self._has_proven = None, False
+        if step in self.journal.checkpoints:
+            self._drop([step])
+
+    def _drop(self, steps: list[int]) -> None:
+        """Journal first: what it drops does not exist, even if this is interrupted."""
+        self.journal.drop(steps)
+        try:
+            self._folder.write(self.journal)
+            self._folder.delete(self.journal.dropped)
+            self.journal.dropped = []
+        except OSError as error:
+            warn(f"The journal in {self._folder.path} could not be written ({first_line(error)}).")
+
+    # --- a rollback -----------------------------------------------------------------------------
+
+    @property
+    def proven(self) -> list[int]:
+        """Steps of the checkpoints that have proven healthy, oldest first."""
+        return sorted(s for s, state in self.journal.checkpoints.items() if state == GOOD)
+
+    def settle_proven(self) -> None:
+        """Wait for a checkpoint that has proven healthy while it was being written."""
+        if self._has_proven:
+            self.settle()
+
+    def return_to(self, step: int) -> None:
+        """Forget everything after this step: it belongs to a run that is not continued."""
+        if self._trial is not None:  # what lies before a proven state is proven with it
+            self._has_proven = self._trial <= step
+        newest = self._newest
+        if newest is not None and newest.step > step:
+            if newest.wait is not None:
+                _try(newest.wait)
+            self._newest = None
+        self.settle()
+        if self._has_proven:
+            self._settled()
+        self._newest, self._trial, self._has_proven = None, None, False
+        self._drop([s for s in self.journal.checkpoints if s > step])
+        self._saved_at = self._tried_at = max(self.journal.checkpoints, default=step)
+
+    def _candidates(self) -> list[int]:
+        return [s for s, state in self.journal.checkpoints.items() if state == CANDIDATE]
+
+
+def _flaw(newest: _Copy) -> str:
+    """Why nobody should go on from this state: a NaN in the parameters or the optimizer's state.
+
+    A NaN elsewhere, as in a statistic or in a loss that was never measured, is the run's own.
+    """
+    in_optimizer, elsewhere = newest.snapshot.nan_leaves() if newest.snapshot else ([], [])
+    if in_optimizer:
+        return f"a NaN in {', '.join(in_optimizer[:5])}"
+    if newest.is_broken and elsewhere:
+        return f"broken parameters, with a NaN in {', '.join(elsewhere[:5])}"
+    return ""
+
+
+def _try(wait: Callable[[], Any]) -> str:
+    """What went wrong on any process, or ""."""
+    error = ""
+    try:
+        wait()
+    except Exception as problem:
+        error = first_line(problem)
+    return first_text(error)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first."""
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
+def warn(message: str) -> None:
+    """Say it to the user."""
+    warnings.warn(message, RuntimeWarning, stacklevel=3)

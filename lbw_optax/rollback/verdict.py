@@ -1,0 +1,209 @@
+"""What the guards say of one step: packed into one small array, and read a step later.
+
+The worst of all guards, devices and processes counts, so that all processes act alike.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lbw_optax.rollback.agreement import largest
+from lbw_optax.state import GuardState, Mode, find_all
+
+# Copies of the guard's state are the same while log(scale) and log(loss) differ by less than this:
+# the last bits may differ between machines.
+TOLERANCE = 1e-3
+# Fixed point for the two: int32 holds any logarithm of a float32.
+_UNIT = 1e-5
+
+
+class Numbers(NamedTuple):
+    """What is packed, int32 each, in this order.
+
+    Attributes:
+      asked: a `Reason`, the largest.
+      guard_steps: updates that the guards have seen, the most.
+      calm_steps: steps since a skip or a jump of the loss, the fewest.
+      suspected: whether the loss is above its level anywhere.
+      broken: whether the parameters that went into the step were.
+      exhausted: whether a guard that governs can do no more.
+      governs: whether any guard does.
+      requested: whether a person asks for a rollback.
+      step, least_step: that the processes hand in.
+      saves, least_saves: whether they save by hand.
+      scale, least_scale: mean log(scale), in units of 1e-5.
+      loss, least_loss: mean log abs(loss), in units of 1e-5.
+      skips, least_skips: of all guards together.
+    """
+
+    asked: Any
+    guard_steps: Any
+    calm_steps: Any
+    suspected: Any
+    broken: Any
+    exhausted: Any
+    governs: Any
+    requested: Any
+    step: Any
+    least_step: Any
+    saves: Any
+    least_saves: Any
+    scale: Any
+    least_scale: Any
+    loss: Any
+    least_loss: Any
+    skips: Any
+    least_skips: Any
+
+
+_LEAST = ("calm_steps", "least_step", "least_saves", "least_scale", "least_loss", "least_skips")
+
+
+class Report(NamedTuple):
+    """A verdict on its way to the host."""
+
+    step: int
+    numbers: jax.Array
+
+
+class Verdict(NamedTuple):
+    """What was said of one step.
+
+    Attributes:
+      step: the step.
+      asked: a `Reason`, 0 for none.
+      guard_steps: updates that the guards have seen.
+      troubled: a step since the verdict before was skipped, or the loss jumped.
+      suspected: the loss is above its level.
+      broken: the parameters of the step before are not finite, or jumped.
+      exhausted: a guard that governs can do no more.
+      governs: whether a guard does.
+      requested: a person asks for a rollback.
+      differs: the copies of the guard's state are not the same.
+      complaint: what is wrong with the calls of the processes, or "".
+    """
+
+    step: int
+    asked: int
+    guard_steps: int
+    troubled: bool
+    suspected: bool
+    broken: bool
+    exhausted: bool
+    governs: bool
+    requested: bool
+    differs: bool
+    complaint: str
+
+    @property
+    def is_trouble(self) -> bool:
+        return bool(self.asked) or self.troubled
+
+    @property
+    def is_calm(self) -> bool:
+        return not (self.is_trouble or self.suspected)
+
+    def proves(self, step: int, probation: int) -> bool:
+        """Whether a state of that step has come through its probation; trouble would have shown."""
+        return self.is_calm and self.step >= step + probation
+
+
+def begin(step: int, tree: Any, *, requested: bool, saves: bool = False) -> Report:
+    """Pack what the guards in a state say, and start its way to the host. Does not wait."""
+    call = np.array([requested, step % 2**31, saves], np.int32)
+    numbers = largest(_pack([_parts(guard) for guard in find_all(tree)], call))
+    numbers.copy_to_host_async()
+    return Report(step, numbers)
+
+
+def read(report: Report, guard_steps: int | None) -> Verdict:
+    """The verdict, `guard_steps` being those of the verdict before."""
+    packed = Numbers(*np.asarray(report.numbers).tolist())
+    said = packed._replace(**{name: -getattr(packed, name) for name in _LEAST})
+    updates = 1 if guard_steps is None else said.guard_steps - guard_steps
+    apart = max(said.scale - said.least_scale, said.loss - said.least_loss)
+    return Verdict(
+        step=report.step,
+        asked=said.asked,
+        guard_steps=said.guard_steps,
+        troubled=said.calm_steps < updates,
+        suspected=bool(said.suspected),
+        broken=bool(said.broken),
+        exhausted=bool(said.exhausted),
+        governs=bool(said.governs),
+        requested=bool(said.requested),
+        differs=apart * _UNIT > TOLERANCE or said.skips != said.least_skips,
+        complaint=_complain(said),
+    )
+
+
+def _parts(guard: GuardState) -> dict[str, jax.Array]:
+    """What is read of one guard."""
+    return {
+        "asked": guard.law.divergence.rollback_asked,
+        "guard_steps": guard.guard_steps,
+        "calm_steps": guard.law.control.calm_steps,
+        "loss_excess": guard.law.divergence.loss_excess,
+        "broken": guard.telemetry.parameters_broken,
+        "exhausted": guard.law.control.exhausted,
+        "mode": guard.mode,
+        "log_scale": guard.law.control.log_scale,
+        "loss": guard.telemetry.loss,
+        "skips": guard.law.control.skips,
+    }
+
+
+@jax.jit
+def _pack(guards: list[dict[str, jax.Array]], call: jax.Array) -> jax.Array:
+    """As int32 of which the largest counts: where the least does, the negative is packed."""
+    seen = {name: jnp.stack([guard[name] for guard in guards]) for name in guards[0]}
+    governs = seen["mode"] == Mode.GOVERN
+    scale, loss = _fixed(seen["log_scale"]), _fixed(_log_of(seen["loss"]))
+    skips = seen["skips"].sum()
+    numbers = Numbers(
+        asked=seen["asked"].max(),
+        guard_steps=seen["guard_steps"].max(),
+        calm_steps=seen["calm_steps"].min(),
+        suspected=(seen["loss_excess"] > 0).any(),
+        broken=seen["broken"].any(),
+        exhausted=(seen["exhausted"] & governs).any(),
+        governs=governs.any(),
+        requested=call[0],
+        step=call[1],
+        least_step=call[1],
+        saves=call[2],
+        least_saves=call[2],
+        scale=scale,
+        least_scale=scale,
+        loss=loss,
+        least_loss=loss,
+        skips=skips,
+        least_skips=skips,
+    )
+    signed = numbers._replace(**{name: -getattr(numbers, name) for name in _LEAST})
+    return jnp.stack([x.astype(jnp.int32) for x in signed])
+
+
+def _log_of(loss: jax.Array) -> jax.Array:
+    size = jnp.abs(loss.astype(jnp.float32))
+    return jnp.log(jnp.maximum(size, jnp.finfo(jnp.float32).tiny))
+
+
+def _fixed(logs: jax.Array) -> jax.Array:
+    """The mean over guards in fixed point; not a number counts as 1e4, which no logarithm is."""
+    mean = jnp.mean(logs.astype(jnp.float32))
+    mean = jnp.nan_to_num(mean, nan=1e4, posinf=1e4, neginf=-1e4)
+    return jnp.round(mean / _UNIT)
+
+
+def _complain(said: Numbers) -> str:
+    if said.saves != said.least_saves:
+        return "save was called on some processes only: call it on all of them, at the same step"
+    if said.step != said.least_step:
+        return (
+            f"The processes hand in different steps ({said.least_step} to {said.step}): make the "
+            "same calls on all of them"
+        )
+    return ""

@@ -1,0 +1,149 @@
+"""What the guards say of a step, packed and read: against the same, worked out by hand."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from rollback_loop import QUICK, start
+
+from lbw_optax import RollbackManager, lbw_guard
+from lbw_optax.law.divergence import Reason
+from lbw_optax.rollback import agreement, verdict
+from lbw_optax.rollback.verdict import Verdict
+
+NOTHING: dict[str, Any] = {
+    "asked": 0,
+    "guard_steps": 5,
+    "troubled": False,
+    "suspected": False,
+    "broken": False,
+    "exhausted": False,
+    "governs": True,
+    "requested": False,
+    "differs": False,
+    "complaint": "",
+}
+
+
+def is_at(path: Any, name: str) -> bool:
+    """Whether the path of a leaf ends with this name."""
+    return f".{jax.tree_util.keystr(path, simple=True, separator='.')}".endswith(f".{name}")
+
+
+def guard(**fields: Any) -> Any:
+    """A guard's state after five calm steps, with some of its numbers changed."""
+    state = lbw_guard(optax.sgd(0.1)).init(jnp.ones(3))
+    wanted = {"guard_steps": 5, "calm_steps": 5} | fields
+
+    def change(path: Any, x: jax.Array) -> jax.Array:
+        new = [value for name, value in wanted.items() if is_at(path, name)]
+        return jnp.asarray(new[0], x.dtype) if new else x
+
+    return jax.tree_util.tree_map_with_path(change, state)
+
+
+def said(*guards: Any, requested: bool = False, before: int | None = 4) -> Verdict:
+    return verdict.read(verdict.begin(9, guards, requested=requested), before)
+
+
+CASES = {
+    "nothing": ([{}], {}),
+    "asked": ([{"rollback_asked": Reason.SKIPS}], {"asked": 3}),
+    "a_skip": ([{"calm_steps": 0}], {"troubled": True}),
+    "suspected": ([{"loss_excess": 0.1}], {"suspected": True}),
+    "broken": ([{"parameters_broken": True}], {"broken": True}),
+    "exhausted": ([{"exhausted": True}], {"exhausted": True}),
+    "observing": ([{"mode": 1, "exhausted": True}], {"governs": False}),
+    "the_first_of_two": (
+        [{"rollback_asked": 1, "calm_steps": 0}, {"guard_steps": 7, "calm_steps": 7}],
+        {"asked": 1, "troubled": True, "guard_steps": 7},
+    ),
+    "the_second_of_two": ([{}, {"exhausted": True}], {"exhausted": True}),
+    "one_observes_and_one_is_exhausted": (
+        [{"mode": 1, "exhausted": True}, {}],
+        {"exhausted": False},
+    ),
+    "far_on": ([{"guard_steps": 2**31 - 1, "calm_steps": 2**31 - 1}], {"guard_steps": 2**31 - 1}),
+}
+
+
+@pytest.mark.parametrize(("guards", "expected"), CASES.values(), ids=CASES)
+def test_what_is_packed_is_read(guards, expected):
+    before = 2**31 - 2 if expected.get("guard_steps", 0) > 10 else 4
+    assert said(*[guard(**g) for g in guards], before=before) == Verdict(
+        **{"step": 9, **NOTHING, **expected}
+    )
+
+
+@pytest.mark.parametrize(("before", "troubled"), [(4, False), (3, False), (2, True), (None, False)])
+def test_trouble_since_the_verdict_before(before, troubled):
+    """The last skip was three steps ago, of the five there have been."""
+    assert said(guard(calm_steps=2), before=before).troubled == troubled
+
+
+def test_a_request_is_heard():
+    assert said(guard(), requested=True).requested
+
+
+@pytest.mark.parametrize("extreme", [0.0, -0.0, 1e-45, 3e38, -3e38, np.inf, -np.inf, np.nan])
+def test_any_loss_is_packed(extreme):
+    assert said(guard(**{"telemetry.loss": extreme, "log_scale": -87.0})) == Verdict(
+        step=9, **NOTHING
+    )
+
+
+# --- copies that differ ------------------------------------------------------------------------
+
+
+def on_all_devices(tree: Any, change: dict[str, Any]) -> Any:
+    """Replicated, but for some leaves of the copy on the last device: as a local loss makes it."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(path: Any, x: jax.Array) -> jax.Array:
+        copies = [np.array(x) for _ in mesh.devices]
+        new = [value for name, value in change.items() if is_at(path, name)]
+        copies[-1] = np.asarray(new[0] if new else x, x.dtype)
+        parts = [jax.device_put(c, d) for c, d in zip(copies, mesh.devices, strict=True)]
+        return jax.make_array_from_single_device_arrays(x.shape, everywhere, parts)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def test_the_largest_of_all_copies():
+    x = on_all_devices({"x": jnp.arange(3)}, {"x": [5, 0, 2]})["x"]
+    assert agreement.largest(x).tolist() == [5, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({}, False),
+        ({"log_scale": -1.0}, True),
+        ({"telemetry.loss": 2.01}, True),
+        ({"telemetry.loss": np.nan}, True),
+        ({"skips": 1}, True),
+        ({"telemetry.loss": 2.000001}, False),  # the last bits may differ between machines
+    ],
+)
+def test_copies_that_differ(change, differs):
+    assert said(on_all_devices(guard(**{"telemetry.loss": 2.0}), change)).differs == differs
+
+
+def test_one_copy_that_asks():
+    assert said(on_all_devices(guard(), {"rollback_asked": 1})).asked == 1
+
+
+def test_a_loss_of_its_own_on_each_device_is_told(tmp_path):
+    """Not at once: a fault of memory is answered by a rollback within two steps."""
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        step, tree = rollback.resume(on_all_devices(start(), {}))
+        tree = on_all_devices(start(), {"telemetry.loss": 2.0})
+        for step in range(1, 4):
+            rollback.step(step, tree)
+        with pytest.raises(ValueError, match=r"Pass the same to all.*value=jax\.lax\.pmean\(loss"):
+            rollback.step(4, tree)

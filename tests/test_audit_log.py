@@ -1,0 +1,331 @@
+"""The audit log: every intervention once, whole lines only, whatever happens to the file."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+from support import gradients_of, guarded, small_params
+
+import lbw_optax
+from lbw_optax import AuditLog, lbw_guard
+from lbw_optax.law import control
+from lbw_optax.law.events import SIZE
+
+
+def storm(steps, every=1):
+    """States after each step of a run with a NaN gradient at every so many steps."""
+    run, params = guarded("sgd_momentum"), small_params()
+    state, good = run.init(params), gradients_of(params)
+    bad = jax.tree.map(lambda g: g * np.float32(np.nan), good)
+    for step in range(steps):
+        _, state = run.update(good if step % every else bad, state, params, value=np.float32(1))
+        yield step, state
+
+
+def lines(path):
+    """Every line on its own must be valid JSON by the standard: no NaN, no Infinity."""
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    text = path.read_text(encoding="utf-8")
+    assert not text or text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_audit_log_writes_each_intervention_once(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    with AuditLog(path) as audit:
+        for step, state in storm(100, every=5):
+            if step % 10 == 9:
+                audit.record(step, state)
+        assert audit.record(100, state) == 0
+        written = lines(path)  # complete without closing
+    assert [line["number"] for line in written] == list(
+        range(int(lbw_optax.metrics(state)["events"]))
+    )
+    assert [{k: v for k, v in line.items() if k != "recorded_at"} for line in written] == [
+        {k: v for k, v in event._asdict().items() if v not in (None, "")}
+        for event in lbw_optax.events(state)
+    ]
+    first = written[0]
+    assert first == {
+        "number": 0,
+        "step": 0,
+        "regime": "unstable",
+        "signal": "nonfinite_gradients",
+        "value": 16.0,
+        "threshold": 0.0,
+        "action": "skip",
+        "scale_before": pytest.approx(control.FIRST_SCALE),
+        "scale_after": pytest.approx(control.FIRST_SCALE),
+        "recorded_at": 9,
+    }
+
+
+def test_reopened_audit_log_goes_on_without_duplicates(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    for step, state in storm(90):
+        if step % 30 == 29:
+            with AuditLog(path) as audit:
+                assert audit.record(step, state) == 30
+                assert audit.record(step, state) == 0
+    assert [line["number"] for line in lines(path)] == list(range(90))
+
+
+@pytest.mark.parametrize("torn", ['{"number": 10, "st', "{", '{"number": 10}'])
+def test_a_torn_last_line_is_cut_off(tmp_path, torn):
+    """As a kill in the middle of a write leaves it; the event itself is written again."""
+    path = tmp_path / "audit.jsonl"
+    states = [state for _, state in storm(20)]
+    with AuditLog(path) as audit:
+        audit.record(9, states[9])
+    with path.open("a") as file:
+        file.write(torn)
+    with AuditLog(path) as audit:
+        assert audit.record(19, states[19]) == 10
+    assert [line["number"] for line in lines(path)] == list(range(20))
+
+
+def test_late_reading_says_how_many_are_lost(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    states = [state for _, state in storm(SIZE + 20)]
+    with AuditLog(path) as audit:
+        assert audit.record(4, states[4]) == 5
+        assert audit.record(SIZE + 19, states[-1]) == SIZE
+    written = lines(path)
+    assert written[5] == {"action": "lost", "interventions": 15, "recorded_at": SIZE + 19}
+    assert [line["number"] for line in written if "number" in line] == [
+        *range(5), *range(20, SIZE + 20)
+    ]  # fmt: skip
+    with AuditLog(path) as audit:  # a "lost" line is no obstacle to going on
+        assert audit.record(SIZE + 20, states[-1]) == 0
+
+
+def test_after_a_restore_the_log_goes_on_from_there(tmp_path):
+    """Back to the state after 5 events, of 10 written; what happens then is written again."""
+    path = tmp_path / "audit.jsonl"
+    states = [state for _, state in storm(10)]
+    with AuditLog(path) as audit:
+        audit.record(9, states[9])
+        assert audit.record(4, states[4]) == 0
+        assert audit.record(5, states[5]) == 1
+    assert [line["number"] for line in lines(path)] == [*range(10), 5]
+
+
+def test_after_a_restore_a_reopened_log_goes_on_from_there(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    states = [state for _, state in storm(10)]
+    with AuditLog(path) as audit:
+        audit.record(9, states[9])
+        audit.record(4, states[4])
+        audit.record(5, states[5])
+    with AuditLog(path) as audit:
+        assert audit.record(7, states[7]) == 2
+    assert [line["number"] for line in lines(path)] == [*range(10), 5, 6, 7]
+
+
+def test_a_path_in_a_missing_folder(tmp_path):
+    path = tmp_path / "missing" / "audit.jsonl"
+    with pytest.raises(OSError, match="missing"):
+        AuditLog(path)
+
+
+def test_an_empty_log(tmp_path):
+    with AuditLog(str(tmp_path / "audit.jsonl")) as audit:
+        assert audit.record(0, lbw_guard(optax.sgd(0.1)).init(small_params())) == 0
+    assert lines(tmp_path / "audit.jsonl") == []
+
+
+# --- what a file may have been through ---------------------------------------------------------
+
+WHOLE = b"".join(b'{"number": %d, "action": "cut"}\n' % i for i in range(3))
+KEPT = {
+    "blank_lines": WHOLE + b"\n\n",
+    "a_list": WHOLE + b"[1]\n",
+    "garbage": WHOLE + b"hello\n",
+    "a_garbled_line_in_the_middle": b'{"number": 0, "ste\n' + WHOLE,
+    "a_number_that_is_text": WHOLE + b'{"number": "9"}\n',
+    "a_number_that_is_null": WHOLE + b'{"number": null}\n',
+    "a_number_that_is_true": WHOLE + b'{"number": true}\n',
+    "a_note_without_an_end": WHOLE + b"so far, so good",
+    "nesting": WHOLE + b"[" * 100_000 + b"\n",
+}
+TORN = {
+    "half_a_line": b'{"number": 3, "st',
+    "half_a_letter": '{"number": 3, "signal": "ü'.encode()[:-1],
+    "zeros": bytes(4096),
+}
+
+
+@pytest.mark.parametrize("content", KEPT.values(), ids=KEPT)
+def test_no_line_is_touched_and_the_log_goes_on(tmp_path, content):
+    path = tmp_path / "audit.jsonl"
+    path.write_bytes(content)
+    states = [state for _, state in storm(5)]
+    with AuditLog(path) as audit:
+        assert audit.record(4, states[4]) == 2
+    written = path.read_bytes()
+    assert written.startswith(content)
+    assert [json.loads(line)["number"] for line in written.splitlines()[-2:]] == [3, 4]
+    with AuditLog(path) as audit:
+        assert audit.record(4, states[4]) == 0
+
+
+@pytest.mark.parametrize("tail", TORN.values(), ids=TORN)
+def test_only_the_torn_line_is_cut_off(tmp_path, tail):
+    path = tmp_path / "audit.jsonl"
+    path.write_bytes(WHOLE + tail)
+    inode = path.stat().st_ino
+    AuditLog(path).close()
+    assert path.read_bytes() == WHOLE
+    assert path.stat().st_ino == inode
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello",
+        b'{"lr": 1}',
+        b'{\n "lr": 1\n}',
+        b"hello\nworld\n",
+        '{"number": 1}\n'.encode("utf-16"),
+        b"\x89PNG\r\n\0",
+    ],
+)
+def test_a_file_that_is_no_log_is_refused_and_left(tmp_path, content):
+    path = tmp_path / "notes"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="notes is no audit log: pass another path"):
+        AuditLog(path)
+    assert path.read_bytes() == content
+
+
+@pytest.fixture
+def no_room():
+    """No file of this process may grow, as on a full disk."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    @contextlib.contextmanager
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    yield limit
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def assert_nothing_is_half_written(path, fails):
+    """Full for a while: whole lines before, none meanwhile, and all of them after."""
+    states = [state for _, state in storm(40)]
+    with AuditLog(path) as audit:
+        audit.record(9, states[9])
+        before = path.read_bytes()
+        with fails(len(before) + 700):  # there is room for a few lines and a half
+            for step in (19, 29):
+                with pytest.raises(OSError, match=r"audit\.jsonl cannot be written .*free space"):
+                    audit.record(step, states[step])
+                assert path.read_bytes() == before
+        assert audit.record(39, states[39]) == 30
+    assert [line["number"] for line in lines(path)] == list(range(40))
+    with AuditLog(path) as audit:
+        assert audit.record(39, states[39]) == 0
+
+
+def test_a_write_that_is_cut_short(tmp_path, no_room):
+    assert_nothing_is_half_written(tmp_path / "audit.jsonl", no_room)
+
+
+def test_a_full_disk(tmp_path):
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+
+    @contextlib.contextmanager
+    def fill(size):
+        with contextlib.suppress(OSError), (tmp_path / "filler").open("wb", buffering=0) as file:
+            while file.write(bytes(512)):
+                pass
+        yield
+        (tmp_path / "filler").unlink()
+
+    try:
+        assert_nothing_is_half_written(tmp_path / "audit.jsonl", fill)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_torn_line_that_cannot_be_cut_off_costs_nothing(tmp_path, no_room):
+    path = tmp_path / "audit.jsonl"
+    path.write_bytes(WHOLE + TORN["half_a_line"])
+    with no_room(0):
+        AuditLog(path).close()
+    assert path.read_bytes() == WHOLE
+
+
+# --- one log on one file -----------------------------------------------------------------------
+
+HOLD = """
+import sys
+from lbw_optax import AuditLog
+with AuditLog(sys.argv[1]):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_logs_on_one_file(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    with (
+        AuditLog(path),
+        pytest.raises(OSError, match=r"Another AuditLog is open on .*audit\.jsonl"),
+    ):
+        AuditLog(path)
+    AuditLog(path).close()
+
+
+@pytest.mark.process
+def test_two_processes_on_one_file(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", HOLD, str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as first:
+        assert first.stdout.readline() == "ready\n"
+        with pytest.raises(OSError, match="Another AuditLog is open"):
+            AuditLog(path)
+        first.kill()
+        first.wait()
+        AuditLog(path).close()
+
+
+def test_a_log_that_is_closed(tmp_path):
+    audit = AuditLog(tmp_path / "audit.jsonl")
+    audit.close()
+    audit.close()
+    with pytest.raises(ValueError, match=r"audit\.jsonl is closed"):
+        audit.record(0, lbw_guard(optax.sgd(0.1)).init(small_params()))
+
+
+def test_lines_of_several_guards_name_theirs(tmp_path):
+    """Each goes on by itself when the log is opened again."""
+    path = tmp_path / "audit.jsonl"
+    states = [state for _, state in storm(4)]
+    for step, (a, b) in enumerate([(1, 0), (3, 0), (3, 2)]):
+        with AuditLog(path) as audit:
+            audit.record(step, {"a": states[a], "b": states[b]})
+    found = [(line["guard"], line["number"]) for line in lines(path)]
+    assert found == [("a", 0), ("a", 1), ("b", 0), ("a", 2), ("a", 3), ("b", 1), ("b", 2)]
