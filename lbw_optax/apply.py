@@ -1,14 +1,13 @@
 """What a decision does to a pytree: it is scaled, or nothing of it is left."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from lbw_optax.law.telemetry import wide_type
+from lbw_optax.types import PyTree
 
 
-def scaled(tree: Any, scale: jax.Array, skip: jax.Array) -> Any:
+def scaled(tree: PyTree, scale: jax.Array, skip: jax.Array) -> PyTree:
     """Each leaf times `scale`, in its own dtype; zeros where `skip`.
 
     Args:
@@ -30,6 +29,6 @@ def scaled(tree: Any, scale: jax.Array, skip: jax.Array) -> Any:
     return jax.tree.map(act, tree)
 
 
-def either(first: jax.Array, a: Any, b: Any) -> Any:
+def either(first: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     """`a` where the bool scalar `first` is true, `b` elsewhere."""
     return jax.tree.map(lambda x, y: jnp.where(first, x, y), a, b)

@@ -17,13 +17,14 @@ from lbw_optax.law import events as ring
 from lbw_optax.law.events import Event
 from lbw_optax.law.telemetry import HISTOGRAM_EDGES
 from lbw_optax.state import MODES, GuardState, find, find_all, find_named, map_guards, of_one_run
+from lbw_optax.types import PyTree
 
 
 class GuardExhausted(RuntimeError):
     """The guard has used up what it may do; the run needs a person."""
 
 
-def metrics(state: Any) -> dict[str, jax.Array]:
+def metrics(state: PyTree) -> dict[str, jax.Array]:
     """The guard's signals and decisions of the newest step, as a flat dict of scalars.
 
     Works on any optimizer state that holds a guard, also inside ``jit``. A signal that could not be
@@ -100,7 +101,7 @@ def _metrics(guard: GuardState) -> dict[str, jax.Array]:
     }
 
 
-def events(state: Any) -> list[Event]:
+def events(state: PyTree) -> list[Event]:
     """The interventions still in the state's ring, oldest first, as Python values.
 
     The ring holds 64, and a step makes at most one: read every 64 steps and none is lost. Where
@@ -118,7 +119,7 @@ def events(state: Any) -> list[Event]:
     ]
 
 
-def check(state: Any) -> None:
+def check(state: PyTree) -> None:
     """Stop loudly when a guard in this state has used up what it may do. Waits for the device.
 
     Raises:
@@ -138,7 +139,7 @@ def _run(guard: GuardState, which: np.ndarray) -> GuardState:
     return jax.tree.map(lambda x: x[first], own)
 
 
-def override(state: Any, *, scale: float | str | None = None, mode: str | None = None) -> Any:
+def override(state: PyTree, *, scale: float | str | None = None, mode: str | None = None) -> PyTree:
     """A human's order: the state with the scale pinned, released, or the mode changed.
 
     A pure function; it reaches every guard in the state. Without arguments it changes nothing.
@@ -164,7 +165,7 @@ def override(state: Any, *, scale: float | str | None = None, mode: str | None =
     return map_guards(lambda guard: _override(guard, scale, mode), state)
 
 
-def reset(state: Any) -> Any:
+def reset(state: PyTree) -> PyTree:
     """A human's "go on": the state no longer exhausted, with its full allowance.
 
     A pure function; it reaches every guard in the state. Nothing asks for a rollback in what it
@@ -182,7 +183,7 @@ def reset(state: Any) -> Any:
     return map_guards(_reset, state)
 
 
-def explain(state: Any) -> str:
+def explain(state: PyTree) -> str:
     """What the guard is doing and why, in a sentence. Waits for the device.
 
     Raises:
@@ -200,11 +201,11 @@ class AuditLog:
     """Append the guard's interventions to a JSON Lines file, one line each.
 
     A line holds ``number, step, regime, signal, value, threshold, action, scale_before,
-    scale_after`` and ``recorded_at``, the step of the loop that wrote it; of a rollback ``from_step``
-    and ``to_step`` instead of value and threshold. A log that is opened
-    again goes on after its last line. If the ring was read too late, a line
-    ``{"action": "lost", ...}`` says how many interventions are missing. Where a state holds several
-    guards, ``guard`` is the path of the one that a line is of.
+    scale_after`` and ``recorded_at``, the step of the loop that wrote it; of a rollback
+    ``from_step`` and ``to_step`` instead of value and threshold. Where a state holds several
+    guards, ``guard`` is the path of the one that a line is of. A log that is opened again goes on
+    after its last line. If the ring was read too late, a line ``{"action": "lost", ...}`` says how
+    many interventions are missing.
 
     What a call of :meth:`record` adds is in the file as a whole or not at all: after a disk was
     full, the next call writes what is missing. A last line that a kill has torn is cut off when the
@@ -231,7 +232,7 @@ class AuditLog:
         self._file = _open_log(self._path)
         self._next = _next_numbers(self._file)
 
-    def record(self, step: int, state: Any) -> int:
+    def record(self, step: int, state: PyTree) -> int:
         """Write what happened since the last call; returns the number of interventions written.
 
         Waits for the device: call it every so many steps, 64 at the most.

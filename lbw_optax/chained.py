@@ -22,6 +22,7 @@ from lbw_optax.law.control import Action, Bounds, Decision, Signal
 from lbw_optax.law.statistics import Statistics
 from lbw_optax.law.telemetry import Probe, Telemetry
 from lbw_optax.state import GuardState, Mode
+from lbw_optax.types import Loss, PyTree
 
 
 class ChainedGuard(optax.GradientTransformationExtraArgs):
@@ -34,15 +35,20 @@ class ChainedGuard(optax.GradientTransformationExtraArgs):
 def watch(bounds: Bounds, mode: str) -> ChainedGuard:
     """The guard as a transformation of gradients."""
 
-    def init_fn(params: Any) -> GuardState:
+    def init_fn(params: PyTree) -> GuardState:
         nothing = telemetry.sample_of_zeros(params)
         here = nothing if telemetry.is_abstract(params) else telemetry.sample(params)
         probe = Probe(last_step=nothing, gradient=nothing, parameters=here)
         return states.init(params, probe, bounds, mode)._replace(inner_state=optax.EmptyState())
 
     def update_fn(
-        updates: Any, state: GuardState, params: Any = None, *, value: Any = None, **extra_args: Any
-    ) -> tuple[Any, GuardState]:
+        updates: PyTree,
+        state: GuardState,
+        params: PyTree = None,
+        *,
+        value: Loss = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, GuardState]:
         states.require(state)
         value, _ = telemetry.take_loss(value, extra_args)
         seen, probe = telemetry.observe_gradients(
@@ -71,7 +77,7 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
     return guard
 
 
-def _moved(probe: Probe, params: Any) -> Probe:
+def _moved(probe: Probe, params: PyTree) -> Probe:
     """The probe with the step that has been taken since; without parameters nothing is known."""
     here = probe.parameters if params is None else telemetry.sample(params)
     return probe._replace(last_step=here - probe.parameters, parameters=here)

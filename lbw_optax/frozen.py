@@ -15,6 +15,8 @@ import numpy as np
 import optax
 from jax.extend.core import Jaxpr, Literal
 
+from lbw_optax.types import PyTree
+
 _TREATS_LEAVES_DIFFERENTLY = (optax.MaskedState, optax.transforms.PartitionState)
 # Operations that make zeros out of zeros.
 _KEEP_ZERO = ("broadcast_in_dim", "convert_element_type", "copy", "reshape", "neg")
@@ -31,18 +33,20 @@ class Frozen:
         self._update = update
         self._known: dict[Any, list[bool]] = {}
 
-    def zeroed(self, gradients: Any, inner_state: Any, params: Any, extra_args: Any) -> list[Any]:
+    def zeroed(
+        self, gradients: PyTree, inner_state: PyTree, params: PyTree, extra_args: Any
+    ) -> list[Any]:
         """Gradients and params, with zeros for the leaves that are never updated."""
         frozen = self._find(gradients, inner_state, params, extra_args)
         return [_where(frozen, jnp.zeros_like, tree) for tree in (gradients, params)]
 
-    def updated(self, params: Any, inner_state: Any) -> Any:
+    def updated(self, params: PyTree, inner_state: PyTree) -> PyTree:
         """The parameters without them."""
         frozen = self._find(params, inner_state, params, {"value": 0.0})
         return _where(frozen, lambda x: None, params)
 
     def _find(
-        self, gradients: Any, inner_state: Any, params: Any, extra_args: dict[str, Any]
+        self, gradients: PyTree, inner_state: PyTree, params: PyTree, extra_args: dict[str, Any]
     ) -> list[bool]:
         kinds = _TREATS_LEAVES_DIFFERENTLY
         nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, kinds))
@@ -56,7 +60,7 @@ class Frozen:
         return self._known[key]
 
 
-def _where(frozen: list[bool], change: Callable[[Any], Any], tree: Any) -> Any:
+def _where(frozen: list[bool], change: Callable[[Any], Any], tree: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(tree)
     if not any(frozen) or len(leaves) != len(frozen):
         return tree

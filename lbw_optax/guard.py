@@ -17,6 +17,7 @@ from lbw_optax.law import control, events, telemetry
 from lbw_optax.law.control import Alarm, Bounds
 from lbw_optax.law.telemetry import Probe
 from lbw_optax.state import MODES, GuardState, Mode
+from lbw_optax.types import Loss, PyTree
 
 DEFAULTS = Bounds()
 
@@ -141,7 +142,7 @@ def govern(
     inner = optax.with_extra_args_support(inner)
     frozen = Frozen(inner.update)
 
-    def init_fn(params: Any) -> GuardState:
+    def init_fn(params: PyTree) -> GuardState:
         nothing = telemetry.sample_of_zeros(params)
         probe = Probe(last_step=nothing, gradient=nothing, parameters=jnp.zeros([0], jnp.float32))
         inner_state = inner.init(params)
@@ -150,8 +151,13 @@ def govern(
         return states.init(trained, probe, bounds, mode)._replace(inner_state=inner_state)
 
     def update_fn(
-        updates: Any, state: GuardState, params: Any = None, *, value: Any = None, **extra_args: Any
-    ) -> tuple[Any, GuardState]:
+        updates: PyTree,
+        state: GuardState,
+        params: PyTree = None,
+        *,
+        value: Loss = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, GuardState]:
         states.require(state)
         value, extra_args = telemetry.take_loss(value, extra_args)
         proposed, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
@@ -178,7 +184,7 @@ def govern(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _refuse_to_and_fro(inner_state: Any) -> None:
+def _refuse_to_and_fro(inner_state: PyTree) -> None:
     kind = optax.contrib.SAMState
     if any(isinstance(node, kind) for node in _nodes(inner_state, kind)):
         raise ValueError(
@@ -187,7 +193,7 @@ def _refuse_to_and_fro(inner_state: Any) -> None:
         )
 
 
-def _nodes(tree: Any, kind: type) -> list[Any]:
+def _nodes(tree: PyTree, kind: type) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
 
 

@@ -15,6 +15,7 @@ from lbw_optax.law.control import Bounds
 from lbw_optax.law.events import Ring
 from lbw_optax.law.step import Law
 from lbw_optax.law.telemetry import Probe, Telemetry
+from lbw_optax.types import PyTree
 
 
 class Mode(enum.IntEnum):
@@ -40,7 +41,7 @@ class GuardState(NamedTuple):
       events: the last interventions.
     """
 
-    inner_state: Any
+    inner_state: PyTree
     guard_steps: jax.Array
     mode: jax.Array
     telemetry: Telemetry
@@ -49,7 +50,7 @@ class GuardState(NamedTuple):
     events: Ring
 
 
-def init(params: Any, probe: Probe, bounds: Bounds, mode: str) -> GuardState:
+def init(params: PyTree, probe: Probe, bounds: Bounds, mode: str) -> GuardState:
     """Before the first step, without an inner state; every leaf is an array of its own."""
     state = GuardState(
         inner_state=None,
@@ -64,7 +65,7 @@ def init(params: Any, probe: Probe, bounds: Bounds, mode: str) -> GuardState:
     return jax.tree.map(jnp.copy, state)
 
 
-def find(state: Any) -> GuardState:
+def find(state: PyTree) -> GuardState:
     """The one guard in an optimizer state, of one run.
 
     Raises:
@@ -79,7 +80,7 @@ def find(state: Any) -> GuardState:
     return of_one_run(guards[0])
 
 
-def find_all(state: Any) -> list[GuardState]:
+def find_all(state: PyTree) -> list[GuardState]:
     """Every guard in an optimizer state, outermost only.
 
     Raises:
@@ -88,7 +89,7 @@ def find_all(state: Any) -> list[GuardState]:
     return list(find_named(state).values())
 
 
-def find_named(state: Any) -> dict[str, GuardState]:
+def find_named(state: PyTree) -> dict[str, GuardState]:
     """Every guard in an optimizer state, outermost only, by its path in it.
 
     Raises:
@@ -122,7 +123,7 @@ def of_one_run(guard: GuardState) -> GuardState:
     return guard
 
 
-def map_guards(change: Callable[[GuardState], GuardState], state: Any) -> Any:
+def map_guards(change: Callable[[GuardState], GuardState], state: PyTree) -> PyTree:
     """The optimizer state with every guard in it changed.
 
     Raises:
@@ -130,13 +131,13 @@ def map_guards(change: Callable[[GuardState], GuardState], state: Any) -> Any:
     """
     find_all(state)
 
-    def visit(node: Any) -> Any:
+    def visit(node: PyTree) -> Any:
         return _put(node, change(_plain(node))) if _is_guard(node) else node
 
     return jax.tree.map(visit, state, is_leaf=_is_guard)
 
 
-def adopt(state: Any, bare: Any) -> Any:
+def adopt(state: PyTree, bare: PyTree) -> PyTree:
     """A guarded optimizer state that goes on where an unguarded one is.
 
     Args:
@@ -175,7 +176,7 @@ def adopt(state: Any, bare: Any) -> Any:
     return jax.tree.unflatten(structure, adopted)
 
 
-def require(state: Any) -> None:
+def require(state: PyTree) -> None:
     """See that a guard's `update` was given a state of its own.
 
     Raises:
@@ -189,7 +190,7 @@ def require(state: Any) -> None:
         )
 
 
-def strip(state: Any) -> Any:
+def strip(state: PyTree) -> PyTree:
     """The optimizer state without its guards, as the unguarded optimizer has it.
 
     Raises:
@@ -214,18 +215,18 @@ def strip(state: Any) -> Any:
 # without an array in it, as an empty inner state, is missing there.
 
 
-def _is_guard(node: Any) -> bool:
+def _is_guard(node: PyTree) -> bool:
     if isinstance(node, Mapping):
         return set(node) | {"inner_state"} == set(GuardState._fields)
     return isinstance(node, GuardState)
 
 
-def _plain(node: Any) -> GuardState:
+def _plain(node: PyTree) -> GuardState:
     """The guard's own parts as bare arrays."""
     return _rebuild(_skeleton(), node)._replace(inner_state=_child(node, "inner_state"))
 
 
-def _rebuild(skeleton: Any, node: Any) -> Any:
+def _rebuild(skeleton: PyTree, node: PyTree) -> Any:
     if skeleton is None:
         return None
     if not isinstance(skeleton, tuple):
@@ -234,7 +235,7 @@ def _rebuild(skeleton: Any, node: Any) -> Any:
     return type(skeleton)(*[_rebuild(getattr(skeleton, n), _child(node, n)) for n in names])
 
 
-def _put(node: Any, guard: GuardState) -> Any:
+def _put(node: PyTree, guard: GuardState) -> PyTree:
     """The node with the guard's own parts in it, in whatever wrappers it has."""
     paths, structure = jax.tree_util.tree_flatten_with_path(node)
     return jax.tree.unflatten(structure, [_follow(guard, path, leaf) for path, leaf in paths])
@@ -242,7 +243,7 @@ def _put(node: Any, guard: GuardState) -> Any:
 
 def _follow(guard: GuardState, path: tuple[Any, ...], leaf: Any) -> Any:
     """The guard's array at this path; the inner state's leaves stay."""
-    part: Any = guard
+    part: PyTree = guard
     for key in path:
         name = str(getattr(key, "name", getattr(key, "key", None)))
         if name == "inner_state":
@@ -253,13 +254,13 @@ def _follow(guard: GuardState, path: tuple[Any, ...], leaf: Any) -> Any:
     return part
 
 
-def _with_inner(node: Any, inner_state: Any) -> Any:
+def _with_inner(node: PyTree, inner_state: PyTree) -> PyTree:
     if isinstance(node, Mapping):
         return type(node)({**node, "inner_state": inner_state})  # type: ignore[call-arg]
     return node._replace(inner_state=inner_state)
 
 
-def _child(node: Any, name: str) -> Any:
+def _child(node: PyTree, name: str) -> Any:
     if isinstance(node, Mapping):
         return node.get(name, optax.EmptyState() if name == "inner_state" else None)
     return getattr(node, name)

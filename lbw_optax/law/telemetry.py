@@ -14,6 +14,8 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lbw_optax.types import Loss, PyTree
+
 # A leaf contributes this share of its coordinates to the probe, within these bounds.
 PROBE_SHARE, PROBE_LEAST, PROBE_MOST = 128, 1024, 16384
 # Corruption of memory, no step of an optimizer: updates this many times as long as the last and
@@ -63,7 +65,7 @@ class Probe(NamedTuple):
     parameters: jax.Array  # p_{t-1}; float32[0] where the guard sees the steps themselves
 
 
-def init(params: Any) -> Telemetry:
+def init(params: PyTree) -> Telemetry:
     """Telemetry before the first step: zeros, nothing measured."""
     real, whole, no = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32), jnp.array(False)
     return Telemetry(
@@ -88,7 +90,7 @@ def init(params: Any) -> Telemetry:
     )
 
 
-def take_loss(value: Any, extra_args: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def take_loss(value: Loss, extra_args: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The loss among what `update` was given, and what the inner optimizer is given.
 
     It is `value`, or else `loss`. Without one the guard sees neither a loss that is not finite nor
@@ -109,7 +111,7 @@ def take_loss(value: Any, extra_args: dict[str, Any]) -> tuple[Any, dict[str, An
 
 
 def observe_gradients(
-    before: Telemetry, probe: Probe, gradients: Any, value: Any
+    before: Telemetry, probe: Probe, gradients: PyTree, value: Loss
 ) -> tuple[Telemetry, Probe]:
     """Measure what arrives: gradients, loss, and how the last step turned out.
 
@@ -144,7 +146,7 @@ def observe_gradients(
     return seen, probe._replace(gradient=sampled)
 
 
-def observe_step(seen: Telemetry, updates: Any, params: Any, scale: jax.Array) -> Telemetry:
+def observe_step(seen: Telemetry, updates: PyTree, params: PyTree, scale: jax.Array) -> Telemetry:
     """Measure the step that the inner optimizer proposes, at the scale held so far.
 
     relative_step = scale |u| / |p| sqrt(nonzero_fraction), root mean squares of the step over all
@@ -193,7 +195,7 @@ def forget(probe: Probe) -> Probe:
     return probe._replace(last_step=nothing, gradient=nothing)
 
 
-def sample(tree: Any, like: Any = None) -> jax.Array:
+def sample(tree: PyTree, like: PyTree = None) -> jax.Array:
     """A pytree at its fixed coordinates: float32[n], replicated over devices.
 
     A complex leaf counts as its real and its imaginary part, one of integers not at all. With
@@ -202,18 +204,18 @@ def sample(tree: Any, like: Any = None) -> jax.Array:
     return _concatenate([_sample(leaf) * _weight(leaf) for leaf in _sampled_leaves(tree, like)])
 
 
-def sample_of_zeros(tree: Any) -> jax.Array:
+def sample_of_zeros(tree: PyTree) -> jax.Array:
     """The sample of a tree of zeros in these shapes, which may be abstract."""
     sizes = [_sample_size(x) * (1 + _is_complex(x)) for x in _leaves(tree, jnp.inexact)]
     return jnp.zeros([sum(sizes)], jnp.float32)
 
 
-def is_abstract(tree: Any) -> bool:
+def is_abstract(tree: PyTree) -> bool:
     """Whether it holds shapes instead of arrays, as ``init`` is given by who wants shapes only."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
-def norm_and_nonfinite(tree: Any) -> tuple[jax.Array, jax.Array]:
+def norm_and_nonfinite(tree: PyTree) -> tuple[jax.Array, jax.Array]:
     """Global norm, reduced in float32, and the number of non-finite elements (int32).
 
     The elements are counted only where the norm says that there are any: the common path reads
@@ -242,7 +244,7 @@ def wide_type(dtype: Any) -> Any:
     return jnp.float32 if narrow else dtype
 
 
-def _leaves(tree: Any, kind: Any) -> list[Any]:
+def _leaves(tree: PyTree, kind: Any) -> list[Any]:
     """The non-empty leaves of this kind of number; abstract ones are as they are."""
     leaves = [
         leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
@@ -252,7 +254,7 @@ def _leaves(tree: Any, kind: Any) -> list[Any]:
     return [leaf for leaf in leaves if leaf.size]
 
 
-def _sampled_leaves(tree: Any, like: Any) -> list[jax.Array]:
+def _sampled_leaves(tree: PyTree, like: PyTree) -> list[jax.Array]:
     if like is not None:
         pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
         tree = [x for x, y in pairs if jnp.issubdtype(jnp.result_type(y), jnp.inexact)]
@@ -280,7 +282,7 @@ def _length(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.vdot(x, x))
 
 
-def _nonzero_fraction(params: Any) -> jax.Array:
+def _nonzero_fraction(params: PyTree) -> jax.Array:
     """Share of the coordinates in leaves that are not all zero; 1 if there are none."""
     leaves = _leaves(params, jnp.inexact)
     sizes = [jnp.where(_has_size(leaf), float(leaf.size), 0.0) for leaf in leaves]
@@ -305,7 +307,7 @@ def _ratio(top: jax.Array, bottom: jax.Array, valid: jax.Array, otherwise: jax.A
     return jnp.where(valid & jnp.isfinite(ratio), ratio, otherwise)
 
 
-def _loss(value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _loss(value: Loss) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The loss, whether there is a finite one, and 1 if it is given and not finite."""
     if value is None:
         return jnp.float32(0), jnp.array(False), jnp.int32(0)
@@ -319,7 +321,7 @@ def _loss(value: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     return loss, finite, (~finite).astype(jnp.int32)
 
 
-def _histogram(gradients: Any) -> jax.Array:
+def _histogram(gradients: PyTree) -> jax.Array:
     values = _concatenate([_sample(leaf) for leaf in _sampled_leaves(gradients, None)])
     finite = jnp.isfinite(values)
     _, exponent = jnp.frexp(jnp.where(finite, values, 0.0))
