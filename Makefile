@@ -42,7 +42,7 @@ test-oldest:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade 'pip>=25.1'
 	$(PIP) $(LOWEST) --editable . --group test
-	$(BIN)/pytest -n $(JOBS) --cov=lbw_optax --cov-report=term-missing:skip-covered $(CORE)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --cov=lbw_optax --cov-report=term-missing:skip-covered $(CORE)
 
 docs: VENV := .venv-docs
 docs:

@@ -1,9 +1,13 @@
 """How the documentation is built: `make docs`. Without a network it has no links to other pages."""
 
+import re
 import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
 
 import lbw_optax
 
@@ -31,7 +35,7 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_custom_sections = [("Raises", "params_style")]
+napoleon_use_ivar = True
 
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
 myst_heading_anchors = 3
@@ -64,3 +68,29 @@ def _reachable() -> dict[str, tuple[str, str]]:
 
 
 intersphinx_mapping = _reachable()
+
+
+def setup(app: Sphinx) -> None:
+    """What autodoc is told to read otherwise."""
+    app.connect("autodoc-process-docstring", _keep_bars)
+    app.connect("autodoc-skip-member", _skip_fields)
+
+
+def _keep_bars(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings write |g| for a norm, which reStructuredText takes for a substitution."""
+    indent: int | None = None  # of the equation that a line belongs to
+    for i, line in enumerate(lines):
+        margin = len(line) - len(line.lstrip())
+        if indent is not None and line.strip() and margin <= indent:
+            indent = None
+        if line.strip().startswith(".. math::"):
+            indent = margin
+        if indent is None and not line.strip().startswith((">>>", "...")):
+            lines[i] = re.sub(r"(``.*?``)|\|", lambda found: found[1] or r"\|", line)
+
+
+def _skip_fields(
+    app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
+) -> bool | None:
+    """The fields of a NamedTuple are in its docstring; autodoc knows only their numbers."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
