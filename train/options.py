@@ -17,23 +17,24 @@ class Allowed(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-Count = Annotated[int, Allowed("must lie in [1, 2^31)", lambda x: 1 <= x < 2**31)]
-CountOrNone = Annotated[
-    int | None, Allowed("must lie in [1, 2^31)", lambda x: x is None or 1 <= x < 2**31)
-]
-CountOrZero = Annotated[int, Allowed("must lie in [0, 2^31)", lambda x: 0 <= x < 2**31)]
-Seed = Annotated[int, Allowed("must lie in [0, 2^32)", lambda x: 0 <= x < 2**32)]
+def whole(low: int, bits: int = 31) -> Allowed:
+    """Whole numbers from `low` on that the arithmetic can hold."""
+    return Allowed(f"must be at least {low} (and below 2^{bits})", lambda x: low <= x < 2**bits)
+
+
+Count = Annotated[int, whole(1)]
+CountOrZero = Annotated[int, whole(0)]
+Seed = Annotated[int, whole(0, bits=32)]
 Positive = Annotated[
     float, Allowed("must be a finite number above 0", lambda x: x > 0 and math.isfinite(x))
 ]
 NonNegative = Annotated[
     float, Allowed("must be a finite number, 0 or above", lambda x: x >= 0 and math.isfinite(x))
 ]
-Share = Annotated[float, Allowed("must lie in [0, 1)", lambda x: 0 <= x < 1)]
+Share = Annotated[float, Allowed("must be at least 0 and below 1", lambda x: 0 <= x < 1)]
 Names = Annotated[tuple[str, ...], Allowed("needs at least one name", lambda x: len(x) >= 1)]
 Devices = Annotated[
-    tuple[int, int, int] | None,
-    Allowed("needs at least 1 along each axis", lambda x: x is None or min(x) >= 1),
+    tuple[int, int, int], Allowed("needs at least 1 along each axis", lambda x: min(x) >= 1)
 ]
 
 
@@ -98,10 +99,10 @@ class Options:
     """Keep only each layer's input for the backward pass, and compute the rest again."""
     scan: bool = False
     """Compile one layer and loop over it."""
-    mesh: Devices = None
+    mesh: Devices | None = None
     """Devices along (data, fsdp, tensor): copies of the model, parts of parameters and batch, parts
     of heads and vocabulary. None: all along fsdp."""
-    loss_chunk: CountOrNone = None
+    loss_chunk: Count | None = None
     """Positions of a sequence whose logits are in memory at a time. None: all."""
     z_loss: NonNegative = 0.0
     """Weight of the squared log-normaliser in the loss."""
@@ -110,7 +111,7 @@ class Options:
     """Steps between two evaluations on the valid split. 0: only at the end."""
     eval_targets: Count = 131_072
     """Tokens predicted in an evaluation during the run."""
-    final_eval_targets: CountOrNone = None
+    final_eval_targets: Count | None = None
     """Tokens predicted in the final evaluation, for each held-out split. None: the whole split."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where metrics go besides log.jsonl in the run directory. No name: nowhere."""
@@ -119,17 +120,26 @@ class Options:
 def problems(options: Options) -> list[str]:
     """What cannot be in these options, a sentence each; nothing is read or made for it.
 
-    >>> problems(Options("tiny", Path("x"), steps=0, learning_rate=float("nan")))
-    ['--steps 0 must lie in [1, 2^31)', '--learning-rate nan must be a finite number above 0']
+    >>> problems(Options("tiny", Path("x"), steps=0, learning_rate=float("nan")))[1]
+    '--learning-rate nan must be a finite number above 0'
     """
     hints = typing.get_type_hints(type(options), include_extras=True)
+    values = [(name, getattr(options, name), _allowed(hint)) for name, hint in hints.items()]
     single = [
-        f"{flag(name)} {getattr(options, name)} {allowed.words}"
-        for name, hint in hints.items()
-        for allowed in getattr(hint, "__metadata__", ())
-        if isinstance(allowed, Allowed) and not allowed.holds(getattr(options, name))
+        f"{flag(name)} {value} {allowed.words}"
+        for name, value, allowed in values
+        if allowed is not None and value is not None and not allowed.holds(value)
     ]
     return single or list(_contradictions(options))
+
+
+def _allowed(hint: Any) -> Allowed | None:
+    """What stands beside the type, also where the option may be None."""
+    for part in (hint, *typing.get_args(hint)):
+        for note in getattr(part, "__metadata__", ()):
+            if isinstance(note, Allowed):
+                return note
+    return None
 
 
 def _contradictions(options: Options) -> Iterator[str]:
