@@ -564,6 +564,13 @@ def test_no_room_to_write(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_adapter_is_no_model(tmp_path):
+    weights.save_adapter(adapted(), tmp_path, base="owner/base")
+    for read in (weights.load, weights.read_config):
+        with pytest.raises(weights.WeightsError, match=r"an adapter, not .* base \(owner/base\)"):
+            read(tmp_path)
+
+
 def test_a_place_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(weights.WeightsError, match="cannot write to"):
