@@ -71,7 +71,7 @@ def load(
       True
     """
     place = files.directory(name)
-    source, about = _opened(place)
+    about, source = _opened(place)
     config = Config.from_hf(about)
     if isinstance(source, Checkpoint):
         config = _as_it_is_filed(config, source)
@@ -86,12 +86,22 @@ def load(
     return decoder
 
 
-def _opened(place: Path) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors of a directory or a GGUF file, and its `config.json` or what stands for it."""
+def _opened(place: Path) -> tuple[dict[str, Any], Tensors]:
+    """The `config.json` of a directory, or what stands for it in a GGUF file, and the tensors."""
     if place.suffix == GGUF:
         found = GgufCheckpoint(place)
-        return found, found.about
-    return Checkpoint(place), files.read_json(place / "config.json")
+        return found.about, found
+    return _configuration(place), Checkpoint(place)
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        base = files.read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise WeightsError(
+            f"{folder} holds an adapter, not a model: load its base ({base}), then the adapter "
+            "with train.weights.load_adapter"
+        )
+    return files.read_json(folder / "config.json")
 
 
 def _as_it_is_filed(config: Config, checkpoint: Checkpoint) -> Config:
@@ -181,7 +191,7 @@ def read_config(directory: str | Path) -> Config:
     """The shape that a directory's `config.json`, or a GGUF file, describes. Raises as `load`."""
     if Path(directory).suffix == GGUF:
         return Config.from_hf(GgufCheckpoint(Path(directory)).about)
-    return Config.from_hf(files.read_json(Path(directory) / "config.json"))
+    return Config.from_hf(_configuration(Path(directory)))
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:

@@ -52,6 +52,56 @@ def test_one_layer_is_the_equation():
     assert np.abs(a).min() > 0
 
 
+def dora_layer(bias=True, column_of_zeros=False):
+    linear = nnx.Linear(
+        *(5, 4), use_bias=bias, rngs=nnx.Rngs(0), bias_init=nnx.initializers.normal(1.0)
+    )
+    if column_of_zeros:
+        linear.kernel[...] = linear.kernel[...].at[:, 2].set(0)
+    return lora.LoRALinear(linear, rank=2, alpha=3.0, rslora=True, dora=True, rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5)])
+def test_dora_is_the_equation(bias, shape):
+    """Columns of W + alpha / sqrt(rank) A B, each brought to a length of its own."""
+    layer, rng = dora_layer(bias), np.random.default_rng(0)
+    layer.lora_B[...] = rng.normal(size=(2, 4)).astype(np.float32)
+    layer.lora_magnitude[...] = rng.uniform(1, 2, size=4).astype(np.float32)
+    x = rng.normal(size=shape).astype(np.float32)
+    kernel = np.asarray(layer.base.kernel[...], np.float64)
+    a, b = (np.asarray(p[...], np.float64) for p in (layer.lora_A, layer.lora_B))
+    full = kernel + 3 / 2**0.5 * a @ b
+    full *= np.asarray(layer.lora_magnitude[...]) / np.linalg.norm(full, axis=0)
+    expected = x @ full + (np.asarray(layer.base.bias[...]) if bias else 0)
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer.merged(), full, rtol=1e-5, atol=1e-6)
+
+
+def test_a_column_of_zeros_stays_one():
+    layer = dora_layer(column_of_zeros=True)
+    x = np.random.default_rng(1).normal(size=(7, 5)).astype(np.float32)
+    np.testing.assert_allclose(layer(x), layer.base(x), rtol=1e-5, atol=1e-6)
+    assert (np.asarray(layer.merged())[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_dora_of_a_bfloat16_model_starts_as_the_base_and_merges(scan):
+    kinds = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "scan": scan}
+    decoder = model.Decoder(CONFIG, rngs=nnx.Rngs(0), **kinds)
+    expected = np.asarray(decoder(TOKENS))
+    lora.add_lora(decoder, rank=3, alpha=6.0, dora=True, rngs=nnx.Rngs(1))
+    np.testing.assert_allclose(decoder(TOKENS), expected, atol=0.01 * np.abs(expected).max())
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(model.split(decoder, nnx.LoRAParam)[1])}
+    assert kinds == {jnp.dtype("float32")}
+    layer = decoder.layers.mlp.up_proj if scan else decoder.layers[1].mlp.up_proj
+    layer.lora_magnitude[...] *= 2
+    doubled = 2 * np.asarray(layer.base.kernel[...], np.float32)
+    lora.merge_lora(decoder)
+    merged = (decoder.layers if scan else decoder.layers[1]).mlp.up_proj.kernel[...]
+    np.testing.assert_allclose(np.asarray(merged, np.float32), doubled, rtol=0.01)
+
+
 def test_merged_weights_give_the_adapted_model():
     decoder = with_random_adapters(adapted())
     expected = np.asarray(decoder(TOKENS))

@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from train import files, generation, lora, model, weights
+from train import files, generation, lora, model, sharding, weights
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="needs the group train")
 
@@ -128,6 +128,24 @@ def test_adapters_round_trip(scan, tmp_path):
     weights.load_adapter(other, tmp_path / "adapter")
     assert {layer.scaling for _, _, layer in lora.adapters(other)} == {2.0}
     both = [weights.to_hf(model.split(m, nnx.LoRAParam)[1]) for m in (decoder, other)]
+    assert both[0].keys() == both[1].keys()
+    jax.tree.map(np.testing.assert_array_equal, *both)
+
+
+def test_adapters_are_read_into_their_places_on_a_mesh(tmp_path):
+    config = dataclasses.replace(CONFIG, vocab_size=20)
+    decoder = decoder_of(config)
+    lora.add_lora(decoder, rank=2, alpha=4, dora=True, targets=["q_proj"], rngs=nnx.Rngs(1))
+    decoder.embed_tokens.embedding = lora.WholeParam(decoder.embed_tokens.embedding[...] + 1)
+    decoder.layers[1].self_attn.q_proj.lora_magnitude[...] *= 2
+    weights.save_adapter(decoder, tmp_path / "adapter")
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    other = weights.load(saved(tmp_path / "base", config), mesh=mesh, scan=True)
+    weights.load_adapter(other, tmp_path / "adapter", mesh=mesh)
+    found = model.split(other, nnx.LoRAParam)[1]
+    magnitude = found["layers"]["self_attn"]["q_proj"]["lora_magnitude"]
+    assert magnitude.sharding.spec == jax.sharding.PartitionSpec(None, "tensor")
+    both = [weights.to_hf(tree) for tree in (found, model.split(decoder, nnx.LoRAParam)[1])]
     assert both[0].keys() == both[1].keys()
     jax.tree.map(np.testing.assert_array_equal, *both)
 
@@ -562,6 +580,13 @@ def test_no_room_to_write(tmp_path):
     ):
         weights.save(decoder_of(), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    weights.save_adapter(adapted(), tmp_path, base="owner/base")
+    for read in (weights.load, weights.read_config):
+        with pytest.raises(weights.WeightsError, match=r"an adapter, not .* base \(owner/base\)"):
+            read(tmp_path)
 
 
 def test_a_place_that_is_a_file(tmp_path):
