@@ -87,6 +87,16 @@ def train(run: Run, params: Any, state: Any, steps: int) -> tuple[Any, Any]:
     return params, state
 
 
+def storm(steps, every=1):
+    """States after each step of a run with a NaN gradient at every so many steps."""
+    run, params = guarded("sgd_momentum"), small_params()
+    state, good = run.init(params), gradients_of(params)
+    bad = jax.tree.map(lambda g: g * np.float32(np.nan), good)
+    for step in range(steps):
+        _, state = run.update(good if step % every else bad, state, params, value=np.float32(1))
+        yield step, state
+
+
 def guard_in(state: Any) -> GuardState:
     return find(state)
 

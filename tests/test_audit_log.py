@@ -9,26 +9,14 @@ import signal
 import subprocess
 import sys
 
-import jax
-import numpy as np
 import optax
 import pytest
-from support import gradients_of, guarded, small_params
+from support import small_params, storm
 
 import lbw_optax
 from lbw_optax import AuditLog, lbw_guard
 from lbw_optax.law import control
 from lbw_optax.law.events import SIZE
-
-
-def storm(steps, every=1):
-    """States after each step of a run with a NaN gradient at every so many steps."""
-    run, params = guarded("sgd_momentum"), small_params()
-    state, good = run.init(params), gradients_of(params)
-    bad = jax.tree.map(lambda g: g * np.float32(np.nan), good)
-    for step in range(steps):
-        _, state = run.update(good if step % every else bad, state, params, value=np.float32(1))
-        yield step, state
 
 
 def lines(path):

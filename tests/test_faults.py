@@ -175,7 +175,7 @@ def test_five_hundred_bad_steps_exhaust_the_guard_and_pass_nothing(inner):
     ):
         assert part in text
     # A person clears it, the data are good again, training goes on.
-    state = lbw_optax.override(state)
+    state = lbw_optax.reset(state)
     lbw_optax.check(state)
     params, state = train(run, params, state, 400)
     assert loss_of(params) < 0.02 * loss_of(small_params())

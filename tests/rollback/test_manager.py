@@ -148,7 +148,7 @@ def test_a_person_may_go_on_from_an_exhausted_guard(tmp_path):
                 step, tree = rollback.step(step + 1, tree)
             except GuardExhausted:
                 raised.append(step + 1)
-                step, tree = step + 1, (tree[0], lbw_optax.override(tree[1]))
+                step, tree = step + 1, (tree[0], lbw_optax.reset(tree[1]))
     assert len(raised) == 1
     assert mean_loss(tree) < 1.05 * healthy_loss()
 
@@ -224,7 +224,7 @@ def test_a_poisoned_state_is_never_gone_back_to(tmp_path, at, options):
     expected = plain(seen["step"])
     assert_same_bits(seen["tree"][0], expected[0])
     assert_same_bits(seen["tree"][1].inner_state, expected[1].inner_state)
-    assert_same_bits(guard_in(seen["tree"][1]).statistics, guard_in(expected[1]).statistics)
+    assert_same_bits(guard_in(seen["tree"][1]).law.statistics, guard_in(expected[1]).law.statistics)
 
 
 def test_a_nan_in_the_optimizers_state_is_not_gone_back_to(tmp_path):
