@@ -54,8 +54,9 @@ def check(options: Options) -> list[str]:
         listed = "; ".join(
             f"{name} is {there.get(name)!r} there and {wanted.get(name)!r} here" for name in fixed
         )
+        why = "; --steps can grow only at a constant rate" if "steps" in fixed else ""
         raise ValueError(
-            f"{options.out} holds a run with other options ({listed}): give those "
+            f"{options.out} holds a run with other options ({listed}{why}): give those "
             "to go on with it, or another --out"
         )
     return [f"{name} is {wanted.get(name)!r}, was {there.get(name)!r}" for name in free]
