@@ -23,7 +23,7 @@ def demo() -> str:
             adamw, guard = (cells[task, multiple, method] for method in ("adamw", "guard"))
             rate = f"{adamw['learning_rate']:g}" + (" (tuned)" if multiple == 1 else "")
             rows.append([title, rate, _perplexity(adamw), _perplexity(guard)])
-    rows += [_mishap(run) for run in result["runs"] if run["task"] == "mishap"]
+    rows += _mishaps([run for run in result["runs"] if run["task"] == "mishap"])
     shown = table(["", "learning rate", "AdamW", "guarded AdamW"], rows)
     return (
         f"{shown}\n\nTest perplexity, and its ratio to AdamW at its tuned rate. "
@@ -31,11 +31,17 @@ def demo() -> str:
     )
 
 
-def _mishap(run: dict[str, Any]) -> list[str]:
-    back = ", ".join(f"step {r['from_step']} to {r['to_step']}" for r in run["rollbacks"])
-    bad = sum(loss is None for loss in run["history"]["loss"])
-    title = f"LoRA, {bad} batches whose loss is NaN, rollback (from {back})"
-    return [title, f"{run['learning_rate']:g}", "–", _perplexity(run)]
+def _mishaps(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """The guarded run through bad batches, and what became of AdamW on them where that was run."""
+    adamw = "lost (NaN)" if any(run["method"] == "adamw" for run in runs) else "–"
+    rows = []
+    for run in runs:
+        if run["method"] != "adamw":
+            back = ", ".join(f"step {r['from_step']} to {r['to_step']}" for r in run["rollbacks"])
+            bad = sum(loss is None for loss in run["history"]["loss"])
+            title = f"LoRA, {bad} batches whose loss is NaN, rollback (from {back})"
+            rows.append([title, f"{run['learning_rate']:g}", adamw, _perplexity(run)])
+    return rows
 
 
 def _perplexity(run: dict[str, Any]) -> str:
