@@ -135,7 +135,7 @@ def save_adapter(model: Decoder, directory: str | Path, *, base: str | None = No
     config = {**_described(model), "base_model_name_or_path": _lasting(base)}
     state = nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam))
     every = {tensor.name: tensor.read() for tensor in tensors(state)}
-    if config["ensure_weight_tying"]:
+    if config.get("ensure_weight_tying"):
         every[HEAD] = every[EMBEDDING]
     with files.replacing(Path(directory), [ADAPTER]) as draft:
         named = {name if name.startswith(PREFIX) else PREFIX + name: every[name] for name in every}
@@ -165,6 +165,7 @@ def _described(model: Decoder) -> dict[str, Any]:
     rslora, dora, dropout = _only_kind(layers)
     rank = _usual(layer.rank for layer in layers.values())
     alpha = _usual(layer.alpha for layer in layers.values())
+    stays_tied = "model.embed_tokens" in whole and model.config.tie_word_embeddings
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -177,10 +178,10 @@ def _described(model: Decoder) -> dict[str, Any]:
         "alpha_pattern": {n: layer.alpha for n, layer in layers.items() if layer.alpha != alpha},
         "target_modules": _shortest({*layers}, every),
         "modules_to_save": _shortest(whole, every | {*layers}, end=str.endswith) or None,
-        "ensure_weight_tying": "model.embed_tokens" in whole and model.config.tie_word_embeddings,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
+        **({"ensure_weight_tying": True} if stays_tied else {}),  # older versions know it not
     }
 
 
