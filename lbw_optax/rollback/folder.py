@@ -18,7 +18,6 @@ from lbw_optax.rollback import checkpoints, journal
 from lbw_optax.rollback.agreement import first_text, wait_for_all
 from lbw_optax.rollback.journal import Journal
 
-
 # Bytes that are written to see whether it can be done.
 PROBE = 4096
 
