@@ -35,7 +35,7 @@ class _Trial(NamedTuple):
     """A checkpoint that may prove healthy."""
 
     step: int
-    snapshot: Snapshot | None  # None if it was read
+    snapshot: Snapshot | None  # without its leaves; None if it was read
     is_over: bool = False  # it has, and its write is still to be waited for
 
 
@@ -167,7 +167,7 @@ class Disk:
         self.settle()
         step = snapshot.step
         if is_calm and self._trial is None:
-            self._trial, self._tried_at = _Trial(step, snapshot), step
+            self._trial, self._tried_at = _Trial(step, snapshot._replace(leaves={})), step
         self._saved_at = step
         try:
             if step not in (*self.journal.checkpoints, *self.journal.dropped):
