@@ -49,7 +49,8 @@ class Candidates:
         if self.found():
             step, tree = self._disk.resume(tree)
             self._memory.return_to(step)
-            self._memory.put(snapshots.take(step, tree))
+            if self._memory.is_on:
+                self._memory.put(snapshots.take(step, tree))
             return step, tree
         snapshot = snapshots.take(0, tree, for_disk=True)
         self._disk.begin(snapshot)

@@ -30,6 +30,10 @@ class Memory:
         self._copied_at = LONG_AGO
 
     @property
+    def is_on(self) -> bool:
+        return self._every is not None
+
+    @property
     def nbytes(self) -> int:
         held = self._proven + ([self._trial] if self._trial else [])
         return sum(snapshot.nbytes for snapshot in held)
