@@ -3,10 +3,11 @@
 from typing import Any, NamedTuple
 
 from lbw_optax.rollback import checkpoints, snapshots
-from lbw_optax.rollback.disk import Disk
+from lbw_optax.rollback.disk import Disk, warn
 from lbw_optax.rollback.folder import Folder
 from lbw_optax.rollback.journal import Journal
 from lbw_optax.rollback.memory import Memory
+from lbw_optax.rollback.snapshots import Snapshot
 from lbw_optax.rollback.verdict import Verdict
 
 
@@ -22,8 +23,9 @@ class Candidates:
     """Both tiers of one run."""
 
     def __init__(self, folder: Folder, plan: Plan):
-        self._memory = Memory(plan.snapshot_every, plan.probation)
-        self._disk = Disk(folder, plan.save_every, plan.probation)
+        self._memory = Memory(plan.snapshot_every, plan.probation, self._judge)
+        self._disk = Disk(folder, plan.save_every, plan.probation, self._judge)
+        self._told: set[str] = set()
 
     @property
     def journal(self) -> Journal:
@@ -47,7 +49,8 @@ class Candidates:
         if self.found():
             step, tree = self._disk.resume(tree)
             self._memory.return_to(step)
-            self._memory.put(snapshots.take(step, tree))
+            if self._memory.is_on:
+                self._memory.put(snapshots.take(step, tree))
             return step, tree
         snapshot = snapshots.take(0, tree, for_disk=True)
         self._disk.begin(snapshot)
@@ -109,3 +112,22 @@ class Candidates:
             self._disk.abandon()
         else:
             self._disk.settle()
+
+    def _judge(self, snapshot: Snapshot | None, verdict: Verdict) -> bool:
+        """Whether no NaN speaks against a state: one in its optimizer or its parameters does.
+
+        A NaN elsewhere, as in statistics or in a loss that was never measured, is the run's own. A
+        guard that governs says itself that the parameters are broken, by asking for a rollback.
+        """
+        if snapshot is None or not (verdict.is_calm or (verdict.broken and not verdict.governs)):
+            return True
+        in_optimizer, elsewhere = snapshot.nan_leaves()
+        bad = in_optimizer + (elsewhere if verdict.broken else [])
+        where = ", ".join(bad[:5])
+        if bad and where not in self._told:
+            self._told.add(where)
+            warn(
+                f"The state of step {snapshot.step} is none to go back to, for a NaN in {where}: "
+                "find out where it comes from. Checkpoints to resume from are still written."
+            )
+        return not bad

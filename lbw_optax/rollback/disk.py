@@ -21,14 +21,22 @@ from lbw_optax.rollback.verdict import Verdict
 # Proven checkpoints that are kept.
 KEPT = 3
 
+Judge = Callable[[Snapshot | None, Verdict], bool]
+
 
 class _Copy(NamedTuple):
-    """The newest checkpoint: maybe still being written, maybe not yet heard of."""
+    """The newest checkpoint, which may still be being written."""
 
     step: int
-    snapshot: Snapshot | None  # None if it was read
     wait: Callable[[], Any] | None  # None if it is written
-    is_broken: bool | None = None  # whether the parameters are; None before the next verdict
+
+
+class _Trial(NamedTuple):
+    """A checkpoint that may prove healthy."""
+
+    step: int
+    snapshot: Snapshot | None  # without its leaves; None if it was read
+    is_over: bool = False  # it has, and its write is still to be waited for
 
 
 class Disk:
@@ -38,17 +46,17 @@ class Disk:
       folder: where.
       every: steps between checkpoints.
       probation: steps without trouble that prove one healthy.
+      judge: whether a state may be gone back to, for all that it holds.
     """
 
-    def __init__(self, folder: Folder, every: int, probation: int):
+    def __init__(self, folder: Folder, every: int, probation: int, judge: Judge):
         self._folder, self._every, self._probation = folder, every, probation
+        self._judge = judge
         self.journal = folder.read()
         self._newest: _Copy | None = None
-        self._trial: int | None = None  # its step
-        self._has_proven = False  # the trial, whose write is still to be waited for
+        self._trial: _Trial | None = None
         self._saved_at = self._tried_at = LONG_AGO
         self._may_retry = True  # at once, after a trial that failed
-        self._warned: set[str] = set()
 
     # --- the start of a run ---------------------------------------------------------------------
 
@@ -94,10 +102,10 @@ class Disk:
                 f"The journal cannot be written to {self._folder.path} ({first_line(error)}): free "
                 "space there, or let this user write to it."
             ) from error
-        self._newest = _Copy(step, None, None)
+        self._newest = _Copy(step, None)
         self._saved_at = self._tried_at = step
-        self._trial = step if self.journal.checkpoints[step] == CANDIDATE else None
-        self._has_proven = False
+        is_candidate = self.journal.checkpoints[step] == CANDIDATE
+        self._trial = _Trial(step, None) if is_candidate else None
         return step, tree
 
     def _read_newest(self, like: Any) -> tuple[int, Any]:
@@ -159,7 +167,7 @@ class Disk:
         self.settle()
         step = snapshot.step
         if is_calm and self._trial is None:
-            self._trial, self._tried_at = step, step
+            self._trial, self._tried_at = _Trial(step, snapshot._replace(leaves={})), step
         self._saved_at = step
         try:
             if step not in (*self.journal.checkpoints, *self.journal.dropped):
@@ -172,7 +180,7 @@ class Disk:
         except Exception as error:
             self._lose(step, first_line(error))
         else:
-            self._newest = _Copy(step, snapshot, wait)
+            self._newest = _Copy(step, wait)
 
     def has(self, step: int) -> bool:
         """Whether this step is written, or being written."""
@@ -180,23 +188,23 @@ class Disk:
 
     def learn(self, verdict: Verdict) -> bool:
         """What was said of the steps after a checkpoint; True if it has proven healthy."""
-        newest = self._newest
-        if newest is not None and newest.is_broken is None and verdict.step > newest.step:
-            self._newest = newest._replace(is_broken=verdict.broken)
-            if verdict.broken and newest.wait is None:
-                self._settled()
-        if self._trial is None or self._has_proven or verdict.step < self._trial:
+        trial, newest = self._trial, self._newest
+        if trial is None or trial.is_over or verdict.step < trial.step:
             return False
         if verdict.is_trouble:
+            self._judge(trial.snapshot, verdict)
             self._trial = None
             if self._may_retry:
                 self._tried_at = LONG_AGO
             self._may_retry = False
             return False
-        if not verdict.proves(self._trial, self._probation):
+        if not verdict.proves(trial.step, self._probation):
             return False
-        self._has_proven = self._may_retry = True
-        if newest is None or newest.wait is None or newest.step != self._trial:
+        if not self._judge(trial.snapshot, verdict):
+            self._trial = None
+            return False
+        self._trial, self._may_retry = trial._replace(is_over=True), True
+        if newest is None or newest.wait is None or newest.step != trial.step:
             self._settled()
         return True
 
@@ -221,44 +229,29 @@ class Disk:
                 warn(f"The checkpoint of step {self._newest.step} failed ({first_line(error)}).")
 
     def _settled(self) -> None:
-        """The newest is whole: keep it or refuse it, and delete what is not needed any more."""
-        newest = self._newest
-        if newest is not None and (why := _flaw(newest)):
-            self._refuse(newest.step, why)
-            return
-        if self._has_proven and self._trial is not None:
-            self.journal.checkpoints[self._trial] = GOOD
-            self._trial, self._has_proven = None, False
-        kept = {newest.step if newest else None, self._trial}
-        self._drop([*[s for s in self._candidates() if s not in kept], *self.proven[:-KEPT]])
-
-    def _refuse(self, step: int, why: str) -> None:
-        """A state that nobody should go on from."""
-        self._forget(step)
-        if why not in self._warned:
-            self._warned.add(why)
-            warn(f"The checkpoint of step {step} is not kept, for {why}. {self._say_newest()}")
+        """The newest is whole: what is not needed any more is deleted."""
+        trial, newest = self._trial, self._newest
+        if trial is not None and trial.is_over:
+            self.journal.checkpoints[trial.step] = GOOD
+            self._trial = trial = None
+        kept = {copy.step for copy in (trial, newest) if copy is not None}
+        unproven = [s for s, state in self.journal.checkpoints.items() if state == CANDIDATE]
+        self._drop([*[s for s in unproven if s not in kept], *self.proven[:-KEPT]])
 
     def _lose(self, step: int, why: str) -> None:
         """A checkpoint could not be written: the run goes on with those that it has."""
-        self._forget(step)
-        warn(
-            f"The checkpoint of step {step} could not be written to {self._folder.path} "
-            f"({why}): free space there; the next try is in {self._every} steps. "
-            f"{self._say_newest()}"
-        )
-
-    def _say_newest(self) -> str:
-        newest = max(self.journal.checkpoints, default=None)
-        where = "from the beginning" if newest is None else f"from step {newest}"
-        return f"A run that stops now goes on {where}."
-
-    def _forget(self, step: int) -> None:
         self._newest = None
-        if self._trial == step:
-            self._trial, self._has_proven = None, False
+        if self._trial is not None and self._trial.step == step:
+            self._trial = None
         if step in self.journal.checkpoints:
             self._drop([step])
+        newest = max(self.journal.checkpoints, default=None)
+        where = "the beginning" if newest is None else f"step {newest}"
+        warn(
+            f"The checkpoint of step {step} could not be written to {self._folder.path} "
+            f"({why}): free space there; the next try is in {self._every} steps. A run that stops "
+            f"now goes on from {where}."
+        )
 
     def _drop(self, steps: list[int]) -> None:
         """Journal first: what it drops does not exist, even if this is interrupted."""
@@ -279,40 +272,20 @@ class Disk:
 
     def settle_proven(self) -> None:
         """Wait for a checkpoint that has proven healthy while it was being written."""
-        if self._has_proven:
+        if self._trial is not None and self._trial.is_over:
             self.settle()
 
     def return_to(self, step: int) -> None:
         """Forget everything after this step: it belongs to a run that is not continued."""
         if self._trial is not None:  # what lies before a proven state is proven with it
-            self._has_proven = self._trial <= step
-        newest = self._newest
-        if newest is not None and newest.step > step:
-            if newest.wait is not None:
-                _try(newest.wait)
-            self._newest = None
+            over = self._trial._replace(is_over=True)
+            self._trial = over if over.step <= step else None
         self.settle()
-        if self._has_proven:
+        if self._trial is not None:
             self._settled()
-        self._newest, self._trial, self._has_proven = None, None, False
+        self._newest = self._trial = None
         self._drop([s for s in self.journal.checkpoints if s > step])
         self._saved_at = self._tried_at = max(self.journal.checkpoints, default=step)
-
-    def _candidates(self) -> list[int]:
-        return [s for s, state in self.journal.checkpoints.items() if state == CANDIDATE]
-
-
-def _flaw(newest: _Copy) -> str:
-    """Why nobody should go on from this state: a NaN in the parameters or the optimizer's state.
-
-    A NaN elsewhere, as in a statistic or in a loss that was never measured, is the run's own.
-    """
-    in_optimizer, elsewhere = newest.snapshot.nan_leaves() if newest.snapshot else ([], [])
-    if in_optimizer:
-        return f"a NaN in {', '.join(in_optimizer[:5])}"
-    if newest.is_broken and elsewhere:
-        return f"broken parameters, with a NaN in {', '.join(elsewhere[:5])}"
-    return ""
 
 
 def _try(wait: Callable[[], Any]) -> str:

@@ -161,6 +161,6 @@ class Folder:
                 act()
             except OSError as error:
                 problem = error
-        said = first_text(str(problem) if problem else "")
+        said = first_text((str(problem) or type(problem).__name__) if problem else "")
         if said:
             raise problem or OSError(said)

@@ -49,10 +49,10 @@ class RollbackManager:
     backend has it), and Orbax checkpoints, written while the run goes on. Three proven ones are
     kept on disk, and at most three that are not: on probation, the newest, and being written.
 
-    Checkpoints to resume from are written at their cadence whatever the guard thinks. One with a
-    NaN in the optimizer's state, or in parameters that the guard finds broken, is not kept, and a
-    warning names the leaf. A NaN elsewhere, as in statistics of a batch, is the run's own. Nothing
-    in the directory that a manager has not written is deleted.
+    Checkpoints to resume from are written at their cadence whatever the guard thinks. A state with
+    a NaN in the optimizer's state, or in parameters that the guard finds broken, is none to go back
+    to, and a warning names the leaf. A NaN elsewhere, as in statistics of a batch, is the run's
+    own. Nothing in the directory that a manager has not written is deleted.
 
     After a rollback the batches since that step are not used again and newer checkpoints are gone.
     For 20 steps the scale stays under half of what it was at that step. The guard learns the

@@ -1,5 +1,6 @@
 """Copies of the state in host memory: one on trial, and the last that have proven healthy."""
 
+from collections.abc import Callable
 from typing import Any
 
 from lbw_optax.rollback import snapshots
@@ -17,13 +18,20 @@ class Memory:
     Args:
       every: steps between copies.
       probation: steps without trouble that prove a copy healthy.
+      judge: whether a state may be gone back to, for all that it holds.
     """
 
-    def __init__(self, every: int | None, probation: int):
-        self._every, self._probation = every, probation
+    def __init__(
+        self, every: int | None, probation: int, judge: Callable[[Snapshot, Verdict], bool]
+    ):
+        self._every, self._probation, self._judge = every, probation, judge
         self._proven: list[Snapshot] = []  # oldest first
         self._trial: Snapshot | None = None
         self._copied_at = LONG_AGO
+
+    @property
+    def is_on(self) -> bool:
+        return self._every is not None
 
     @property
     def nbytes(self) -> int:
@@ -61,8 +69,7 @@ class Memory:
         if not verdict.proves(trial.step, self._probation):
             return False
         self._trial = None
-        in_optimizer, _ = trial.nan_leaves()
-        if in_optimizer:
+        if not self._judge(trial, verdict):
             return False
         self._proven = [*self._proven, trial][-KEPT:]
         return True

@@ -293,3 +293,19 @@ def test_the_checksum_does_not_depend_on_the_sharding():
 def test_an_array_that_is_moved_changes_its_checksum():
     x = jnp.arange(6.0)
     assert snapshots.checksums({"x": x}) != snapshots.checksums({"x": x[::-1]})
+
+
+def test_leaves_that_are_alike_share_a_program():
+    """What is compiled grows with the kinds of leaves; the numbers come in the order of these."""
+    rng = np.random.default_rng(0)
+    leaves = {
+        f"{i:03d}": jnp.asarray(rng.normal(size=(5, 7) if i % 3 else 11).astype(np.float32))
+        for i in range(300)
+    }
+    leaves["007"] = leaves["007"].at[2, 3].set(jnp.nan)
+    before = snapshots._checksums._cache_size(), snapshots._has_nan._cache_size()
+    snapshot = snapshots.take(0, leaves, for_disk=True)
+    assert snapshots._checksums._cache_size() - before[0] <= 4
+    assert snapshots._has_nan._cache_size() - before[1] <= 4
+    assert snapshot.sums.tolist() == [checksum_reference(x) for x in leaves.values()]
+    assert snapshot.nan_leaves() == ([], ["007"])
