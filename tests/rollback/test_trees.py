@@ -135,8 +135,8 @@ def changed(tree: Any) -> Any:
 
 
 def own_leaves(tree: Any) -> list[Any]:
-    """All but what a rollback changes in the guard: its ceiling, its distress, its events."""
-    names = ("log_ceiling", "ceiling_steps", "distress", "ring")
+    """All but what a rollback changes in the guard: its ceiling, what asks, its events."""
+    names = ("log_ceiling", "ceiling_steps", "divergence", "events")
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [x for path, x in leaves if not any(n in jax.tree_util.keystr(path) for n in names)]
 
