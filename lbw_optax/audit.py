@@ -277,7 +277,7 @@ class AuditLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        lock.release(self._file)
 
     def __enter__(self) -> Self:
         return self

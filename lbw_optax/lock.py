@@ -4,6 +4,7 @@ A process that is forked off, as a data worker is, does not share it: it closes 
 at once, or it would keep the lock when its parent has ended.
 """
 
+import contextlib
 import os
 import warnings
 import weakref
@@ -34,6 +35,19 @@ def claim(file: FileIO) -> bool:
         )
     _held.add(file)
     return True
+
+
+def release(file: FileIO) -> None:
+    """Unlock and close a file that this process has locked.
+
+    Unlocked it is for all copies: one that was just forked off may not have closed its own yet.
+    """
+    if not file.closed:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_UN)
+    file.close()
 
 
 def _close_in_child() -> None:

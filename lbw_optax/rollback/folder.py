@@ -136,7 +136,7 @@ class Folder:
     def release(self) -> None:
         """Let another run use the folder."""
         if self._lock is not None:
-            self._lock.close()
+            lock.release(self._lock)
 
     def _claim(self) -> None:
         try:
