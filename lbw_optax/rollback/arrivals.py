@@ -9,7 +9,6 @@ import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -17,6 +16,7 @@ from lbw_optax.rollback import checkpoints, snapshots
 from lbw_optax.rollback.agreement import first_text
 from lbw_optax.rollback.checkpoints import OtherModel, Unreadable
 from lbw_optax.state import GuardState, find_all, map_guards
+from lbw_optax.types import PyTree
 
 _NAME = re.compile(r"\d+-\d+")
 
@@ -27,7 +27,7 @@ class Arrivals:
     def __init__(self, path: Path):
         self._path = path
 
-    def save(self, step: int, batch: int, tree: Any, wanted: list[tuple[int, int]]) -> None:
+    def save(self, step: int, batch: int, tree: PyTree, wanted: list[tuple[int, int]]) -> None:
         """Write the guards of a state, and wait; all but those of `wanted` are deleted.
 
         Raises:
@@ -44,7 +44,7 @@ class Arrivals:
         if error:
             raise OSError(error)
 
-    def take_over(self, step: int, batch: int, tree: Any) -> Any:
+    def take_over(self, step: int, batch: int, tree: PyTree) -> PyTree:
         """The state with its guards as they were after the rollback to this step."""
         error, guards = "", _guards(tree)
         try:
@@ -73,5 +73,5 @@ class Arrivals:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _guards(tree: Any) -> list[GuardState]:
+def _guards(tree: PyTree) -> list[GuardState]:
     return [guard._replace(inner_state=None) for guard in find_all(tree)]

@@ -1,6 +1,6 @@
 """States to go back to: taken now and then, on probation until proven, in memory and on disk."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lbw_optax.rollback import checkpoints, snapshots
 from lbw_optax.rollback.disk import Disk, warn
@@ -9,6 +9,7 @@ from lbw_optax.rollback.journal import Journal
 from lbw_optax.rollback.memory import Memory
 from lbw_optax.rollback.snapshots import Snapshot
 from lbw_optax.rollback.verdict import Verdict
+from lbw_optax.types import PyTree
 
 
 class Plan(NamedTuple):
@@ -39,7 +40,7 @@ class Candidates:
         """Steps that could be resumed from."""
         return self._disk.found()
 
-    def resume(self, tree: Any) -> tuple[int, Any]:
+    def resume(self, tree: PyTree) -> tuple[int, PyTree]:
         """The newest checkpoint; without one, `tree` is the first state to go back to.
 
         Raises:
@@ -57,7 +58,7 @@ class Candidates:
         self._memory.put(snapshot, proven=True)
         return 0, tree
 
-    def take(self, step: int, tree: Any, *, is_calm: bool) -> None:
+    def take(self, step: int, tree: PyTree, *, is_calm: bool) -> None:
         """Copy what is due: to memory, to disk, or once for both."""
         to_memory = is_calm and self._memory.is_due(step)
         to_disk = self._disk.is_due(step, is_calm=is_calm)
@@ -71,7 +72,7 @@ class Candidates:
         if to_disk:
             self._disk.write(snapshot, is_calm=is_calm)
 
-    def save(self, step: int, tree: Any, *, is_calm: bool) -> None:
+    def save(self, step: int, tree: PyTree, *, is_calm: bool) -> None:
         """Write this state, after what is being written; it is complete when this returns."""
         self._disk.settle()
         if not self._disk.has(step):
@@ -93,7 +94,7 @@ class Candidates:
         on_disk = [(step, "disk") for step in self._disk.proven]
         return sorted(in_memory + on_disk, key=lambda t: (t[0], t[1] == "memory"), reverse=True)
 
-    def load(self, step: int, tier: str, like: Any) -> Any:
+    def load(self, step: int, tier: str, like: PyTree) -> PyTree:
         """A state that has proven healthy.
 
         Raises:

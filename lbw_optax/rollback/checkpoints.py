@@ -16,6 +16,7 @@ import numpy as np
 
 from lbw_optax.rollback import snapshots
 from lbw_optax.rollback.snapshots import Snapshot
+from lbw_optax.types import PyTree
 
 try:
     import tensorstore
@@ -38,7 +39,7 @@ class OtherModel(ValueError):
     """A checkpoint of a state with other names, shapes or dtypes."""
 
 
-def require_writable(tree: Any) -> None:
+def require_writable(tree: PyTree) -> None:
     """Every leaf must be of a kind that a checkpoint can hold.
 
     Raises:
@@ -65,7 +66,7 @@ def save(path: Path, snapshot: Snapshot) -> Callable[[], None]:
         return ocp.save_async(path, content, overwrite=True).result
 
 
-def load(path: Path, step: int, like: Any) -> Any:
+def load(path: Path, step: int, like: PyTree) -> PyTree:
     """The state in the checkpoint of this step, placed as `like` is.
 
     Raises:

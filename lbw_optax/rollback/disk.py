@@ -17,6 +17,7 @@ from lbw_optax.rollback.journal import CANDIDATE, GOOD
 from lbw_optax.rollback.memory import LONG_AGO
 from lbw_optax.rollback.snapshots import Snapshot
 from lbw_optax.rollback.verdict import Verdict
+from lbw_optax.types import PyTree
 
 # Proven checkpoints that are kept.
 KEPT = 3
@@ -81,7 +82,7 @@ class Disk:
             ) from error
         self._saved_at = self._tried_at = step
 
-    def resume(self, like: Any) -> tuple[int, Any]:
+    def resume(self, like: PyTree) -> tuple[int, PyTree]:
         """The newest checkpoint that can be read; newer ones of this run are gone."""
         self.settle()
         adopts = not self.journal.checkpoints
@@ -108,7 +109,7 @@ class Disk:
         self._trial = _Trial(step, None) if is_candidate else None
         return step, tree
 
-    def _read_newest(self, like: Any) -> tuple[int, Any]:
+    def _read_newest(self, like: PyTree) -> tuple[int, PyTree]:
         misfit, damaged = "", []
         for step in reversed(self.found()):
             is_candidate = self.journal.checkpoints.get(step) == CANDIDATE
@@ -138,7 +139,7 @@ class Disk:
             "restore the directory, or pass another one to start anew."
         )
 
-    def load(self, step: int, like: Any) -> Any:
+    def load(self, step: int, like: PyTree) -> PyTree:
         """The state of a checkpoint.
 
         Raises:

@@ -23,6 +23,7 @@ from lbw_optax.rollback.folder import Folder
 from lbw_optax.rollback.journal import Rollback
 from lbw_optax.rollback.verdict import Report, Verdict
 from lbw_optax.state import GuardState, find_all, map_guards
+from lbw_optax.types import PyTree
 
 _REASONS = {reason.name.lower(): reason for reason in Reason}
 # After a rollback the scale stays under this share of what it was, for so many steps.
@@ -142,7 +143,7 @@ class RollbackManager:
         self._to_come: set[int] = set()  # steps of rollbacks that the resumed run comes by again
         self._resumed = False
 
-    def resume(self, tree: Any) -> tuple[int, Any]:
+    def resume(self, tree: PyTree) -> tuple[int, PyTree]:
         """The newest checkpoint as ``(step, tree)``, or ``(0, tree)`` in an empty directory.
 
         `tree` is a freshly made state: what is read takes its shapes, dtypes and shardings. One
@@ -166,7 +167,7 @@ class RollbackManager:
         self._to_come = {start for start, _ in self._journal.jumps if start >= step}
         return step, self._arrive_again(step, tree)
 
-    def step(self, step: int, tree: Any) -> tuple[int, Any]:
+    def step(self, step: int, tree: PyTree) -> tuple[int, PyTree]:
         """Hand in the state after `step` updates; get it back, or an earlier one."""
         self._require_open()
         step = self._last = self._follow(step)
@@ -187,7 +188,7 @@ class RollbackManager:
         self._candidates.take(step, tree, is_calm=self._is_calm)
         return step, tree
 
-    def save(self, step: int, tree: Any) -> None:
+    def save(self, step: int, tree: PyTree) -> None:
         """Write a checkpoint of this state now, and wait: a run that stops here resumes here.
 
         It is no candidate for a rollback until it has proven healthy. With several processes all
@@ -259,7 +260,7 @@ class RollbackManager:
             asked = Reason(said.asked).name.lower()
         return asked
 
-    def _require_strength(self, said: Verdict | None, tree: Any) -> None:
+    def _require_strength(self, said: Verdict | None, tree: PyTree) -> None:
         """The guard must be able to do something, and be one and the same everywhere."""
         if self._apart >= APART:
             self._report, self._apart = None, 0
@@ -315,7 +316,7 @@ class RollbackManager:
 
     # --- going back -----------------------------------------------------------------------------
 
-    def _roll_back(self, step: int, tree: Any, reason: str) -> tuple[int, Any]:
+    def _roll_back(self, step: int, tree: PyTree, reason: str) -> tuple[int, PyTree]:
         self._require_budget(step, reason)
         newest = self.history[-1].to_step if self._in_a_row else step
         for to_step, tier in self._candidates.proven():
@@ -337,7 +338,9 @@ class RollbackManager:
         self._report = None
         return step, map_guards(lambda guard: _place(_calm_down(guard), guard), tree)
 
-    def _arrive(self, good: Any, left: Any, step: int, to_step: int, reason: str, tier: str) -> Any:
+    def _arrive(
+        self, good: PyTree, left: PyTree, step: int, to_step: int, reason: str, tier: str
+    ) -> PyTree:
         """Make the state that is gone back to ready to go on."""
         self._in_a_row += 1
         number = _REASONS.get(reason, Reason.REQUEST)
@@ -353,7 +356,7 @@ class RollbackManager:
         self._to_come.clear()
         return good
 
-    def _keep_arrival(self, step: int, tree: Any) -> None:
+    def _keep_arrival(self, step: int, tree: PyTree) -> None:
         """A run that is killed now comes by this step again: then the guard is to be as it is."""
         oldest = min(self._journal.checkpoints, default=step)
         wanted = [self._batch_at(start) for start, _ in self._journal.jumps if start >= oldest]
@@ -366,7 +369,7 @@ class RollbackManager:
                 "the ceiling on its scale is lost."
             )
 
-    def _arrive_again(self, step: int, tree: Any) -> Any:
+    def _arrive_again(self, step: int, tree: PyTree) -> PyTree:
         """The guard as the rollback to this step had left it, in a run that was killed since."""
         if step not in self._to_come:
             return tree
@@ -414,7 +417,7 @@ def _validate(plan: Plan, max_distance: int, max_rollbacks: int) -> None:
             )
 
 
-def _last_words(tree: Any) -> str:
+def _last_words(tree: PyTree) -> str:
     """What the exhausted guard has to say."""
     try:
         check(tree)
@@ -423,7 +426,9 @@ def _last_words(tree: Any) -> str:
     return "The guard of another process is exhausted"
 
 
-def _rejoin(good: Any, left: Any, reason: int, step: int, to_step: int, share: float) -> Any:
+def _rejoin(
+    good: PyTree, left: PyTree, reason: int, step: int, to_step: int, share: float
+) -> PyTree:
     """The good state with the events of the one that is left, and under a ceiling for a while."""
     rings = iter([guard.events for guard in find_all(left)])
     numbers = np.int32(reason), np.int32(step), np.int32(to_step), np.float32(share)

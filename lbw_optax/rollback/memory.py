@@ -1,11 +1,11 @@
 """Copies of the state in host memory: one on trial, and the last that have proven healthy."""
 
 from collections.abc import Callable
-from typing import Any
 
 from lbw_optax.rollback import snapshots
 from lbw_optax.rollback.snapshots import Snapshot
 from lbw_optax.rollback.verdict import Verdict
+from lbw_optax.types import PyTree
 
 # Proven states that are kept.
 KEPT = 2
@@ -74,7 +74,7 @@ class Memory:
         self._proven = [*self._proven, trial][-KEPT:]
         return True
 
-    def load(self, step: int, like: Any) -> Any:
+    def load(self, step: int, like: PyTree) -> PyTree:
         """The state of a proven copy."""
         return snapshots.restore(next(s for s in self._proven if s.step == step), like)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from lbw_optax.rollback.agreement import largest
 from lbw_optax.state import GuardState
+from lbw_optax.types import PyTree
 
 PINNED = "pinned_host"
 # Arrays alike that one compiled program measures at a time.
@@ -49,7 +50,7 @@ class Snapshot(NamedTuple):
         return sum(_nbytes(leaf) for leaf in self.leaves.values())
 
 
-def take(step: int, tree: Any, *, for_disk: bool = False) -> Snapshot:
+def take(step: int, tree: PyTree, *, for_disk: bool = False) -> Snapshot:
     """Copy a state, to pinned host memory where the backend has it. Does not wait."""
     leaves = flatten(tree)
     sums = checksums(leaves) if for_disk else None
@@ -60,12 +61,12 @@ def take(step: int, tree: Any, *, for_disk: bool = False) -> Snapshot:
     return Snapshot(step, _copy(leaves, to_host=True), sums, has_nan, names)
 
 
-def restore(snapshot: Snapshot, like: Any) -> Any:
+def restore(snapshot: Snapshot, like: PyTree) -> PyTree:
     """The state once more, as fresh arrays: the snapshot stays whole when they are donated."""
     return place(_copy(snapshot.leaves, to_host=False), like)
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: PyTree) -> dict[str, Any]:
     """Name to array, for every leaf.
 
     Raises:
@@ -82,7 +83,7 @@ def plain_name(name: str) -> str:
     return name.partition(" ")[2]
 
 
-def place(leaves: dict[str, Any], like: Any) -> Any:
+def place(leaves: dict[str, Any], like: PyTree) -> PyTree:
     """The state of the kind of `like` that these leaves make."""
     models, structure = jax.tree.flatten(like)
     parts = [_unpack(_unbind(x, m), m) for x, m in zip(leaves.values(), models, strict=True)]
@@ -122,7 +123,7 @@ def _in_order(numbers: list[jax.Array], order: np.ndarray) -> jax.Array:
     return jnp.concatenate(numbers)[order]
 
 
-def _are_guarded(tree: Any) -> list[bool]:
+def _are_guarded(tree: PyTree) -> list[bool]:
     """Of each leaf, whether it belongs to an optimizer inside a guard."""
     are: list[bool] = []
     for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, GuardState)):
@@ -185,13 +186,13 @@ def _pack(path: Any, leaf: Any) -> Any:
     )
 
 
-def _unbind(x: Any, like: Any) -> Any:
+def _unbind(x: Any, like: PyTree) -> Any:
     """An array that was not bound to its device is not bound afterwards: nothing recompiles."""
     bound = isinstance(x, jax.Array) and x.committed
     return copy(np.asarray(x)) if bound and not getattr(like, "committed", True) else x
 
 
-def _unpack(x: Any, like: Any) -> Any:
+def _unpack(x: Any, like: PyTree) -> Any:
     if isinstance(like, jax.Array):
         is_key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
         return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if is_key else x

@@ -11,6 +11,7 @@ import numpy as np
 
 from lbw_optax.rollback.agreement import largest
 from lbw_optax.state import GuardState, Mode, find_all
+from lbw_optax.types import PyTree
 
 # Copies of the guard's state are the same while log(scale) and log(loss) differ by less than this:
 # the last bits may differ between machines.
@@ -110,7 +111,7 @@ class Verdict(NamedTuple):
         return self.is_calm and self.step >= step + probation
 
 
-def begin(step: int, tree: Any, *, requested: bool, saves: bool = False) -> Report:
+def begin(step: int, tree: PyTree, *, requested: bool, saves: bool = False) -> Report:
     """Pack what the guards in a state say, and start its way to the host. Does not wait."""
     call = np.array([requested, step % 2**31, saves], np.int32)
     numbers = largest(_pack([_parts(guard) for guard in find_all(tree)], call))
