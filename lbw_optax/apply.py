@@ -17,6 +17,7 @@ def scaled(tree: PyTree, scale: jax.Array, skip: jax.Array) -> PyTree:
     """
 
     def act(x: jax.Array) -> jax.Array:
+        x = x if hasattr(x, "dtype") else jnp.asarray(x)
         if x.dtype == jax.dtypes.float0:  # what JAX gives for the gradient of an integer
             return x
         if not jnp.issubdtype(x.dtype, jnp.inexact):

@@ -14,6 +14,7 @@ import numpy as np
 
 from lbw_optax import lock, sentences
 from lbw_optax.law import events as ring
+from lbw_optax.law.divergence import after_rollback
 from lbw_optax.law.events import Event
 from lbw_optax.law.telemetry import HISTOGRAM_EDGES
 from lbw_optax.state import MODES, GuardState, find, find_all, find_named, map_guards, of_one_run
@@ -29,7 +30,7 @@ def metrics(state: PyTree) -> dict[str, jax.Array]:
 
     Works on any optimizer state that holds a guard, also inside ``jit``. A signal that could not be
     measured in this step keeps its last value. Where there are several guards, each name begins
-    with the path of its guard in the state, ``inner_states/decoder/scale``.
+    with the path of its guard in the state, ``inner_states/decoder/inner_state/scale``.
 
     ==========================  ====================================================================
     ``scale``                   factor of the updates; observing or chained, what it would be
@@ -158,7 +159,7 @@ def override(state: PyTree, *, scale: float | str | None = None, mode: str | Non
       >>> print(lbw_optax.metrics(lbw_optax.override(state, scale=0.5))["scale"])
       0.5
     """
-    if mode is not None and mode not in MODES:
+    if mode is not None and not (isinstance(mode, str) and mode in MODES):
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
     if not (scale is None or _is_order(scale)):
         raise ValueError(f'scale must be a number in (0, 1] or "auto", got {scale!r}.')
@@ -169,7 +170,7 @@ def reset(state: PyTree) -> PyTree:
     """A human's "go on": the state no longer exhausted, with its full allowance.
 
     A pure function; it reaches every guard in the state. Nothing asks for a rollback in what it
-    returns. Scale, statistics and events stay.
+    returns, and the level of the loss is learned anew. Scale, statistics and events stay.
 
     Raises:
       ValueError: if the state holds no guard.
@@ -292,7 +293,9 @@ def _is_order(scale: Any) -> bool:
         return scale == "auto"
     if isinstance(scale, jax.core.Tracer):
         return scale.shape == ()
-    return np.ndim(scale) == 0 and bool(np.finfo(np.float32).tiny <= scale <= 1)
+    number = np.asarray(scale)
+    is_real = number.ndim == 0 and number.dtype.kind in "fiu"
+    return is_real and bool(np.finfo(np.float32).tiny <= number <= 1)
 
 
 def _override(guard: GuardState, scale: float | str | None, mode: str | None) -> GuardState:
@@ -300,7 +303,9 @@ def _override(guard: GuardState, scale: float | str | None, mode: str | None) ->
     if isinstance(scale, str):
         control = control._replace(pinned=jnp.zeros_like(control.pinned))
     elif scale is not None:
-        log_scale = jnp.full_like(control.log_scale, jnp.log(scale))
+        # A traced order is not known here: it is kept in bounds, and one that is no number is none.
+        wanted = jnp.log(jnp.clip(jnp.asarray(scale, jnp.float32), jnp.finfo(jnp.float32).tiny, 1))
+        log_scale = jnp.where(jnp.isfinite(wanted), wanted, control.log_scale)
         control = control._replace(log_scale=log_scale, pinned=jnp.ones_like(control.pinned))
     number = guard.mode if mode is None else jnp.full_like(guard.mode, MODES.index(mode))
     return guard._replace(law=guard.law._replace(control=control), mode=number)
@@ -313,8 +318,9 @@ def _reset(guard: GuardState) -> GuardState:
         skips_in_a_row=jnp.zeros_like(control.skips_in_a_row),
         outstanding=jnp.zeros_like(control.outstanding),
     )
-    divergence = divergence._replace(rollback_asked=jnp.zeros_like(divergence.rollback_asked))
-    return guard._replace(law=guard.law._replace(control=control, divergence=divergence))
+    # The level of the loss is learned anew, or a loss that has risen would ask again at once.
+    fresh = jax.tree.map(jnp.full_like, divergence, after_rollback(divergence))
+    return guard._replace(law=guard.law._replace(control=control, divergence=fresh))
 
 
 # Of the lines that a log writes.

@@ -51,11 +51,12 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
     ) -> tuple[PyTree, GuardState]:
         states.require(state)
         value, _ = telemetry.take_loss(value, extra_args)
-        seen, probe = telemetry.observe_gradients(
-            state.telemetry, _moved(state.probe, params), updates, value
-        )
+        unmoved = jnp.asarray(state.probe.parameters)
+        here = unmoved if params is None else telemetry.sample(params)
+        probe = _moved(state.probe, here)
+        seen, probe = telemetry.observe_gradients(state.telemetry, probe, updates, value)
         scale = jnp.exp(state.law.control.log_scale)
-        seen = telemetry.observe_moved(seen, probe, scale)
+        seen = telemetry.observe_moved(seen, probe, here, scale)
         new_law, decision = law.step(state.law, seen, bounds)
 
         rejected = decision.skip
@@ -77,10 +78,11 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
     return guard
 
 
-def _moved(probe: Probe, params: PyTree) -> Probe:
-    """The probe with the step that has been taken since; without parameters nothing is known."""
-    here = probe.parameters if params is None else telemetry.sample(params)
-    return probe._replace(last_step=here - probe.parameters, parameters=here)
+def _moved(probe: Probe, here: jax.Array) -> Probe:
+    """The probe with the step that has been taken since; one that is not finite is not kept."""
+    finite, before = jnp.isfinite(here), jnp.asarray(probe.parameters)
+    last_step = jnp.where(finite, here - before, 0.0)
+    return probe._replace(last_step=last_step, parameters=jnp.where(finite, here, before))
 
 
 def _clip_jumps(

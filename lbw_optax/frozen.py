@@ -1,9 +1,10 @@
 """Which leaves an optimizer never updates, as with ``set_to_zero`` inside ``partition``.
 
 What is not updated does not count: a NaN in its gradient harms nothing, and its length is not what
-a step is compared with. It is known before the first step, from the traced update: the update of
-such a leaf is a zero that depends on no input. Only `optax.masked` and what is made of it
-(`partition`, `freeze`) treat leaves differently, so no other optimizer is looked at.
+a step is compared with. It is known before the first step, from the traced update: either the
+update of such a leaf is a zero that depends on no input, or its gradient reaches nothing. Only
+`optax.masked` and what is made of it (`partition`, `freeze`) treat leaves differently, so no other
+optimizer is looked at.
 """
 
 from collections.abc import Callable
@@ -72,17 +73,21 @@ def _never_updated(
     update: Callable[..., tuple[Any, Any]], given: tuple[Any, ...], extra_args: dict[str, Any]
 ) -> list[bool]:
     try:
-        closed = jax.make_jaxpr(lambda *arrays: update(*arrays, **extra_args)[0])(*given)
-    except (TypeError, KeyError):  # it branches on values, or `init` cannot know what it needs
+        closed = jax.make_jaxpr(lambda *arrays: update(*arrays, **extra_args))(*given)
+    except Exception:  # it branches on values, or lacks an argument that only `update` is given
         return []
-    is_zero = _zeros(closed.jaxpr)
-    frozen = [is_zero(x) for x in closed.jaxpr.outvars]
+    jaxpr, leaves = closed.jaxpr, len(jax.tree.leaves(given[0]))
+    is_zero, reaches = _zeros(jaxpr), _live(jaxpr)
+    frozen = [
+        is_zero(out) or gradient not in reaches
+        for gradient, out in zip(jaxpr.invars[:leaves], jaxpr.outvars[:leaves], strict=True)
+    ]
     # Where nothing is updated there is nothing that the rest could be kept apart from.
     return [] if all(frozen) else frozen
 
 
 def _zeros(jaxpr: Jaxpr) -> Callable[[Any], bool]:
-    """Whether a variable is zero whatever the inputs are."""
+    """Whether a variable is zero whatever the inputs are, as long as they are finite."""
     made_by = {x: equation for equation in jaxpr.eqns for x in equation.outvars}
 
     def is_zero(x: Any) -> bool:
@@ -92,13 +97,16 @@ def _zeros(jaxpr: Jaxpr) -> Callable[[Any], bool]:
         if equation is None:
             return False
         if equation.primitive.name == "mul":
-            factors = equation.invars
-            finite = all(is_zero(y) or _is_finite(y) for y in factors)
-            return finite and any(is_zero(y) for y in factors)
+            return any(is_zero(y) for y in equation.invars)
         return equation.primitive.name in _KEEP_ZERO and all(is_zero(y) for y in equation.invars)
 
     return is_zero
 
 
-def _is_finite(x: Any) -> bool:
-    return isinstance(x, Literal) and bool(np.isfinite(np.asarray(x.val, np.float64)).all())
+def _live(jaxpr: Jaxpr) -> set[Any]:
+    """The variables that an output depends on."""
+    live = {x for x in jaxpr.outvars if not isinstance(x, Literal)}
+    for equation in reversed(jaxpr.eqns):
+        if any(x in live for x in equation.outvars):
+            live |= {x for x in equation.invars if not isinstance(x, Literal)}
+    return live

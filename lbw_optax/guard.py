@@ -1,5 +1,6 @@
 """The guard: observe, judge, act, above any Optax optimizer."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -113,8 +114,10 @@ def chain(*transformations: optax.GradientTransformation) -> optax.GradientTrans
             f"it is to govern; got {len(places)} of them among {len(transformations)} "
             "transformations: write lbw_optax.chain(lbw_guard(), optax.adamw(...))."
         )
-    before, guard = transformations[: places[0]], transformations[places[0]]
-    governed = govern(optax.chain(*transformations[places[0] + 1 :]), guard.bounds, guard.mode)
+    guard = transformations[places[0]]
+    before, after = transformations[: places[0]], transformations[places[0] + 1 :]
+    inner = after[0] if len(after) == 1 else optax.chain(*after)
+    governed = govern(inner, guard.bounds, guard.mode)
     return optax.chain(*before, governed) if before else governed
 
 
@@ -139,12 +142,12 @@ def govern(
     inner: optax.GradientTransformation, bounds: Bounds, mode: str, alarm: Alarm = control.alarm
 ) -> optax.GradientTransformationExtraArgs:
     """The guard around an optimizer; `alarm` is the law's own but in experiments."""
-    inner = optax.with_extra_args_support(inner)
+    inner = _with_extra_args(inner)
     frozen = Frozen(inner.update)
 
     def init_fn(params: PyTree) -> GuardState:
         nothing = telemetry.sample_of_zeros(params)
-        probe = Probe(last_step=nothing, gradient=nothing, parameters=jnp.zeros([0], jnp.float32))
+        probe = Probe(last_step=nothing, gradient=nothing, parameters=None)
         inner_state = inner.init(params)
         _refuse_to_and_fro(inner_state)
         trained = frozen.updated(params, inner_state)
@@ -184,6 +187,14 @@ def govern(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _with_extra_args(inner: optax.GradientTransformation) -> Any:
+    """As `optax.with_extra_args_support`, which `MultiSteps` would get none of its own from."""
+    parameters = inspect.signature(inner.update).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return inner
+    return optax.with_extra_args_support(inner)
+
+
 def _refuse_to_and_fro(inner_state: PyTree) -> None:
     kind = optax.contrib.SAMState
     if any(isinstance(node, kind) for node in _nodes(inner_state, kind)):
@@ -200,7 +211,7 @@ def _nodes(tree: PyTree, kind: type) -> list[Any]:
 def _validate(inner: Any, bounds: Bounds, mode: str) -> None:
     if not (inner is None or _is_optimizer(inner)):
         raise ValueError(f"inner must be an Optax optimizer or None, got {inner!r}.")
-    if mode not in MODES:
+    if not (isinstance(mode, str) and mode in MODES):
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
     if not _holds(bounds.min_scale, lambda x: 0 < x <= 1):
         raise ValueError(f"min_scale must be a number in (0, 1], got {bounds.min_scale!r}.")

@@ -29,16 +29,40 @@ TOLD = 5
 
 def explain(guard: GuardState) -> str:
     """One sentence: the most urgent of what is going on."""
-    held, step = guard.law.control, int(guard.guard_steps)
-    scale = f"{100 * math.exp(held.log_scale):.2g} %"
+    held = guard.law.control
     if held.exhausted:
         return exhausted(guard)
     if guard.law.divergence.rollback_asked:
-        reason = ASKS[Reason(int(guard.law.divergence.rollback_asked))]
         return (
-            f"Asking for a rollback at step {step}: {reason}. RollbackManager answers; without "
-            "one, restore a checkpoint, or go on with lbw_optax.reset(state)."
+            f"Asking for a rollback at step {int(guard.guard_steps)}: "
+            f"{ASKS[Reason(int(guard.law.divergence.rollback_asked))]}. RollbackManager answers; "
+            "without one, restore a checkpoint, or go on with lbw_optax.reset(state)."
         )
+    sentence = _scaling(guard)
+    return (
+        sentence if _acts(guard) else f"{_only_watches(guard)} Governing, it would say: {sentence}"
+    )
+
+
+def exhausted(guard: GuardState) -> str:
+    """Why a run is stopped, and what to do."""
+    held = guard.law.control
+    told = "; ".join(_tell(event) for event in events.read(guard.events)[-TOLD:])
+    kept = "The parameters are as they were before the skipped steps."
+    return (
+        f"The guard is exhausted after {int(guard.guard_steps)} steps: {int(held.skips)} "
+        f"skipped in all, {int(held.skips_in_a_row)} in a row, scale "
+        f"{math.exp(held.log_scale):.3g}, regime {REGIMES[held.regime]}. Last interventions: "
+        f"{told}. {kept if _acts(guard) else _only_watches(guard)} Look at the data and the "
+        "learning rate, restore an earlier checkpoint, or go on with lbw_optax.reset(state), which "
+        "clears this."
+    )
+
+
+def _scaling(guard: GuardState) -> str:
+    """What becomes of the updates."""
+    held, step = guard.law.control, int(guard.guard_steps)
+    scale = f"{_plain(100 * math.exp(held.log_scale))} %"
     if held.skips_in_a_row:
         return f"Skipping since step {step - int(held.skips_in_a_row)}: {_last_cause(guard)}."
     if held.pinned:
@@ -48,25 +72,19 @@ def explain(guard: GuardState) -> str:
         return f"Nominal at step {step}: updates at {scale}, {int(held.skips)} steps skipped."
     if not held.settled:
         return f"Soft start, step {step}: updates at {scale}, growing while steps fall short."
-    verb = "Holding" if _acts(guard) else "Would be holding"
     return (
-        f"{verb} updates at {scale} {_since(guard)}: the learning rate looks "
-        f"{math.exp(-held.log_scale):.2g} times too high."
+        f"Holding updates at {scale} {_since(guard)}: the learning rate looks "
+        f"{_plain(math.exp(-held.log_scale))} times too high."
     )
 
 
-def exhausted(guard: GuardState) -> str:
-    """Why a run is stopped, and what to do."""
-    held = guard.law.control
-    told = "; ".join(_tell(event) for event in events.read(guard.events)[-TOLD:])
-    return (
-        f"The guard is exhausted after {int(guard.guard_steps)} steps: {int(held.skips)} "
-        f"skipped in all, {int(held.skips_in_a_row)} in a row, scale "
-        f"{math.exp(held.log_scale):.3g}, regime {REGIMES[held.regime]}. Last interventions: "
-        f"{told}. The parameters are as they were before the skipped steps. Look at the data and "
-        "the learning rate, restore an earlier checkpoint, or go on with lbw_optax.reset(state), "
-        "which clears this."
-    )
+def _plain(x: float) -> str:
+    """Two digits, without an exponent.
+
+    >>> _plain(100.0), _plain(540.3), _plain(0.18), _plain(2.0)
+    ('100', '540', '0.18', '2')
+    """
+    return f"{x:,.0f}" if x >= 10 else f"{x:.2g}"
 
 
 def _tell(event: Event) -> str:
@@ -91,5 +109,11 @@ def _since(guard: GuardState) -> str:
 
 
 def _acts(guard: GuardState) -> bool:
-    """Whether the scale is applied: not when it only observes, nor before an optimizer."""
-    return int(guard.mode) == Mode.GOVERN and guard.probe.parameters.size == 0
+    """Whether its decisions are applied: not when it observes, nor before an optimizer."""
+    return int(guard.mode) == Mode.GOVERN and guard.probe.parameters is None
+
+
+def _only_watches(guard: GuardState) -> str:
+    if int(guard.mode) == Mode.OBSERVE:
+        return "It only observes: the optimizer's own updates were applied."
+    return "It is chained before the optimizer: gradients that are not finite became zero, no more."

@@ -168,6 +168,13 @@ def adopt(state: PyTree, bare: PyTree) -> PyTree:
             "The unguarded state is not what this optimizer holds without its guard: "
             f"it has {found}, and {wanted} is needed."
         )
+    for mine, theirs in zip(jax.tree.leaves(strip(state)), bare_leaves, strict=True):
+        kinds = [(jnp.shape(x), jnp.result_type(x)) for x in (mine, theirs)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                "The unguarded state is of another model: a leaf is "
+                f"{kinds[1][1]}{list(kinds[1][0])}, and {kinds[0][1]}{list(kinds[0][0])} is needed."
+            )
     parts = structure.flatten_up_to(jax.tree.unflatten(wanted, bare_leaves))
     adopted = [
         _with_inner(node, part) if _is_guard(node) else part
@@ -230,7 +237,7 @@ def _rebuild(skeleton: PyTree, node: PyTree) -> Any:
     if skeleton is None:
         return None
     if not isinstance(skeleton, tuple):
-        return jax.tree.leaves(node)[0]
+        return next(iter(jax.tree.leaves(node)), None)
     names: tuple[str, ...] = skeleton._fields  # type: ignore[attr-defined]
     return type(skeleton)(*[_rebuild(getattr(skeleton, n), _child(node, n)) for n in names])
 

@@ -207,9 +207,15 @@ def _held(scale, mode="govern"):
         (lambda run, params, state: state, "Soft start, step 3: updates at"),
         (_skipped, "Skipping since step 3: gradients are not finite."),
         (lambda *x: lbw_optax.override(x[2], scale=0.5), "A person holds updates at 50 %"),
-        (_held(1.0), "Nominal at step 3: updates at 1e+02 %, 0 steps skipped."),
+        (_held(1.0), "Nominal at step 3: updates at 100 %, 0 steps skipped."),
         (_held(0.02), "Holding updates at 2 % since the start: the learning rate looks 50 times"),
-        (_held(0.02, "observe"), "Would be holding updates at 2 %"),
+        (
+            _held(0.02, "observe"),
+            (
+                "It only observes: the optimizer's own updates were applied. Governing, it would "
+                "say: Holding updates at 2 %"
+            ),
+        ),
     ],
     ids=["soft start", "skips", "pinned", "nominal", "held", "observed"],
 )

@@ -62,7 +62,7 @@ class Probe(NamedTuple):
 
     last_step: jax.Array  # u_{t-1}, as it was applied
     gradient: jax.Array  # g_{t-1}
-    parameters: jax.Array  # p_{t-1}; float32[0] where the guard sees the steps themselves
+    parameters: jax.Array | None  # p_{t-1}; None where the guard sees the steps themselves
 
 
 def init(params: PyTree) -> Telemetry:
@@ -161,7 +161,8 @@ def observe_step(seen: Telemetry, updates: PyTree, params: PyTree, scale: jax.Ar
     finite = jnp.isfinite(norm)
     has_step = finite & jnp.isfinite(length) & (norm > 0) & (length > 0)
     known, reach = seen.parameter_norm > 0, seen.parameter_norm + 2 * seen.update_norm
-    jumps = (norm > length) & (norm > UPDATE_JUMP * seen.update_norm)
+    # Nothing is known of a jump from no step at all, as accumulation makes them.
+    jumps = (norm > length) & (norm > UPDATE_JUMP * seen.update_norm) & (seen.update_norm > 0)
     return seen._replace(
         updates_broken=~finite | (known & (length > 0) & jumps),
         parameters_broken=~jnp.isfinite(length) | (known & (length > PARAMETER_JUMP * reach)),
@@ -173,12 +174,13 @@ def observe_step(seen: Telemetry, updates: PyTree, params: PyTree, scale: jax.Ar
     )
 
 
-def observe_moved(seen: Telemetry, probe: Probe, scale: jax.Array) -> Telemetry:
+def observe_moved(seen: Telemetry, probe: Probe, here: jax.Array, scale: jax.Array) -> Telemetry:
     """As `observe_step`, for a guard that does not see the optimizer's step: the last one, probed.
 
-    relative_step = scale |p_t - p_{t-1}| / |p_t| sqrt(nonzero_fraction) on the probe.
+    relative_step = scale |p_t - p_{t-1}| / |p_t| sqrt(nonzero_fraction) on the probe, where `here`
+    samples p_t.
     """
-    norm, length = scale * _length(probe.last_step), _length(probe.parameters)
+    norm, length = scale * _length(probe.last_step), _length(here)
     has_step = jnp.isfinite(norm) & jnp.isfinite(length) & (norm > 0) & (length > 0)
     return seen._replace(
         parameters_broken=~jnp.isfinite(length),

@@ -430,23 +430,30 @@ def _rejoin(
     good: PyTree, left: PyTree, reason: int, step: int, to_step: int, share: float
 ) -> PyTree:
     """The good state with the events of the one that is left, and under a ceiling for a while."""
-    rings = iter([guard.events for guard in find_all(left)])
+    lefts = iter(find_all(left))
     numbers = np.int32(reason), np.int32(step), np.int32(to_step), np.float32(share)
-    return map_guards(lambda guard: _place(_back(guard, next(rings), *numbers), guard), good)
+    return map_guards(lambda guard: _place(_back(guard, _own(next(lefts)), *numbers), guard), good)
 
 
 @jax.jit
 def _back(
-    guard: GuardState, events: ring.Ring, reason: Any, step: Any, to_step: Any, share: Any
+    guard: GuardState, left: GuardState, reason: Any, step: Any, to_step: Any, share: Any
 ) -> GuardState:
-    control = guard.law.control
+    control, last = guard.law.control, left.law.control
     log_ceiling = control.log_scale + jnp.log(share)
-    held = control._replace(log_ceiling=log_ceiling, ceiling_steps=jnp.int32(CEILING_STEPS))
+    held = control._replace(
+        # What a person has ordered since stays: a rollback overrules nobody.
+        log_scale=jnp.where(last.pinned, last.log_scale, control.log_scale),
+        pinned=last.pinned,
+        log_ceiling=log_ceiling,
+        ceiling_steps=jnp.int32(CEILING_STEPS),
+    )
     calm = _calm_down(guard)
     return calm._replace(
+        mode=left.mode,
         law=calm.law._replace(control=held),
         events=ring.record_rollback(
-            events,
+            left.events,
             guard.guard_steps,
             reason=reason,
             from_step=step,
@@ -456,6 +463,10 @@ def _back(
             scale_after=jnp.exp(log_ceiling),
         ),
     )
+
+
+def _own(guard: GuardState) -> GuardState:
+    return guard._replace(inner_state=None)
 
 
 @jax.jit

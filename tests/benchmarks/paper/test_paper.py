@@ -6,7 +6,8 @@ pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_op
 
 from benchmarks.paper import page, rows, run, tiny
 from benchmarks.paper.rows import CASES, LARGE_RATES, METHODS
-from train import jsonl, options, qwen_lora, tinyllama_full
+from train import command as scripts
+from train import jsonl, qwen_lora, tinyllama_full
 
 SCRIPTS = {
     "qwen_lora": (qwen_lora.LoraOptions, qwen_lora.PRESETS),
@@ -20,7 +21,7 @@ SCRIPTS = {
 def test_every_row_is_a_command_that_its_script_takes(preset, method, case):
     command = rows.command(preset, case, method, LARGE_RATES)
     kind, presets = SCRIPTS[command.script]
-    parsed = options.parse(kind, presets, command.arguments, prog="train.x", description="")
+    parsed = scripts.parse(kind, presets, command.arguments, prog="train.x", description="")
     assert parsed.out == command.out
     assert parsed.optimizer == method + ("" if case.clip is None else "+clip")
     assert parsed.clip == (case.clip or 1.0)
