@@ -145,7 +145,12 @@ def _service(name: str) -> Callable[[Path, Mapping[str, Any]], Tracker]:
 
     def open_run(directory: Path, config: Mapping[str, Any]) -> Tracker:
         service = _service_module(name)
-        service.init(project="lbw_optax", name=directory.name, config=dict(config))
+        try:
+            service.init(project="lbw_optax", name=directory.name, config=dict(config))
+        except Exception as error:  # whatever the service raises, for a missing key say
+            raise OSError(
+                f"--track {name} cannot begin a run ({error}): log in there, or leave it out."
+            ) from error
 
         def track(step: int | None, metrics: dict[str, float]) -> None:
             if step is None:

@@ -24,9 +24,9 @@ def largest(numbers: jax.Array) -> jax.Array:
     """
     copies = [shard.data for shard in numbers.addressable_shards]
     if jax.process_count() == 1:
-        return copies[0] if len(copies) == 1 else _largest_of(_on_one_device(copies))
+        return copies[0] if len(copies) == 1 else _largest_here(copies)
     mesh = _one_device_each()
-    mine = _largest_of(_on_one_device(copies, mesh.local_devices[0]))
+    mine = _largest_here(copies, mesh.local_devices[0])
     shape = (mesh.size, *numbers.shape)
     sharding = NamedSharding(mesh, PartitionSpec("process"))
     return _largest(jax.make_array_from_single_device_arrays(shape, sharding, [mine[None]]))
@@ -53,9 +53,11 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(f"lbw_optax {name}")
 
 
-def _on_one_device(copies: list[jax.Array], device: jax.Device | None = None) -> list[jax.Array]:
+def _largest_here(copies: list[jax.Array], device: jax.Device | None = None) -> jax.Array:
+    """On one device, whatever mesh the caller's loop has set for its own."""
     place = device or next(iter(copies[0].devices()))
-    return [jax.device_put(x, place) for x in copies]
+    with jax.set_mesh(Mesh(np.empty((), object), ())):
+        return _largest_of([jax.device_put(x, place) for x in copies])
 
 
 @jax.jit

@@ -158,7 +158,7 @@ def test_damaged_input_is_named(main, damage, said, place, capsys):
         (["--microbatches", "3"], ["a batch of 8 sequences cannot be cut into 3 microbatches"]),
         (["--max-distance", "5"], ["max_distance=5 is too small"]),
         (["--data", "nowhere"], ["there is no directory nowhere"]),
-        (["--track", "wandb"], ["--track wandb needs wandb: pip install wandb"]),
+        (["--track", "trackio"], ["--track trackio needs trackio: pip install trackio"]),
         (["--targets", "q_prog"], ["q_prog", "q_proj"]),
     ],
 )
