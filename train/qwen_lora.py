@@ -1,6 +1,6 @@
 """Fine-tune Qwen2.5 with LoRA, guarded: a held-out perplexity, an adapter in PEFT's format.
 
-The preset "tiny" runs anywhere in a minute: where --model is "tiny", a base of that shape is
+The preset "tiny" runs anywhere, in minutes: where --model is "tiny", a base of that shape is
 pre-trained first, in the run directory.
 """
 

@@ -1,6 +1,6 @@
 """Train all parameters of TinyLlama-1.1B, guarded, from its published weights.
 
-The preset "tiny" runs anywhere in a minute: where --model is "tiny", a base of that shape is
+The preset "tiny" runs anywhere, in minutes: where --model is "tiny", a base of that shape is
 pre-trained first, in the run directory.
 """
 
