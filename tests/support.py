@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from lbw_optax import lbw_guard
-from lbw_optax.state import GuardState, find
+from lbw_optax.state import GuardState, find_all
 
 INNER = {
     "adam": lambda: optax.adam(0.05),
@@ -98,7 +98,7 @@ def storm(steps, every=1):
 
 
 def guard_in(state: Any) -> GuardState:
-    return find(state)
+    return find_all(state)[0]
 
 
 def bits(x: Any) -> np.ndarray:
