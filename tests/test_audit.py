@@ -193,6 +193,34 @@ def test_override_without_an_order_changes_nothing_and_reset_clears_exhausted():
     lbw_optax.check(lbw_optax.reset(state))
 
 
+def test_after_a_reset_a_loss_that_has_risen_is_the_new_level():
+    """Or it would ask again at the next step, and a person's word would count for nothing."""
+    run, params = guarded("sgd_momentum"), small_params()
+    state, gradients = run.init(params), gradients_of(params)
+    asked = []
+    for step in range(90):
+        value = np.float32(1 if step < 40 else 9)
+        _, state = run.update(gradients, state, params, value=value)
+        asked.append(int(lbw_optax.metrics(state)["rollback_asked"]))
+        if asked[-1]:
+            state = lbw_optax.reset(state)
+    assert np.count_nonzero(asked) == 1
+
+
+@pytest.mark.parametrize(("order", "scale"), [(0.25, 0.25), (7.0, 1.0), (np.nan, 0.01)])
+def test_a_traced_order_stays_in_bounds(order, scale):
+    state = jax.jit(lambda s, x: lbw_optax.override(s, scale=x))(
+        governed().init(small_params()), np.float32(order)
+    )
+    assert float(lbw_optax.metrics(state)["scale"]) == pytest.approx(scale)
+
+
+def test_adopting_a_state_of_another_model_is_refused():
+    state = lbw_guard(optax.adam(0.1)).init(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"float32\[7\], and float32\[3\] is needed"):
+        lbw_optax.adopt(state, optax.adam(0.1).init(jnp.ones(7)))
+
+
 def test_reset_gives_a_fresh_allowance():
     run, params = guarded("sgd_momentum", max_skips=2), small_params()
     state = run.init(params)

@@ -25,6 +25,7 @@ from support import (
 import lbw_optax
 from lbw_optax import lbw_guard
 from lbw_optax.law import control, statistics
+from lbw_optax.law.divergence import Reason
 
 RUNS = {"wrapped": guarded, "chained": chained}
 
@@ -266,3 +267,40 @@ def test_min_scale_one_only_skips():
         moved = np.float32(-0.1) * gradients * np.isfinite(factor)
         np.testing.assert_allclose(updates, moved, rtol=1e-6)
     assert int(guard_in(state).law.control.skips) == 1
+
+
+def _knows(seen):
+    """An inner optimizer that writes down what it is given."""
+
+    def update(updates, state, params=None, **extra_args):
+        seen.append(sorted(extra_args))
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["transformation", "object"])
+def test_multi_steps_inside_hands_on_what_update_is_given(bare):
+    seen, params = [], small_params()
+    inner = optax.MultiSteps(_knows(seen), 2)
+    tx = lbw_guard(inner if bare else inner.gradient_transformation())
+    jax.eval_shape(lambda p: tx.update(p, tx.init(p), p, value=1.0, temperature=2.0)[0], params)
+    assert seen[-1] == ["temperature", "value"]
+
+
+def test_a_long_step_after_steps_of_length_zero_is_no_fault():
+    """As accumulation makes them: there is nothing that it could have jumped from."""
+    tx, w = lbw_guard(optax.sgd(1.0), min_scale=1.0), jnp.full(4, 1e-3)
+    state = tx.init(w)
+    for gradient in (w, 0 * w, 50 * w):
+        _, state = tx.update(gradient, state, w, value=1.0)
+        assert int(lbw_optax.metrics(state)["skips"]) == 0
+
+
+def test_chained_guard_keeps_no_parameter_that_is_not_finite():
+    tx, w = lbw_guard(), jnp.arange(1.0, 5.0)
+    state = tx.init(w)
+    for params in (w, w.at[1].set(jnp.nan), w.at[2].set(jnp.inf), w):
+        _, state = tx.update(jnp.ones(4), state, params, value=1.0)
+        assert_all_finite(state)
+    assert int(lbw_optax.metrics(state)["rollback_asked"]) == Reason.PARAMETERS

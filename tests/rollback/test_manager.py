@@ -28,6 +28,7 @@ import lbw_optax
 from lbw_optax import AuditLog, GuardExhausted, RollbackManager
 from lbw_optax.rollback import checkpoints
 from lbw_optax.rollback.manager import CEILING, CEILING_STEPS
+from lbw_optax.state import Mode
 
 TIERS = {"memory": {}, "disk": {"snapshot_every": None}}
 NAN_BATCH = batch(0)[0] * np.float32("nan"), batch(0)[1]
@@ -536,3 +537,23 @@ def test_adopt_and_strip_through_a_chain():
     assert jax.tree.structure(adopted) == jax.tree.structure(guarded.init(params))
     with pytest.raises(ValueError, match="not what this optimizer holds without its guard"):
         lbw_optax.adopt(guarded.init(params), optax.sgd(0.1).init(params))
+
+
+def test_what_a_person_has_ordered_outlives_a_rollback(tmp_path):
+    """A pinned scale and a mode are no part of what is gone back to."""
+
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        step, (params, state) = rollback.resume(start())
+        while step < 40:
+            params, state = update((params, state), batch(rollback.data_step(step)))
+            if step == 24:
+                state = lbw_optax.override(state, scale=0.05, mode="observe")
+                rollback.request("by hand")
+            step, (params, state) = rollback.step(step + 1, (params, state))
+            if rollback.history:
+                break
+    guard = guard_in(state)
+    assert step < 25
+    assert bool(guard.law.control.pinned)
+    assert float(lbw_optax.metrics(state)["scale"]) == pytest.approx(0.05)
+    assert int(guard.mode) == Mode.OBSERVE
