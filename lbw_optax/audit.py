@@ -319,7 +319,12 @@ def _reset(guard: GuardState) -> GuardState:
         outstanding=jnp.zeros_like(control.outstanding),
     )
     # The level of the loss is learned anew, or a loss that has risen would ask again at once.
-    fresh = jax.tree.map(jnp.full_like, divergence, after_rollback(divergence))
+    # Each leaf is an array of its own: a buffer that two leaves share cannot be donated.
+    fresh = jax.tree.map(
+        lambda old, new: jnp.copy(jnp.broadcast_to(new, jnp.shape(old))),
+        divergence,
+        after_rollback(divergence),
+    )
     return guard._replace(law=guard.law._replace(control=control, divergence=fresh))
 
 
