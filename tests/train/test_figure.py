@@ -123,5 +123,5 @@ def test_smoothing_is_a_trailing_mean_over_finite_values():
 
 def test_without_matplotlib_one_sentence_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'lbw_optax\[train\]'"):
+    with pytest.raises(ImportError, match=r"pip install --group train"):
         figure.figure({"left": curves()}, tmp_path / "runs.png")
