@@ -132,6 +132,9 @@ def _sentence(box: str) -> str:
     return re.sub(r"\s+", " ", text).partition("Got errors")[0].strip()
 
 
+_STOPPED = "{}: stopped before the first step; nothing was saved\n"
+
+
 def guarded_main(prog: str, job: Callable[[], int]) -> int:
     """Run `job`; what a user can mend ends in one sentence and exit code 2, not in a traceback."""
     from lbw_optax import GuardExhausted
@@ -139,12 +142,12 @@ def guarded_main(prog: str, job: Callable[[], int]) -> int:
     # Transformers says on import that it found no PyTorch; here it is for tokenizers only.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        with _second_interrupt_kills():
+        with _interrupt_ends(prog):
             return job()
     except Stopped:
         return 130
     except KeyboardInterrupt:
-        print(f"{prog}: stopped before the first step; nothing was saved", file=sys.stderr)
+        print(_STOPPED.format(prog), end="", file=sys.stderr)
         return 130
     except GuardExhausted as error:
         print(f"{prog}: {error}", file=sys.stderr)
@@ -156,12 +159,15 @@ def guarded_main(prog: str, job: Callable[[], int]) -> int:
 
 
 @contextlib.contextmanager
-def _second_interrupt_kills() -> Iterator[None]:
-    """Before the first step there is nothing to save: a second Ctrl-C ends the process at once."""
+def _interrupt_ends(prog: str) -> Iterator[None]:
+    """Before the first step there is nothing to save: Ctrl-C ends the process at once.
+
+    An exception that a handler raises may be lost in whatever library is at work.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        raise KeyboardInterrupt
+        os.write(2, _STOPPED.format(prog).encode())
+        os._exit(130)
 
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # a job in the background ignores it, and goes on so
