@@ -66,6 +66,9 @@ def load(records: list[Record], split: str) -> Grid:
         if record["regime"] in tuned and _on_grid(record, tuned[record["regime"]]):
             multiple = record["lr"] and round(record["lr"] / tuned[record["regime"]])
             cells[record["regime"], record["method"], multiple, record["seed"]] = record
+    compared = {seed for _, method, _, seed in cells if method != "adamw"}
+    if compared:  # the seed that AdamW was tuned with is none of the table's
+        cells = {key: record for key, record in cells.items() if key[3] in compared}
     return Grid(split, cells, tuned)
 
 
@@ -80,9 +83,9 @@ def perplexity(grid: Grid, regime: str, method: str, multiple: int) -> float | N
     return math.exp(statistics.median(losses)) if losses else None
 
 
-def ratio(grid: Grid, regime: str, method: str, multiple: int) -> float | None:
-    """Perplexity over that of AdamW at its tuned rate with the same seed."""
-    reference = grid.losses(regime, "adamw", 1)
+def ratio(grid: Grid, regime: str, method: str, multiple: int, of: int = 1) -> float | None:
+    """Perplexity over that of AdamW at `of` times its tuned rate with the same seed."""
+    reference = grid.losses(regime, "adamw", of)
     losses = grid.losses(regime, method, multiple)
     pairs = [math.exp(losses[seed] - reference[seed]) for seed in losses if seed in reference]
     return statistics.median(pairs) if pairs else None

@@ -12,6 +12,7 @@ skip-step and the update-norm clip wait for 64.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import optax
 
 from benchmarks import peers
@@ -26,6 +27,7 @@ class Method(NamedTuple):
     takes_lr: bool = True
     guarded: bool = False
     regimes: tuple[str, ...] = ("lora", "full", "scratch", "recipe")
+    control: bool = False  # no rival: it shows how far two runs of one method drift apart
 
 
 def adamw(recipe: Recipe) -> optax.GradientTransformation:
@@ -36,6 +38,18 @@ def bare_adamw(recipe: Recipe) -> optax.GradientTransformation:
     return optax.adamw(
         recipe.learning_rate, b1=recipe.b1, b2=recipe.b2, weight_decay=recipe.weight_decay
     )
+
+
+def nudged_adamw(recipe: Recipe) -> optax.GradientTransformation:
+    """AdamW at a rate that differs in the last bits of float32.
+
+    What comes out differs as two programs that round differently do: the noise of one cell.
+    """
+
+    def learning_rate(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+        return recipe.learning_rate(step) * (1 + 2.0**-22)
+
+    return adamw(recipe._replace(learning_rate=learning_rate))
 
 
 def warmup(recipe: Recipe) -> optax.GradientTransformation:
@@ -111,6 +125,7 @@ CONSTANT = ("lora", "full", "scratch")
 
 METHODS = {
     "adamw": Method(adamw, "AdamW"),
+    "adamw-nudged": Method(nudged_adamw, "AdamW, rate × (1 + 2⁻²²)", control=True),
     "warmup": Method(warmup, "AdamW, linear warm-up", regimes=CONSTANT),
     "clip-1.0": Method(lambda r: adamw(r._replace(clip=1.0)), "clip 1.0", regimes=CONSTANT),
     "clip-0.5": Method(lambda r: adamw(r._replace(clip=0.5)), "clip 0.5"),

@@ -40,11 +40,13 @@ def targets(grid: Grid) -> list[Target]:
         Target("S, each regime: guard ÷ best peer", 0.50, 0.10, _steadiness(grid)),
         Target("steps to AdamW's final loss, tuned rate, each regime", 1.00, 0.90, _pace(grid)),
         Target("false interventions per 1000 steps, tuned rate", 0.30, 0.10, _false(grid)),
+        Target("every rate: chained guard ÷ AdamW", 1.01, 1.00, to_bare(grid, "guard-chained")),
     ]
 
 
 def peers(grid: Grid, regime: str) -> list[str]:
-    return [method for method in grid.methods(regime) if not METHODS[method].guarded]
+    rivals = {name for name, method in METHODS.items() if not (method.guarded or method.control)}
+    return [method for method in grid.methods(regime) if method in rivals]
 
 
 def _at_tuned(grid: Grid) -> float | None:
@@ -56,6 +58,15 @@ def _above(grid: Grid, regimes: Iterable[str]) -> float | None:
         ratio(grid, regime, "guard", multiple)
         for regime in regimes
         for multiple in REGIMES[regime].multiples[1:]
+    )
+
+
+def to_bare(grid: Grid, method: str) -> float | None:
+    """The worst cell against AdamW at the same rate, with the same seed."""
+    return _worst(
+        ratio(grid, regime, method, multiple, of=multiple)
+        for regime in REGIMES
+        for multiple in REGIMES[regime].multiples
     )
 
 
