@@ -146,6 +146,7 @@ def everything(guard_loss, *, prodigy_loss=4.3, cuts=0):
             lines.append(record(regime.name, "adamw", k, 4.0 if k == 1 else 5.0))
             lines.append(record(regime.name, "guard", k, guard_loss, curve=(5, 3, 2)))
             lines[-1]["guard"] |= {"cuts": cuts}
+            lines.append(record(regime.name, "guard-chained", k, 5.02))
         lines.append(record(regime.name, "prodigy", None, prodigy_loss))
     return grid_of(*lines)
 
@@ -160,9 +161,10 @@ def test_targets_by_hand():
     assert values[6] == pytest.approx(0, abs=1e-9)  # the guard's S is 0
     assert values[7] == pytest.approx(2 / 3)  # AdamW's 3.0 is reached at point 2 of 3
     assert values[8] == pytest.approx(10.0)  # a cut in each run of 100 steps
+    assert values[9] == pytest.approx(math.exp(1.02))  # at the tuned rate, where AdamW's is 4.0
     verdicts = [target.verdict for target in measured.values()]
     assert verdicts[:4] == ["missed", "must reached", "must reached", "must reached"]
-    assert verdicts[4:] == ["aim reached"] * 4 + ["missed"]
+    assert verdicts[4:] == ["aim reached"] * 4 + ["missed"] * 2
 
 
 def test_a_target_with_a_missing_cell_is_not_measured():
@@ -189,6 +191,15 @@ def test_the_best_of_a_column_is_bold_and_a_diverged_one_says_so():
         f"{math.exp(4.1):.2f}",
         *(f"**{math.exp(x):.2f}**" for x in (4.1, 4.2, 4.2)),
     ]
+
+
+def test_a_control_is_no_peer_and_the_seed_of_the_tuning_is_not_in_the_table():
+    nudged = record("scratch", "adamw-nudged", 1, 3.0)
+    tuning = record("scratch", "adamw", 1, 9.0, seed=7)
+    grid = grid_of(*ADAMW, nudged, tuning)
+    assert "adamw-nudged" in grid.methods("scratch")
+    assert targets.peers(grid, "scratch") == ["adamw"]
+    assert grid.losses("scratch", "adamw", 1) == {0: 4.0}
 
 
 def test_the_spread_is_half_the_range_over_seeds():
