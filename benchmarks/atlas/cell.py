@@ -194,12 +194,13 @@ def _start(task: Task, seed: int, directory: str | Path | None, cache: Path | No
 @functools.lru_cache(maxsize=4)
 def _base(task: Task, directory: str | Path | None, cache: Path | None) -> models.Weights:
     """Trained with AdamW, warm-up and cosine, at the best rate of its own ladder."""
-    key = hashlib.sha256(repr((task, str(directory), "1")).encode()).hexdigest()[:16]
+    of_base, digest = base_task(task), data.text(directory, task.vocabulary).digest
+    key = hashlib.sha256(repr((of_base, digest)).encode()).hexdigest()[:16]
     path = None if cache is None else cache / f"atlas-base-{key}.npz"
     if path is not None and path.exists():
         with np.load(path) as stored:
             leaves = [stored[f"arr_{i}"] for i in range(len(stored.files))]
-        return jax.tree.unflatten(jax.tree.structure(models.init(base_task(task), 0)), leaves)
+        return jax.tree.unflatten(jax.tree.structure(models.init(of_base, 0)), leaves)
     base = _train_base(task, data.base_pool(task, directory))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ read it with its vocabulary permuted.
 """
 
 import functools
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,8 +86,8 @@ def text(directory: str | Path | None, vocabulary: int) -> Text:
         return Text(train, valid, data.encode(corpus.tokenizer, code), fingerprint(corpus))
     texts = _texts(directory)
     splits = {split: _bytes(texts[split]) for split in ("train", "valid")}
-    digest = f"bytes {len(splits['train'])} {len(splits['valid'])}"
-    return Text(splits["train"], splits["valid"], _bytes(code), digest)
+    digest = hashlib.sha256(b"".join(tokens.tobytes() for tokens in splits.values()))
+    return Text(splits["train"], splits["valid"], _bytes(code), digest.hexdigest()[:16])
 
 
 def _texts(directory: str | Path | None) -> corpora.Texts:

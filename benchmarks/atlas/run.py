@@ -25,6 +25,7 @@ from benchmarks import runner
 from benchmarks.atlas import data
 from benchmarks.atlas.cell import finite, guess, run_cell
 from benchmarks.atlas.draw import HALVES, TEXT, Task, tasks
+from benchmarks.atlas.grid import facts_of
 from benchmarks.atlas.methods import METHODS, OWN, QUICK
 from benchmarks.command import check_names, refuse
 from benchmarks.ladder import ladder
@@ -44,14 +45,15 @@ QUICK_TASKS, QUICK_LRS = 3, ("1", "10")
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     provenance()  # now, before anything is edited
+    tuned: dict[str, float] = {}
     for task in options.tasks:
         try:
-            book = _book(task, options)
-            tuned = tune(book, task)
+            book = _book(task, options, tuned)
         except DataError as error:
             refuse(str(error))
-        print(f"{task.name}: the tuned learning rate is {tuned:g}", file=sys.stderr)
-        runner.run(book, plan(task, tuned, options), _line)
+        tuned[task.name] = rate = tune(book, task)
+        print(f"{task.name}: the tuned learning rate is {rate:g}", file=sys.stderr)
+        runner.run(book, plan(task, rate, options), _line)
 
 
 def tune(book: Book, task: Task) -> float:
@@ -83,16 +85,17 @@ def cell_of(task: Task, method: str, lr: float | None, seed: int) -> Cell:
     return {**cell, "law": law(METHODS[method].guarded)}
 
 
-def _book(task: Task, options: argparse.Namespace) -> Book:
+def _book(task: Task, options: argparse.Namespace, tuned: dict[str, float]) -> Book:
     """A record holds all facts of its task, so that a task of another draw is another one."""
-    facts: Record = {"facts_of_task": {k: v for k, v in task._asdict().items() if k != "name"}}
+    facts: Record = {"facts_of_task": facts_of(task)}
     about = {}
     if task.family in TEXT:
         facts["tokens"] = data.text(options.data_dir, task.vocabulary).digest
         about["data"] = "standard library" if options.data_dir is None else options.data_dir.name
 
     def measured(cell: Cell) -> Record:
-        return measure(task, cell, options.data_dir, options.cache)
+        run = measure(task, cell, options.data_dir, options.cache)
+        return {"tuned": tuned.get(task.name), **run}  # None while it is looked for
 
     return Book(options.out, facts, measured, about)
 
