@@ -193,7 +193,7 @@ def _start(task: Task, seed: int, directory: str | Path | None, cache: Path | No
 
 @functools.lru_cache(maxsize=4)
 def _base(task: Task, directory: str | Path | None, cache: Path | None) -> models.Weights:
-    """Trained with AdamW, warm-up and cosine, at the best rate of its own ladder."""
+    """Trained with AdamW, at the best rate of its own ladder."""
     of_base, digest = base_task(task), data.text(directory, task.vocabulary).digest
     key = hashlib.sha256(repr((of_base, digest)).encode()).hexdigest()[:16]
     path = None if cache is None else cache / f"atlas-base-{key}.npz"
@@ -218,7 +218,7 @@ def base_task(task: Task) -> Task:
         b2=0.99,
         weight_decay=0.01,
         clip=1.0,
-        schedule="cosine",
+        schedule="constant" if task.shift == "none" else "cosine",
         warmup=0.1,
         steps=max(200, task.steps),
     )
@@ -252,6 +252,8 @@ def guess(task: Task) -> float:
     rate = _GUESSES[task.optimizer]
     if task.optimizer in ("AdamW", "Lion"):
         rate *= {"muP": 5.0}.get(task.init, (64 / task.width) ** 0.5)
+    if task.start == "full":
+        rate /= 3
     power = int(np.floor(np.log10(rate)))
     return min(
         (round(digit * 10.0**power, 12) for digit in (1, 2, 5, 10)),

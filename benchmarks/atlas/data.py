@@ -3,11 +3,11 @@
 All data of a task are a finite pool of examples, from which the batches are drawn by seed, and a
 validation set that no run is trained on.
 
-A fine-tuned task has a base, which is trained on other data first. Its `shift` says which: "none"
-is all of the train split for both; with "near" the base has the first half of it and the run the
-second; with "far" the base has read the source code of Python's standard library, and the run
-reads the text. Where there is no data directory the text is that library itself, and the base has
-read it with its vocabulary permuted.
+A fine-tuned task has a base, which is trained first. Its `shift` says on what: "none" is the same
+text, at a constant rate, so that there is something left to learn; "near" is the source code of
+Python's standard library and the first tenth of the text, and the run reads the other nine; "far"
+is that code alone. Where there is no data directory the text is that library itself: "near" is its
+first tenth, and for "far" its vocabulary is permuted.
 """
 
 import functools
@@ -51,17 +51,19 @@ def pool(task: Task, directory: str | Path | None) -> Pool:
     if task.family in _MADE:
         return _MADE[task.family](task)
     found = text(directory, task.vocabulary)
-    half = len(found.train) // 2 if task.shift == "near" else 0
-    return _windows(task, found.train[half:], found.valid)
+    known = len(found.train) // 10 if task.shift == "near" else 0
+    return _windows(task, found.train[known:], found.valid)
 
 
 def base_pool(task: Task, directory: str | Path | None) -> Pool:
     """What the base of a fine-tuned task is trained on."""
     found = text(directory, task.vocabulary)
-    if task.shift == "near":
-        return _windows(task, found.train[: len(found.train) // 2], found.valid)
     if task.shift == "none":
         return _windows(task, found.train, found.valid)
+    if task.shift == "near":
+        known = found.train[: len(found.train) // 10]
+        code = found.code if directory is not None else found.code[:0]
+        return _windows(task, np.concatenate([known, code]), found.valid)
     if directory is None:
         other = np.random.default_rng(task.seed).permutation(task.vocabulary).astype(np.int32)
         return _windows(task, other[found.train], other[found.valid])

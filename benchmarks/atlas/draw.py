@@ -9,6 +9,7 @@ All tasks are small: a run is a few seconds of one core, some 10¹¹ operations.
 or deep its steps are few and its batches small.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -118,6 +119,12 @@ def tasks(half: str | None = None) -> dict[str, Task]:
 def draw(half: str, seed: int = 0) -> list[Task]:
     """The 24 tasks of one half: a pure function of its arguments."""
     rng = np.random.default_rng([seed, HALVES.index(half)])
+    while True:  # some shuffles leave cards that fit no row
+        with contextlib.suppress(_Misfit):
+            return [_task(half, number, row) for number, row in enumerate(_dealt(rng))]
+
+
+def _dealt(rng: np.random.Generator) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"family": f, "block": b} for f, b in _cards(FAMILIES)]
     deal = _dealer(rng, rows)
     deal("start", STARTS, lambda row, card: card == "scratch" or row["family"] in TEXT)
@@ -136,7 +143,11 @@ def draw(half: str, seed: int = 0) -> list[Task]:
     deal("init", INITS, _fits_init)
     deal("layout", LAYOUTS, _fits_layout)
     deal("dtype", DTYPES)
-    return [_task(half, number, row) for number, row in enumerate(rows)]
+    return rows
+
+
+class _Misfit(ValueError):
+    """The cards of a fact do not fit the rows."""
 
 
 def _dealer(rng: np.random.Generator, rows: list[dict[str, Any]]) -> Callable[..., None]:
@@ -162,7 +173,7 @@ def _dealer(rng: np.random.Generator, rows: list[dict[str, Any]]) -> Callable[..
 
         for row in range(len(rows)):
             if not place(row, set()):
-                raise ValueError(f"the cards of {fact} do not fit the rows")
+                raise _Misfit(f"the cards of {fact} do not fit the rows")
         for i, row in owners.items():
             rows[row][fact] = cards[i]
 

@@ -11,13 +11,13 @@ at variance 1 and multiplies them in the forward pass, by 1/√inputs, and the o
 u-μP does (arXiv 2407.17465): it is muP-like in that one rate fits all widths.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.atlas.draw import Task
 
@@ -42,15 +42,14 @@ class Leaf(NamedTuple):
     heads: int | None = None
 
 
-@functools.partial(jax.jit, static_argnums=0)  # many small operations, one by one, take seconds
-def init(task: Task, seed: jax.typing.ArrayLike) -> Weights:
+def init(task: Task, seed: int) -> Weights:
     """What is trained from scratch, as the task lays it out."""
-    keys = jax.random.split(jax.random.key(seed), len(shapes(task)))
-    leaves = zip(shapes(task).items(), keys, strict=True)
-    drawn = {name: _first(task, leaf, key) for (name, leaf), key in leaves}
-    return _laid_out(
-        task, {name: w / _factor(task, shapes(task)[name]) for name, w in drawn.items()}
-    )
+    rng = np.random.default_rng([seed, 1])
+    first = {
+        name: (_first(task, leaf, rng) / _factor(task, leaf)).astype(np.float32)
+        for name, leaf in shapes(task).items()
+    }
+    return {name: jnp.asarray(array) for name, array in _laid_out(task, first).items()}
 
 
 def weights(task: Task, trained: Weights) -> Weights:
@@ -60,16 +59,16 @@ def weights(task: Task, trained: Weights) -> Weights:
     return {name: (w * _factor(task, leaves[name])).astype(task.dtype) for name, w in flat.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def adapters(task: Task, seed: jax.typing.ArrayLike) -> Weights:
+def adapters(task: Task, seed: int) -> Weights:
     """LoRA factors for every matrix within the layers; the second starts at zero."""
-    adapted = {name: leaf for name, leaf in shapes(task).items() if _is_adapted(name, leaf)}
-    keys = jax.random.split(jax.random.key(seed), len(adapted))
+    rng = np.random.default_rng([seed, 2])
     factors: Weights = {}
-    for (name, leaf), key in zip(adapted.items(), keys, strict=True):
-        *stack, inputs, outputs = leaf.shape
-        first = jax.random.normal(key, (*stack, inputs, task.rank)) / math.sqrt(inputs)
-        factors |= {f"{name}.A": first, f"{name}.B": jnp.zeros((*stack, task.rank, outputs))}
+    for name, leaf in shapes(task).items():
+        if name[0].isdigit() and leaf.kind in ("hidden", "last"):
+            *stack, inputs, outputs = leaf.shape
+            first = rng.standard_normal((*stack, inputs, task.rank)) / math.sqrt(inputs)
+            factors[f"{name}.A"] = jnp.asarray(first, jnp.float32)
+            factors[f"{name}.B"] = jnp.zeros((*stack, task.rank, outputs))
     return factors
 
 
@@ -100,17 +99,18 @@ def shapes(task: Task) -> dict[str, Leaf]:
 # Parameters
 
 
-def _first(task: Task, leaf: Leaf, key: jax.Array) -> jax.Array:
+def _first(task: Task, leaf: Leaf, rng: np.random.Generator) -> np.ndarray:
+    """With NumPy: as a program of JAX it would take longer to compile than a run takes."""
     if leaf.kind in ("gain", "bias"):
-        return jnp.full(leaf.shape, float(leaf.kind == "gain"))
+        return np.full(leaf.shape, float(leaf.kind == "gain"))
     if task.init == "zero output" and leaf.kind in ("last", "output"):
-        return jnp.zeros(leaf.shape)
+        return np.zeros(leaf.shape)
     small = leaf.kind == "embedding" and task.init != "muP"
     inputs = 1 if leaf.kind == "embedding" else _inputs(leaf)
     deviation = 0.02 if small else 1 / math.sqrt(inputs)
     if task.init == "muP" and leaf.kind == "output":
         deviation = 1 / inputs
-    return deviation * jax.random.normal(key, leaf.shape)
+    return deviation * rng.standard_normal(leaf.shape)
 
 
 def _factor(task: Task, leaf: Leaf) -> float:
@@ -126,12 +126,12 @@ def _inputs(leaf: Leaf) -> int:
     return math.prod(leaf.shape[:-1]) if leaf.shape[:2] == (3, 3) else leaf.shape[-2]
 
 
-def _laid_out(task: Task, flat: Weights) -> Weights:
+def _laid_out(task: Task, flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if task.layout == "heads":
         return {name: w.reshape(_by_heads(shapes(task)[name])) for name, w in flat.items()}
     if task.layout == "stacked":
         names = [name[2:] for name in flat if name.startswith("0.")]
-        stacked = {n: jnp.stack([flat[f"{i}.{n}"] for i in range(task.depth)]) for n in names}
+        stacked = {n: np.stack([flat[f"{i}.{n}"] for i in range(task.depth)]) for n in names}
         return {n: w for n, w in flat.items() if not n[0].isdigit()} | stacked
     return flat
 
@@ -157,16 +157,12 @@ def _by_heads(leaf: Leaf) -> tuple[int, ...]:
     return (*leaf.shape[: leaf.heads], *parts, *leaf.shape[leaf.heads + 1 :])
 
 
-def _is_adapted(name: str, leaf: Leaf) -> bool:
-    return name[0].isdigit() and leaf.kind in ("hidden", "last")
-
-
 # Families
 
 
 def _decoder(task: Task, w: Weights, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A causal transformer; `task.block` says where its norms stand."""
-    x = w["embed"][tokens[:, :-1]] + w["places"]
+    x = w["embed"][tokens[:, :-1]] + w["places"][None]
     balance = jnp.float32(0)
     for i in range(task.depth):
         p = _of_layer(w, i)
@@ -188,7 +184,7 @@ def _decoder(task: Task, w: Weights, tokens: jax.Array) -> tuple[jax.Array, jax.
 def _sequence(task: Task, w: Weights, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same on a question and its answer, of which the answer alone is learned."""
     asked = tokens.shape[1] // 2
-    x = w["embed"][tokens[:, :-1]] + w["places"]
+    x = w["embed"][tokens[:, :-1]] + w["places"][None]
     for i in range(task.depth):
         p = _of_layer(w, i)
         x = x + _attention(task, p, _norm(x, p["norm1"]))
@@ -204,10 +200,10 @@ def _diffusion(task: Task, w: Weights, batch: jax.Array) -> tuple[jax.Array, jax
     """
     pictures, noise, level = batch[:, 0], batch[:, 1], batch[:, 2, :1, :1]
     noisy = jnp.cos(level * jnp.pi / 2) * pictures + jnp.sin(level * jnp.pi / 2) * noise
-    frequency = 2.0 ** (jnp.arange(task.width // 2) / 8)
-    angle = level[:, :, 0] * jnp.pi * jnp.minimum(frequency, 64.0)
+    frequency = jnp.geomspace(1.0, 64.0, task.width // 2)[None]
+    angle = level[:, :, 0] * jnp.pi * frequency
     waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1).astype(task.dtype)
-    x = _patches(noisy).astype(task.dtype) @ w["enter"] + w["places"]
+    x = _patches(noisy).astype(task.dtype) @ w["enter"] + w["places"][None]
     for i in range(task.depth):
         p = _of_layer(w, i)
         shift, scale, shift2, scale2 = jnp.split((waves @ p["level"])[:, None], 4, axis=-1)
@@ -244,13 +240,13 @@ def _regression(task: Task, w: Weights, batch: Any) -> tuple[jax.Array, jax.Arra
 
 
 def _perceptron(task: Task, w: Weights, x: jax.Array) -> jax.Array:
-    x = jax.nn.gelu(x.astype(task.dtype) @ w["enter"] + w["enter bias"])
+    x = jax.nn.gelu(x.astype(task.dtype) @ w["enter"] + w["enter bias"][None])
     for i in range(task.depth):
         p = _of_layer(w, i)
         if task.block == "residual":
-            x = x + jax.nn.gelu(_norm(x) @ p["kernel"] + p["bias"])
+            x = x + jax.nn.gelu(_norm(x) @ p["kernel"] + p["bias"][None])
         else:
-            x = jax.nn.gelu(math.sqrt(2) * x @ p["kernel"] + p["bias"])
+            x = jax.nn.gelu(math.sqrt(2) * x @ p["kernel"] + p["bias"][None])
     return (x if task.block == "plain" else _norm(x)) @ w["leave"]
 
 
@@ -268,7 +264,7 @@ def _attention(task: Task, p: Weights, x: jax.Array, *, causal: bool = True) -> 
         q, k = _norm(q), _norm(k)
     scores = jnp.einsum("blhd,bmhd->bhlm", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
     if causal:
-        scores = jnp.where(jnp.tri(x.shape[1], dtype=bool), scores, -1e9)
+        scores = jnp.where(jnp.tri(x.shape[1], dtype=bool)[None, None], scores, -1e9)
     mixed = jnp.einsum("bhlm,bmhd->blhd", jax.nn.softmax(scores).astype(x.dtype), v)
     return mixed.reshape(x.shape) @ p["out"]
 
@@ -317,7 +313,7 @@ def _norm(x: jax.Array, gain: jax.Array | None = None) -> jax.Array:
     exact = x.astype(jnp.float32)
     size = jax.lax.rsqrt(jnp.mean(jnp.square(exact), -1, keepdims=True) + 1e-6)
     normed = (exact * size).astype(x.dtype)
-    return normed if gain is None else normed * gain
+    return normed if gain is None else normed * gain.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
