@@ -55,7 +55,7 @@ def load(records: Iterable[Record]) -> Grid:
     known = tasks()
     records = [r for r in one_law(records) if r["method"] in METHODS and _is_of(known, r)]
     text = [r["data"] for r in records if "data" in r][-1:]
-    records = [r for r in records if [r["data"]] == text or "data" not in r] if text else records
+    records = [r for r in records if "data" not in r or [r["data"]] == text]
     tuned = {r["task"]: r["tuned"] for r in records if r["tuned"] is not None}
     cells: dict[Key, Record] = {}
     for record in records:
