@@ -40,7 +40,10 @@ def texts(tmp_path_factory):
     code = np.frombuffer(b"import os\nx = [1, 2]\n" * 100, np.uint8).astype(np.int32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "text", lambda *_: data.Text(train, train[:400], code, "digest"))
+        # The models are tiny: compiling them well takes longer than running them.
+        jax.config.update("jax_disable_most_optimizations", True)
         yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def of_family(family, block, **facts):
@@ -147,9 +150,10 @@ def test_a_run_is_a_plain_loop_over_its_batches():
 @pytest.mark.parametrize("start", ["full", "LoRA"])
 def test_a_fine_tuned_task_starts_from_its_base(start, tmp_path, monkeypatch):
     task = TINY._replace(start=start, rank=4 if start == "LoRA" else 0, shift="far")
-    guarded = METHODS["guard"].build
-    found = cell.run_cell(task, guarded, 0.01, 0, cache=tmp_path, keep=("relative_step",))
-    assert len(found["metrics"]["relative_step"]) == task.steps
+    build = METHODS["guard" if start == "LoRA" else "own"].build
+    found = cell.run_cell(task, build, 0.01, 0, cache=tmp_path, keep=("relative_step",))
+    if start == "LoRA":
+        assert len(found["metrics"]["relative_step"]) == task.steps
     base = cell._base(task, None, tmp_path)
     judged = data.pool(task, None).valid[:: cell.CURVE]
     assert found["before"] == pytest.approx(
