@@ -10,7 +10,7 @@ or deep its steps are few and its batches small.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -254,11 +254,9 @@ def facts(task: Task) -> Sequence[str]:
     decay = "" if task.optimizer == "Adafactor" else f", decay {task.weight_decay:g}"
     second = f" b2 {task.b2:g}" if task.optimizer == "AdamW" else ""
     warm = f", warm-up {task.warmup:.0%}" if task.warmup else ""
-    start = {"scratch": "scratch", "full": f"full, shift {task.shift}"}.get(
-        task.start, f"LoRA {task.rank}, shift {task.shift}"
-    )
+    rank = f" {task.rank}" if task.start == "LoRA" else ""
+    start = task.start if task.start == "scratch" else f"{task.start}{rank}, shift {task.shift}"
     clip = ", clip 1.0" if task.clip else ""
-    model: Iterable[str] = (task.init, task.layout, task.dtype)
     return (
         task.name,
         f"{task.family}, {task.block}",
@@ -267,6 +265,6 @@ def facts(task: Task) -> Sequence[str]:
         f"{task.steps}",
         f"{task.optimizer}{second}{decay}{clip}",
         f"{task.schedule}{warm}",
-        ", ".join(model),
+        f"{task.init}, {task.layout}, {task.dtype}",
         start,
     )
