@@ -195,7 +195,7 @@ def _start(task: Task, seed: int, directory: str | Path | None, cache: Path | No
 def _base(task: Task, directory: str | Path | None, cache: Path | None) -> models.Weights:
     """Trained with AdamW, at the best rate of its own ladder."""
     of_base, digest = base_task(task), data.text(directory, task.vocabulary).digest
-    key = hashlib.sha256(repr((of_base, digest)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((of_base._replace(rank=0), digest)).encode()).hexdigest()[:16]
     path = None if cache is None else cache / f"atlas-base-{key}.npz"
     if path is not None and path.exists():
         with np.load(path) as stored:

@@ -30,6 +30,7 @@ TINY = draw.tasks()["c00-decoder-512x1"]._replace(
     start="scratch",
     rank=0,
 )
+LOSS = jax.jit(models.loss, static_argnums=0)
 WORDS = b"the cat sat on the mat and the dog sat on the cat. "
 
 
@@ -106,8 +107,7 @@ def test_both_scans_are_one_recurrence():
     weights = models.init(task, 0)
     tokens = jnp.asarray(data.pool(task, None).train[:4])
     one, other = (
-        models.loss(task._replace(block=block), weights, tokens)
-        for block in ("scan", "associative")
+        LOSS(task._replace(block=block), weights, tokens) for block in ("scan", "associative")
     )
     assert float(one) == pytest.approx(float(other), rel=1e-6)
 
@@ -125,44 +125,43 @@ def test_adapters_start_at_the_base_and_change_the_layers_alone():
 
 
 def test_a_run_is_a_plain_loop_over_its_batches():
-    found = cell.run_cell(TINY, own, 0.01, seed=3)
-    pool = data.pool(TINY, None)
-    batches = data.batches(TINY, pool.train, 3, TINY.steps)
-    schedule = cell.recipe(TINY, 0.01).learning_rate
+    task = of_family("classifier", "residual")
+    found = cell.run_cell(task, own, 0.01, seed=3)
+    pool = data.pool(task, None)
+    batches = data.batches(task, pool.train, 3, task.steps)
+    schedule = cell.recipe(task, 0.01).learning_rate
     tx = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01)
     )
-    params = models.init(TINY, 3)
+    params = models.init(task, 3)
     state = tx.init(params)
 
     @jax.jit
     def step(params, state, batch):
-        grads = jax.grad(lambda p: models.loss(TINY, p, batch))(params)
+        grads = jax.grad(lambda p: models.loss(task, p, batch))(params)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    for batch in batches:
-        params, state = step(params, state, batch)
-    expected = models.loss(TINY, params, pool.valid, evaluating=True)
+    for i in range(task.steps):
+        params, state = step(params, state, jax.tree.map(lambda array, i=i: array[i], batches))
+    expected = LOSS(task, params, pool.valid)
     assert found["loss"] == pytest.approx(float(expected), rel=1e-3)
 
 
-@pytest.mark.parametrize("start", ["full", "LoRA"])
-def test_a_fine_tuned_task_starts_from_its_base(start, tmp_path, monkeypatch):
-    task = TINY._replace(start=start, rank=4 if start == "LoRA" else 0, shift="far")
-    build = METHODS["guard" if start == "LoRA" else "own"].build
+def test_a_fine_tuned_task_starts_from_its_base(tmp_path, monkeypatch):
+    task = TINY._replace(start="LoRA", rank=4, shift="far")
+    build = METHODS["guard"].build
     found = cell.run_cell(task, build, 0.01, 0, cache=tmp_path, keep=("relative_step",))
-    if start == "LoRA":
-        assert len(found["metrics"]["relative_step"]) == task.steps
+    assert len(found["metrics"]["relative_step"]) == task.steps
     base = cell._base(task, None, tmp_path)
     judged = data.pool(task, None).valid[:: cell.CURVE]
-    assert found["before"] == pytest.approx(
-        float(models.loss(task, base, judged, evaluating=True)), rel=1e-4
-    )
+    expected = LOSS(task, base, judged)
+    assert found["before"] == pytest.approx(float(expected), rel=1e-4)
     cell._base.cache_clear()
     monkeypatch.setattr(cell, "_train_base", lambda *_: pytest.fail("the base was trained again"))
-    again = cell._base(task, None, tmp_path)
-    for one, other in zip(jax.tree.leaves(base), jax.tree.leaves(again), strict=True):
+    params, frozen = cell._start(task._replace(start="full", rank=0), 1, None, tmp_path)
+    assert frozen is None
+    for one, other in zip(jax.tree.leaves(base), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -199,10 +198,16 @@ def test_schedules_rise_to_their_peak_and_fall_as_they_are_named(schedule, warmu
     assert values[-1] == pytest.approx(low, abs=0.01)
 
 
-def test_every_method_is_an_optimizer_of_a_task():
-    params = models.init(TINY, 0)
-    for optimizer in draw.OPTIMIZERS:
-        recipe = cell.recipe(TINY._replace(optimizer=optimizer), 0.01)
-        for method in METHODS.values():
-            state = optax.with_extra_args_support(method.build(recipe)).init(params)
-            assert jax.tree.leaves(state)
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [*((method, "AdamW") for method in METHODS), *(("guard", other) for other in draw.OPTIMIZERS)],
+)
+def test_every_method_trains_and_the_guard_takes_every_optimizer(method, optimizer):
+    """Traced only: what a loop carries must keep its shapes and types."""
+    task = of_family("classifier", "plain", optimizer=optimizer)
+    pool = data.pool(task, None)
+    batches = cell._stretches(data.batches(task, pool.train, 0, task.steps))
+    run = cell._compiled(task, METHODS[method].build, ())
+    found = jax.eval_shape(run, jnp.float32(0.1), models.init(task, 0), None, batches, pool.valid)
+    assert found["loss"].shape == ()
+    assert found["curve"].shape == (draw.POINTS,)
