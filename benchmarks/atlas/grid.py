@@ -62,6 +62,9 @@ def load(records: Iterable[Record]) -> Grid:
         multiple = _multiple(record, tuned, known)
         if multiple is not None or record["lr"] is None:
             cells[record["task"], record["method"], multiple, record["seed"]] = record
+    compared = {seed for _, method, _, seed in cells if method != OWN}
+    if compared:  # the seed that rates were tuned with is none of the table's
+        cells = {key: record for key, record in cells.items() if key[3] in compared}
     return Grid(cells, tuned)
 
 

@@ -64,6 +64,14 @@ def test_seeds_are_paired_and_the_median_counts():
     assert grid.ratio(of(*own, *guard, alone), SQUARED, "guard", 3) == 2.0
 
 
+def test_a_run_of_tuning_is_no_cell_of_the_comparison():
+    tried = [record(SQUARED, OWN, k, 9.0, seed=0, tuned=None) for k in (1, 3)]
+    cells = [record(SQUARED, OWN, 1, 1.0), record(SQUARED, OWN, 3, 2.0)]
+    guard = record(SQUARED, "guard", 3, 1.0)
+    assert grid.ratio(of(*tried, *cells, guard), SQUARED, OWN, 3) == 2.0
+    assert len(of(*tried, *cells, guard).cells) == 3
+
+
 @pytest.mark.parametrize(
     "other",
     [
