@@ -64,6 +64,7 @@ class Recipe(NamedTuple):
     weight_decay: float
     clip: float | None
     steps: int
+    optimizer: str = "AdamW"  # another only in `benchmarks.atlas`
 
 
 Factory = Callable[[Recipe], optax.GradientTransformation]
