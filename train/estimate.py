@@ -102,12 +102,15 @@ def estimate(
 def flops_per_token(config: Config, length: int, *, trains_all: bool) -> float:
     """2 a weight of every product forward; backward as much for inputs, and again for weights.
 
-    A frozen weight has no gradient of its own; adapters are small enough to be left out.
-    Attention counts 4 a pair of positions and channel forward, twice that backward, all pairs.
+    Of a mixture the experts that a token is sent to count. A frozen weight has no gradient of its
+    own; adapters are small enough to be left out. Attention counts 4 a pair of positions and
+    channel forward, twice that backward, all pairs.
     """
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    layer = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
+    layer = config.hidden_size * (2 * queries + 2 * keys + 3 * config.active_width)
+    if config.experts is not None:
+        layer += config.hidden_size * config.experts.num_experts  # the router
     weights = config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
     attention = config.num_hidden_layers * 4 * length * queries
     return (6 if trains_all else 4) * weights + 3 * attention
@@ -211,7 +214,7 @@ def _activations(config: Config, options: Options, platform: str) -> int:
     width = jnp.dtype(options.dtype).itemsize
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    layer = width * (4 * config.hidden_size + 2 * queries + 2 * keys + 3 * config.intermediate_size)
+    layer = width * (4 * config.hidden_size + 2 * queries + 2 * keys + 3 * config.active_width)
     if platform != "gpu" or width != 2:  # no fused attention: its weights are kept
         layer += 8 * config.num_attention_heads * options.length
     if options.remat:
