@@ -131,17 +131,31 @@ def check(found: Estimate, available: int | None, devices: int) -> None:
         )
 
 
-def describe(found: Estimate, steps: int, peak: float, devices: int) -> str:
-    """The estimate as two lines for a person."""
-    seconds = steps * found.flops / (peak * devices * EXPECTED_SHARE)
+def describe(found: Estimate, options: Options, peak: float, devices: int) -> str:
+    """The estimate as two lines for a person, its evaluations as far as the options bound them."""
+    steps, rate = options.steps, peak * devices * EXPECTED_SHARE
+    evaluations = _evaluated(options) * found.flops / found.tokens * forward_share(found) / rate
+    whole = "" if options.final_eval_targets else ", and at the end all held-out text"
+    seconds = steps * found.flops / rate
     parts = ", ".join(f"{name} {_size(size)}" for name, size in found.parts.items())
     return (
         f"{_short(found.parameters)} parameters, {_short(found.trained)} of them trained; "
         f"about {_size(found.bytes / devices)} a device ({parts})\n"
         f"{steps} steps of {found.tokens} tokens, {steps * found.flops:.2g} FLOP; a guess, until "
-        f"the first steps are timed: {_duration(seconds)} at {EXPECTED_SHARE:.0%} of "
-        f"{peak / 1e12:.3g} TFLOP/s"
+        f"the first steps are timed: {_duration(seconds)} and {_duration(evaluations)} of "
+        f"evaluations{whole}, at {EXPECTED_SHARE:.0%} of {peak / 1e12:.3g} TFLOP/s"
     )
+
+
+def _evaluated(options: Options) -> int:
+    """Tokens of the evaluations whose length the options say; of the last one it is two splits."""
+    times = (options.steps - 1) // options.eval_every if options.eval_every else 0
+    return times * options.eval_targets + 2 * (options.final_eval_targets or 0)
+
+
+def forward_share(found: Estimate) -> float:
+    """Of a step: a third where all parameters are trained, half where adapters are."""
+    return 1 / 3 if found.trained == found.parameters else 1 / 2
 
 
 class TimeLeft(NamedTuple):
@@ -163,8 +177,7 @@ class TimeLeft(NamedTuple):
     def seconds(self, step: int, tokens_per_second: float) -> tuple[float, float]:
         """For the steps after `step`, and for the evaluations that come with them."""
         left = self.options.steps - step
-        share = 1 / 3 if self.cost.trained == self.cost.parameters else 1 / 2
-        evaluation = share * self.evaluated / tokens_per_second
+        evaluation = forward_share(self.cost) * self.evaluated / tokens_per_second
         return left * self.cost.tokens / tokens_per_second, evaluation
 
     def describe(self, step: int, tokens_per_second: float) -> str:

@@ -145,7 +145,7 @@ def announce(options: Options, build: Callable[[], Decoder], trained: Any) -> es
     cost = estimate.estimate(decoder.config, options, params, frozen, opt_state)
     devices = jax.devices()
     peak = estimate.peak_flops(devices[0])
-    print(estimate.describe(cost, options.steps, peak, len(devices)), file=sys.stderr)
+    print(estimate.describe(cost, options, peak, len(devices)), file=sys.stderr)
     estimate.check(cost, estimate.available_bytes(devices[0]), len(devices))
     rows = np.zeros((options.batch_size, options.length + 1), np.int32)
     _put(mesh(options))(rows)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from train import lora, model, presets
+import lbw_optax
+from train import loop, lora, model, presets
 
 # Totals of the published safetensors; of a tied head, the embedding counts once.
 PUBLISHED = {
@@ -109,6 +110,29 @@ def test_a_step_of_a_large_preset_can_be_traced():
     assert (loss.shape, loss.dtype) == ((), jnp.float32)
     assert sum(leaf.size for leaf in jax.tree.leaves(gradients)) == 40_370_176
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7B", "Qwen/Qwen3-30B-A3B"])
+def test_a_full_parameter_step_above_2e31_parameters_has_its_shapes(name):
+    """The whole of it, guard included, from shapes alone: no parameter is made."""
+    config = model.PRESETS[name]
+    bfloat16 = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+
+    def make():
+        return model.Decoder(config, rngs=nnx.Rngs(0), scan=True, remat=True, **bfloat16)
+
+    graphdef, params, frozen = model.split(nnx.eval_shape(make))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PUBLISHED[name] > 2**31
+    tx = lbw_optax.adamw(1e-5)
+    state = jax.eval_shape(tx.init, params)
+    loss_fn = model.next_token_loss(graphdef, chunk=256, balance=config.balance)
+    batch = np.zeros((2, 1025), np.int32)
+    found = loop.train_step.eval_shape(loss_fn, tx.update, params, state, frozen, batch, 2)
+    forms = [
+        jax.tree.map(lambda x: (x.shape, x.dtype), trees) for trees in (found, (params, state))
+    ]
+    assert forms[0][:2] == forms[1]
+    assert (found[2]["loss"].shape, found[2]["loss"].dtype) == ((), jnp.float32)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,9 @@ from train import data, logs, loop, model, run
 from train.options import Options
 from train.progress import Progress
 
+pytestmark = pytest.mark.process
+MESH = run.mesh
+
 
 def build():
     return model.Decoder(SMALL, rngs=nnx.Rngs(0))
@@ -66,7 +69,8 @@ def calls(monkeypatch):
         params, opt_state, metrics = step(*arguments)
         calls.append(np.asarray(arguments[5].tokens))
         if len(calls) == 25:
-            params["norm"]["scale"] = params["norm"]["scale"].at[3].set(jnp.nan)
+            scale = params["norm"]["scale"]
+            params["norm"]["scale"] = jax.device_put(scale.at[3].set(jnp.nan), scale.sharding)
         return params, opt_state, metrics
 
     faulty.eval_shape = step.eval_shape
@@ -93,6 +97,28 @@ def test_a_fault_leads_to_a_rollback_that_is_told_and_logged(options, corpus, ca
     assert actions.count("rollback") == 1
     # No batch is used twice.
     assert len({batch.tobytes() for batch in calls}) == len(calls)
+
+    on_a_mesh_it_is_the_same(options, corpus, calls)
+
+
+def on_a_mesh_it_is_the_same(options, corpus, calls):
+    """Eight simulated devices along (data, fsdp, tensor): decisions, batches and rollback."""
+    calls_alone = list(calls)
+    calls.clear()
+    spread = dataclasses.replace(options, out=options.out.parent / "mesh", mesh=(2, 2, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "mesh", MESH)
+        result = trained(spread, corpus)
+    kernel = result.decoder.layers[0].mlp.up_proj.kernel[...]
+    assert kernel.addressable_shards[0].data.shape == (16, 32)
+    np.testing.assert_array_equal(calls, calls_alone)
+    journals = [json.loads((o.out / "journal.json").read_text()) for o in (spread, options)]
+    assert journals[0]["rollbacks"] == journals[1]["rollbacks"]
+    found, expected = logs.history(spread.out), logs.history(options.out)
+    for decision in ("step", "regime", "skips"):
+        np.testing.assert_array_equal(found[decision], expected[decision], err_msg=decision)
+    for number in ("loss", "scale", "gradient_norm"):
+        np.testing.assert_allclose(found[number], expected[number], rtol=1e-3, err_msg=number)
 
 
 def test_without_a_guard_nothing_is_done_about_it(options, corpus, calls):
