@@ -224,8 +224,8 @@ def _linears(model: Decoder) -> Iterator[tuple[Steps, nnx.Module, nnx.Linear]]:
 
 def _names(model: Decoder, path: Steps) -> list[str]:
     """Hugging Face's names of a parameter: one, or where it is a stack one a layer."""
-    layers: Any = range(model.config.num_hidden_layers) if is_stack(path) else [None]
-    return [hf_name(path, layer) for layer in layers]
+    layers = range(model.config.num_hidden_layers)
+    return [hf_name(path, (i,)) for i in layers] if is_stack(path) else [hf_name(path)]
 
 
 def _modules(model: Decoder, path: Steps) -> list[str]:

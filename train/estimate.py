@@ -102,12 +102,15 @@ def estimate(
 def flops_per_token(config: Config, length: int, *, trains_all: bool) -> float:
     """2 a weight of every product forward; backward as much for inputs, and again for weights.
 
-    A frozen weight has no gradient of its own; adapters are small enough to be left out.
-    Attention counts 4 a pair of positions and channel forward, twice that backward, all pairs.
+    Of a mixture the experts that a token is sent to count. A frozen weight has no gradient of its
+    own; adapters are small enough to be left out. Attention counts 4 a pair of positions and
+    channel forward, twice that backward, all pairs.
     """
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    layer = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
+    layer = config.hidden_size * (2 * queries + 2 * keys + 3 * config.active_width)
+    if config.experts is not None:
+        layer += config.hidden_size * config.experts.num_experts  # the router
     weights = config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
     attention = config.num_hidden_layers * 4 * length * queries
     return (6 if trains_all else 4) * weights + 3 * attention
@@ -128,17 +131,31 @@ def check(found: Estimate, available: int | None, devices: int) -> None:
         )
 
 
-def describe(found: Estimate, steps: int, peak: float, devices: int) -> str:
-    """The estimate as two lines for a person."""
-    seconds = steps * found.flops / (peak * devices * EXPECTED_SHARE)
+def describe(found: Estimate, options: Options, peak: float, devices: int) -> str:
+    """The estimate as two lines for a person, its evaluations as far as the options bound them."""
+    steps, rate = options.steps, peak * devices * EXPECTED_SHARE
+    evaluations = _evaluated(options) * found.flops / found.tokens * forward_share(found) / rate
+    whole = "" if options.final_eval_targets else ", and at the end all held-out text"
+    seconds = steps * found.flops / rate
     parts = ", ".join(f"{name} {_size(size)}" for name, size in found.parts.items())
     return (
         f"{_short(found.parameters)} parameters, {_short(found.trained)} of them trained; "
         f"about {_size(found.bytes / devices)} a device ({parts})\n"
         f"{steps} steps of {found.tokens} tokens, {steps * found.flops:.2g} FLOP; a guess, until "
-        f"the first steps are timed: {_duration(seconds)} at {EXPECTED_SHARE:.0%} of "
-        f"{peak / 1e12:.3g} TFLOP/s"
+        f"the first steps are timed: {_duration(seconds)} and {_duration(evaluations)} of "
+        f"evaluations{whole}, at {EXPECTED_SHARE:.0%} of {peak / 1e12:.3g} TFLOP/s"
     )
+
+
+def _evaluated(options: Options) -> int:
+    """Tokens of the evaluations whose length the options say; of the last one it is two splits."""
+    times = (options.steps - 1) // options.eval_every if options.eval_every else 0
+    return times * options.eval_targets + 2 * (options.final_eval_targets or 0)
+
+
+def forward_share(found: Estimate) -> float:
+    """Of a step: a third where all parameters are trained, half where adapters are."""
+    return 1 / 3 if found.trained == found.parameters else 1 / 2
 
 
 class TimeLeft(NamedTuple):
@@ -160,8 +177,7 @@ class TimeLeft(NamedTuple):
     def seconds(self, step: int, tokens_per_second: float) -> tuple[float, float]:
         """For the steps after `step`, and for the evaluations that come with them."""
         left = self.options.steps - step
-        share = 1 / 3 if self.cost.trained == self.cost.parameters else 1 / 2
-        evaluation = share * self.evaluated / tokens_per_second
+        evaluation = forward_share(self.cost) * self.evaluated / tokens_per_second
         return left * self.cost.tokens / tokens_per_second, evaluation
 
     def describe(self, step: int, tokens_per_second: float) -> str:
@@ -211,7 +227,7 @@ def _activations(config: Config, options: Options, platform: str) -> int:
     width = jnp.dtype(options.dtype).itemsize
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    layer = width * (4 * config.hidden_size + 2 * queries + 2 * keys + 3 * config.intermediate_size)
+    layer = width * (4 * config.hidden_size + 2 * queries + 2 * keys + 3 * config.active_width)
     if platform != "gpu" or width != 2:  # no fused attention: its weights are kept
         layer += 8 * config.num_attention_heads * options.length
     if options.remat:

@@ -43,5 +43,11 @@ def of(ids: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> Gen
     return Generation(json.dumps(known), json.dumps(dict(known if settings is None else settings)))
 
 
-_DEFAULTS = {"llama": {"bos_token_id": 1, "eos_token_id": 2}}
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "llama": {"bos_token_id": 1, "eos_token_id": 2},
+    "mixtral": {"bos_token_id": 1, "eos_token_id": 2},
+    "olmo2": {"eos_token_id": 50_279, "pad_token_id": 1},
+    "gemma": {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0},
+    "gemma3_text": {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0},
+}
 """What `transformers` takes where a `config.json` names none."""

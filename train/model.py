@@ -1,7 +1,8 @@
-"""A Flax NNX decoder with the Qwen2, Qwen3 or Llama block, under Hugging Face's names."""
+"""A Flax NNX decoder with the block of Qwen, Llama, Mixtral, OLMo 2 or Gemma, by its switches."""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from train.experts import Mixture, Routed, balance_loss
 from train.generation import Generation
 from train.losses import IGNORED, Batch, chunked_cross_entropy, cross_entropy, targets
 from train.presets import PRESETS, Config, Llama3Rope, preset
@@ -39,7 +41,8 @@ class Dtypes(NamedTuple):
 class Decoder(nnx.Module):
     """Token ids of shape (batch, length) to float32 logits of shape (batch, length, vocabulary).
 
-    Block: ``x += attention(norm(x)); x += down(silu(gate(n)) * up(n)), n = norm(x)``.
+    Block: ``x += attention(norm(x)); x += down(silu(gate(n)) * up(n)), n = norm(x)``; other norms,
+    another activation or a mixture of experts where the configuration says so.
     Inside, x is rows, (batch * length, hidden): XLA's CPU backend takes the products of a
     training step up to twice as fast in rank 2 as in rank 3, above all those of LoRA.
 
@@ -60,7 +63,8 @@ class Decoder(nnx.Module):
     >>> model(jnp.zeros((2, 5), jnp.int32)).shape
     (2, 5, 512)
 
-    Source: Qwen2 Technical Report, arXiv 2407.10671; Llama, arXiv 2302.13971; Qwen3, 2505.09388.
+    Source: Qwen2 Technical Report, arXiv 2407.10671; Llama, arXiv 2302.13971; Qwen3, 2505.09388;
+    Mixtral, 2401.04088; OLMo 2, 2501.00656; Gemma, 2403.08295; Gemma 3, 2503.19786.
     """
 
     def __init__(
@@ -105,15 +109,32 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
     ) -> jax.Array:
         """What the head is given, as rows: (batch * length, hidden)."""
+        return self.hidden_and_routed(tokens, segments, positions)[0]
+
+    def hidden_and_routed(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        counted: jax.Array | None = None,
+    ) -> tuple[jax.Array, Routed | None]:
+        """Rows for the head, and of a mixture what `balance_loss` is made from.
+
+        `counted` are the tokens of the balance, a bool each; None: all.
+        """
         length = tokens.shape[1]
         if positions is None:
             positions = _positions(length, segments, self.config)
-        rotation = rotary_angles(positions, self.config)
+        angles = Angles(*(rotary_angles(positions, of) for of in self.config.rotations))
         mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None]
         # On a mesh the table is gathered before the rows are, not the rows spread twice.
         table = constrain(self.embed_tokens.embedding[...], "tensor", None)
         x = jnp.take(table, tokens.reshape(-1), axis=0).astype(self.dtype)
-        return self.norm(self._through_layers(constrain(x, ROWS, None), rotation, mask))
+        if self.config.scaled_embedding:
+            x = x * jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
+        rows = None if counted is None else counted.reshape(-1)
+        x, routed = self._through_layers(constrain(x, ROWS, None), angles, mask, rows)
+        return self.norm(x), routed
 
     def logits(self, rows: jax.Array) -> jax.Array:
         """Rows to float32 logits over the vocabulary."""
@@ -131,39 +152,97 @@ class Decoder(nnx.Module):
         self.lm_head = _head(self.config, dtypes, nnx.Rngs(0), self.embed_tokens.embedding[...].T)
 
     def _through_layers(
-        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], mask: jax.Array | None
-    ) -> jax.Array:
-        def apply(graphdef: nnx.GraphDef[Block], x: jax.Array, layer: nnx.State) -> jax.Array:
-            return nnx.merge(graphdef, layer)(x, rotation, mask)
+        self, x: jax.Array, angles: "Angles", mask: jax.Array | None, counted: jax.Array | None
+    ) -> tuple[jax.Array, Routed | None]:
+        def apply(graphdef: nnx.GraphDef[Block], x: jax.Array, layer: nnx.State) -> Any:
+            return nnx.merge(graphdef, layer)(x, angles, mask, counted)
 
         if self.remat:
             apply = jax.checkpoint(apply, static_argnums=0)
         if self.scan:
             graphdef, stack = nnx.split(self.layers)
-            return jax.lax.scan(lambda x, layer: (apply(graphdef, x, layer), None), x, stack)[0]
+            x, routed = jax.lax.scan(lambda x, layer: apply(graphdef, x, layer), x, stack)
+            return x, jax.tree.map(lambda of_layers: of_layers.sum(axis=0), routed)
+        every = []
         for layer in self.layers:
             if self.remat:
                 graphdef, state = nnx.split(layer)
-                x = apply(graphdef, x, state)
+                x, routed = apply(graphdef, x, state)
             else:
-                x = layer(x, rotation, mask)
-        return x
+                x, routed = layer(x, angles, mask, counted)
+            every.append(routed)
+        return x, jax.tree.map(lambda *of_layers: sum(of_layers), *every)
+
+
+class Angles(NamedTuple):
+    """Rotations of layers that see everything, and of those with a window."""
+
+    far: tuple[jax.Array, jax.Array]
+    near: tuple[jax.Array, jax.Array]
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer; it sees `window` tokens, None is all."""
+    """One decoder layer; it sees `window` tokens, None is all.
+
+    Gives the rows, and of a mixture what its balance is made from.
+    """
 
     def __init__(self, config: Config, window: int | None, dtypes: Dtypes, *, rngs: nnx.Rngs):
-        self.input_layernorm = _norm(config.hidden_size, config, dtypes, rngs)
+        names = _NORMS[config.norms]
+        self.norms, self.is_near = config.norms, window is not None
+
+        def add(name: str | None) -> None:
+            if name is not None:
+                setattr(self, name, _norm(config.hidden_size, config, dtypes, rngs))
+
+        add(names.before_attention)
         self.self_attn = Attention(config, window, dtypes, rngs=rngs)
-        self.post_attention_layernorm = _norm(config.hidden_size, config, dtypes, rngs)
-        self.mlp = MLP(config, dtypes, rngs=rngs)
+        add(names.after_attention)
+        add(names.before_mlp)
+        self.mlp: Any = _mixture(config, dtypes, rngs) or MLP(config, dtypes, rngs=rngs)
+        add(names.after_mlp)
 
     def __call__(
-        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], mask: jax.Array | None = None
-    ) -> jax.Array:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, mask)
-        return constrain(x + self.mlp(self.post_attention_layernorm(x)), ROWS, None)
+        self,
+        x: jax.Array,
+        angles: Angles,
+        mask: jax.Array | None = None,
+        counted: jax.Array | None = None,
+    ) -> tuple[jax.Array, Routed | None]:
+        def normed(name: str | None, rows: jax.Array) -> jax.Array:
+            return rows if name is None else getattr(self, name)(rows)
+
+        names, routed = _NORMS[self.norms], None
+        rotation = angles.near if self.is_near else angles.far
+        attended = self.self_attn(normed(names.before_attention, x), rotation, mask)
+        x = x + normed(names.after_attention, attended)
+        inner = normed(names.before_mlp, x)
+        if isinstance(self.mlp, Mixture):
+            made, routed = self.mlp(inner, counted)
+        else:
+            made = self.mlp(inner)
+        return constrain(x + normed(names.after_mlp, made), ROWS, None), routed
+
+
+class _Norms(NamedTuple):
+    """Hugging Face's names of a block's norms; one name is not the same norm in all of them."""
+
+    before_attention: str | None
+    after_attention: str | None
+    before_mlp: str | None
+    after_mlp: str | None
+
+
+_NORMS = {
+    "before": _Norms("input_layernorm", None, "post_attention_layernorm", None),
+    "after": _Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": _Norms(
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
 
 
 class Attention(nnx.Module):
@@ -179,9 +258,13 @@ class Attention(nnx.Module):
         self.k_proj = _linear(config.hidden_size, keys, dtypes, rngs, bias)
         self.v_proj = _linear(config.hidden_size, keys, dtypes, rngs, bias)
         self.o_proj = _linear(queries, config.hidden_size, dtypes, rngs)
-        if config.qk_norm:
-            self.q_norm = _norm(config.head_dim, config, dtypes, rngs)
-            self.k_norm = _norm(config.head_dim, config, dtypes, rngs)
+        self.joint_norm = config.joint_qk_norm
+        if config.qk_norm or config.joint_qk_norm:
+            sizes = (queries, keys) if config.joint_qk_norm else (config.head_dim, config.head_dim)
+            self.q_norm = _norm(sizes[0], config, dtypes, rngs)
+            self.k_norm = _norm(sizes[1], config, dtypes, rngs)
+        scalar = config.query_pre_attn_scalar
+        self.scale = None if scalar is None else scalar**-0.5
 
     def __call__(
         self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], mask: jax.Array | None = None
@@ -191,14 +274,18 @@ class Attention(nnx.Module):
         def heads(rows: jax.Array) -> jax.Array:
             return rows.reshape(-1, length, rows.shape[-1] // self.head_dim, self.head_dim)
 
-        query, key = heads(self.q_proj(x)), heads(self.k_proj(x))
-        if hasattr(self, "q_norm"):
+        query, key = self.q_proj(x), self.k_proj(x)
+        if self.joint_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = heads(query), heads(key)
+        if hasattr(self, "q_norm") and not self.joint_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         mixed = jax.nn.dot_product_attention(
             rotate(query, rotation),
             rotate(key, rotation),
             heads(self.v_proj(x)),
             mask=mask,
+            scale=self.scale,
             is_causal=True,
             local_window_size=self.window,
             implementation=_implementation(query),
@@ -207,15 +294,29 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``. Source: arXiv 2002.05202."""
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``, or with another activation. arXiv 2002.05202."""
 
     def __init__(self, config: Config, dtypes: Dtypes, *, rngs: nnx.Rngs):
+        self.is_gelu = config.hidden_act == "gelu_pytorch_tanh"
         self.gate_proj = _linear(config.hidden_size, config.intermediate_size, dtypes, rngs)
         self.up_proj = _linear(config.hidden_size, config.intermediate_size, dtypes, rngs)
         self.down_proj = _linear(config.intermediate_size, config.hidden_size, dtypes, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        gate = jax.nn.gelu(gate, approximate=True) if self.is_gelu else jax.nn.silu(gate)
+        return self.down_proj(gate * self.up_proj(x))
+
+
+class OffsetNorm(nnx.RMSNorm):
+    """Gemma's: the normed rows times ``1 + scale``, in float32; scale begins at zero."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        rows = x.astype(jnp.float32)
+        rows = rows * jax.lax.rsqrt(jnp.mean(rows**2, axis=-1, keepdims=True) + self.epsilon)
+        assert self.scale is not None
+        scale = 1 + self.scale[...].astype(jnp.float32)
+        return (rows * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 def rotary_angles(positions: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
@@ -271,7 +372,11 @@ def _implementation(query: jax.Array) -> Literal["cudnn"] | None:
 
 
 def next_token_loss(
-    graphdef: nnx.GraphDef[Decoder], *, chunk: int | None = None, z_loss: float = 0.0
+    graphdef: nnx.GraphDef[Decoder],
+    *,
+    chunk: int | None = None,
+    z_loss: float = 0.0,
+    balance: float = 0.0,
 ) -> Callable[[Any, Any, Any], jax.Array]:
     """The loss function ``loss_fn(params, frozen, batch)`` of the decoder behind `graphdef`.
 
@@ -279,7 +384,8 @@ def next_token_loss(
     `split` gives them); `batch` is (batch, length + 1) int32 tokens, or a `Batch`. The loss is
     the mean cross-entropy in nats over `targets(batch)`. With `chunk` the logits of so many
     positions of every sequence are held at a time (`chunked_cross_entropy`), without it all;
-    `z_loss` is the weight of ``logsumexp(logits)^2``.
+    `z_loss` is the weight of ``logsumexp(logits)^2``, and `balance` that of a mixture's
+    `train.experts.balance_loss` over the tokens that are no padding.
     """
 
     def loss_fn(params: Any, frozen: Any, batch: Any) -> jax.Array:
@@ -288,12 +394,19 @@ def next_token_loss(
         if batch.step is not None:
             _drop(model, batch.step)
         wanted = targets(batch)
-        inputs = [x if x is None else x[:, :-1] for x in (batch.segments, batch.positions)]
-        rows = model.hidden(jnp.maximum(batch.tokens[:, :-1], 0), *inputs)
+        segments, positions = (
+            x if x is None else x[:, :-1] for x in (batch.segments, batch.positions)
+        )
+        given = batch.tokens[:, :-1]
+        tokens, counted = jnp.maximum(given, 0), given != IGNORED
+        rows, routed = model.hidden_and_routed(tokens, segments, positions, counted)
+        added = 0.0 if routed is None or not balance else balance * balance_loss(routed)
         if chunk is None:
-            return cross_entropy(model.logits(rows).reshape(*wanted.shape, -1), wanted, z_loss)
+            logits = model.logits(rows).reshape(*wanted.shape, -1)
+            return cross_entropy(logits, wanted, z_loss) + added
         hidden = rows.reshape(*wanted.shape, -1)
-        return chunked_cross_entropy(model.logits, hidden, wanted, chunk=chunk, z_loss=z_loss)
+        loss = chunked_cross_entropy(model.logits, hidden, wanted, chunk=chunk, z_loss=z_loss)
+        return loss + added
 
     return loss_fn
 
@@ -327,8 +440,11 @@ def _stack(config: Config, dtypes: Dtypes, rngs: nnx.Rngs) -> Block:
     """All layers as one block whose parameters have a leading axis."""
     windows = {config.window(i) for i in range(config.num_hidden_layers)}
     if len(windows) > 1:
+        name = "max_window_layers"
+        if config.sliding_window_pattern is not None:
+            name = "sliding_window_pattern"
         raise ValueError(
-            f"max_window_layers={config.max_window_layers} makes layers differ, and scan=True "
+            f"{name}={getattr(config, name)} makes layers differ, and scan=True "
             "needs them alike: use scan=False"
         )
     keys = jax.random.split(rngs.params(), config.num_hidden_layers)
@@ -354,6 +470,13 @@ def _linear(
     )
 
 
+def _mixture(config: Config, dtypes: Dtypes, rngs: nnx.Rngs) -> Mixture | None:
+    if config.experts is None:
+        return None
+    types = {"dtype": dtypes.compute, "param_dtype": dtypes.params}
+    return Mixture(config.hidden_size, config.experts, **types, init=_INIT, rngs=rngs)
+
+
 def _head(
     config: Config, dtypes: Dtypes, rngs: nnx.Rngs, kernel: jax.Array | None = None
 ) -> nnx.Linear:
@@ -365,10 +488,12 @@ def _head(
 
 
 def _norm(size: int, config: Config, dtypes: Dtypes, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(
+    kind, first = (OffsetNorm, 0.0) if config.norm_offset else (nnx.RMSNorm, 1.0)
+    return kind(
         size,
         epsilon=config.rms_norm_eps,
         dtype=dtypes.compute,
         param_dtype=dtypes.params,
+        scale_init=nnx.initializers.constant(first),
         rngs=rngs,
     )

@@ -86,7 +86,8 @@ class Options:
     max_distance: Count = 50
     """Largest number of steps that a rollback may go back."""
     save_every: Count = 25
-    """Steps between two checkpoints. A killed run loses no more than that."""
+    """Steps between two checkpoints. A killed run loses at most so many, and those made while the
+    checkpoint that the kill cut off was being written: at most twice as many in all."""
     adopt: Path | None = None
     """Checkpoint, or run directory, of a run without the guard. A new run starts from it, under the
     guard."""
@@ -102,6 +103,8 @@ class Options:
     mesh: Devices | None = None
     """Devices along (data, fsdp, tensor): copies of the model, parts of parameters and batch, parts
     of heads and vocabulary. None: all along fsdp."""
+    mesh_expert: Count = 1
+    """Devices along one more axis: parts of the experts of a mixture, and of the batch."""
     loss_chunk: Count | None = None
     """Positions of a sequence whose logits are in memory at a time. None: all."""
     z_loss: NonNegative = 0.0

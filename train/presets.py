@@ -1,28 +1,33 @@
 """Shapes of decoders: `Config`, Hugging Face's `config.json` in and out, and published sizes."""
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-
-class Llama3Rope(NamedTuple):
-    """Llama 3.1's rotary scaling, by the names of `rope_scaling` in a `config.json`."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+from train import architectures
+from train.architectures import Experts, Llama3Rope
 
 
 @dataclass(frozen=True)
 class Config:
-    """Shape of a decoder; the fields are those of a Hugging Face Qwen2/Llama `config.json`.
+    """Shape of a decoder; the fields are those of a Hugging Face `config.json`, or switches.
 
-    `attention_bias` is Qwen2's: on queries, keys and values, not on the output. `qk_norm` is
-    Qwen3's RMSNorm of every query and key head. Layers from `max_window_layers` on see
-    `sliding_window` tokens, their own included; None is all of them. Raises `ValueError` for
-    shapes that do not fit together.
+    Attributes:
+      attention_bias: Qwen2's: on queries, keys and values, not on the output.
+      qk_norm: Qwen3's RMSNorm of every query and key head.
+      joint_qk_norm: OLMo 2's: one RMSNorm over all heads of the queries, one over the keys'.
+      sliding_window: tokens that layers from `max_window_layers` on see, their own included; None
+        is all of them. With a `sliding_window_pattern` only every so-manyth layer sees all.
+      rope_local_base_freq: Gemma 3's `rope_theta` of the layers with a window.
+      norms: RMSNorms before attention and MLP, after them (OLMo 2), or both (Gemma 3).
+      norm_offset: Gemma's norms multiply by ``1 + weight``.
+      scaled_embedding: Gemma multiplies the embedding by ``sqrt(hidden_size)``.
+      query_pre_attn_scalar: attention is scaled by one over its root; None: by the head's size.
+      experts: a mixture in place of the MLP.
+
+    Raises `ValueError` for shapes that do not fit together.
     """
 
     vocab_size: int
@@ -41,6 +46,15 @@ class Config:
     rope_scaling: Llama3Rope | None = None
     sliding_window: int | None = None
     max_window_layers: int = 0
+    sliding_window_pattern: int | None = None
+    rope_local_base_freq: float | None = None
+    joint_qk_norm: bool = False
+    norms: Literal["before", "after", "both"] = "before"
+    norm_offset: bool = False
+    hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    scaled_embedding: bool = False
+    query_pre_attn_scalar: float | None = None
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -52,10 +66,41 @@ class Config:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embedding turns pairs")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window={self.sliding_window}: a token sees at least itself")
+        if self.experts is not None:
+            count, chosen = self.experts.num_experts, self.experts.num_experts_per_tok
+            if not 1 <= chosen <= count:
+                raise ValueError(f"num_experts_per_tok={chosen} of num_experts={count}")
 
     def window(self, layer: int) -> int | None:
         """How many tokens this layer sees, its own included; None: all of them."""
+        if self.sliding_window_pattern is not None:
+            return self.sliding_window if (layer + 1) % self.sliding_window_pattern else None
         return self.sliding_window if layer >= self.max_window_layers else None
+
+    @property
+    def is_mixtral(self) -> bool:
+        """Whether Mixtral's names are those of its mixture's weights."""
+        return architectures.model_type(self) == "mixtral"
+
+    @property
+    def balance(self) -> float:
+        """Weight of the load-balance loss: 0 where there is no mixture."""
+        return 0.0 if self.experts is None else self.experts.router_aux_loss_coef
+
+    @property
+    def active_width(self) -> int:
+        """Width of the MLP that a token goes through: of a mixture, of all its experts together."""
+        if self.experts is None:
+            return self.intermediate_size
+        return self.experts.num_experts_per_tok * self.experts.moe_intermediate_size
+
+    @property
+    def rotations(self) -> tuple["Config", "Config"]:
+        """Whose rotary angles layers that see everything have, and layers with a window."""
+        if self.rope_local_base_freq is None:
+            return self, self
+        base = self.rope_local_base_freq
+        return self, dataclasses.replace(self, rope_theta=base, rope_scaling=None)
 
     @classmethod
     def from_hf(cls, source: Any) -> "Config":
@@ -71,31 +116,7 @@ class Config:
         (16, 4, False)
         """
         given = dict(source if isinstance(source, Mapping) else source.to_dict())
-        _refuse_unknown(given)
-        kind, heads = given["model_type"], given["num_attention_heads"]
-        window, full_layers = _window(given)
-        theta, scaling = _rope(given)
-        return cls(
-            vocab_size=given["vocab_size"],
-            hidden_size=given["hidden_size"],
-            intermediate_size=given["intermediate_size"],
-            num_hidden_layers=given["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=given.get("num_key_value_heads") or heads,
-            head_dim=given.get("head_dim")
-            or (128 if kind == "qwen3" else given["hidden_size"] // heads),
-            rope_theta=theta,
-            rms_norm_eps=given.get("rms_norm_eps", 1e-6),
-            attention_bias=kind == "qwen2",
-            tie_word_embeddings=given.get("tie_word_embeddings", False),
-            qk_norm=kind == "qwen3",
-            max_position_embeddings=given.get(
-                "max_position_embeddings", 2048 if kind == "llama" else 32_768
-            ),
-            rope_scaling=scaling,
-            sliding_window=window,
-            max_window_layers=full_layers,
-        )
+        return cls(**architectures.fields(given))
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` with which `transformers` builds this decoder.
@@ -105,103 +126,7 @@ class Config:
         >>> PRESETS["tiny"].to_hf()["architectures"]
         ['Qwen2ForCausalLM']
         """
-        kind, architecture = _ARCHITECTURES.get((self.attention_bias, self.qk_norm), ("", ""))
-        windowed = self.sliding_window is not None
-        if not kind or (windowed and kind == "llama"):
-            raise ValueError(
-                f"no architecture of transformers has attention_bias={self.attention_bias}, "
-                f"qk_norm={self.qk_norm} and sliding_window={self.sliding_window} together"
-            )
-        same = {name: getattr(self, name) for name in _SAME_IN_HF}
-        rope = {"rope_type": "default", "rope_theta": self.rope_theta}
-        if self.rope_scaling is not None:
-            rope |= {"rope_type": "llama3", **self.rope_scaling._asdict()}
-        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-        window = {
-            "use_sliding_window": windowed,
-            "sliding_window": self.sliding_window,
-            "max_window_layers": self.max_window_layers,
-        }
-        return {
-            "architectures": [architecture],
-            "model_type": kind,
-            "hidden_act": "silu",
-            **same,
-            "rope_theta": self.rope_theta,  # transformers 4 reads these two, 5 the third
-            "rope_scaling": None if self.rope_scaling is None else scaling,
-            "rope_parameters": rope,
-            **({} if kind == "llama" else window),
-        }
-
-
-_ARCHITECTURES = {
-    (True, False): ("qwen2", "Qwen2ForCausalLM"),
-    (False, False): ("llama", "LlamaForCausalLM"),
-    (False, True): ("qwen3", "Qwen3ForCausalLM"),
-}
-_SAME_IN_HF = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "max_position_embeddings",
-)
-
-
-def _refuse_unknown(given: Mapping[str, Any]) -> None:
-    kind = given.get("model_type")
-    if kind not in ("qwen2", "qwen3", "llama"):
-        raise ValueError(f"model_type={kind!r} is none of the decoder's: qwen2, qwen3, llama")
-    refused = {
-        "hidden_act": given.get("hidden_act", "silu") != "silu",
-        "mlp_bias": bool(given.get("mlp_bias")),
-        "attention_bias": kind != "qwen2" and bool(given.get("attention_bias")),
-        "quantization_config": given.get("quantization_config") is not None,
-    }
-    for name, present in refused.items():
-        if present:
-            raise ValueError(
-                f"{name}={given[name]!r} of a {kind} model is nothing the decoder can do: "
-                "take a checkpoint without it"
-            )
-
-
-def _window(given: Mapping[str, Any]) -> tuple[int | None, int]:
-    """The sliding window, and the number of layers below it that see everything."""
-    layers = given["num_hidden_layers"]
-    if given["model_type"] == "llama" or not given.get("use_sliding_window"):
-        return None, 0
-    full = given.get("max_window_layers", 28)
-    kinds = given.get("layer_types") or []
-    expected = ["full_attention"] * min(full, layers) + ["sliding_attention"] * (layers - full)
-    if kinds and kinds != expected:
-        raise ValueError(
-            "layer_types alternate between full and sliding attention; the decoder has full "
-            "attention up to max_window_layers and a window from there on"
-        )
-    return (None, 0) if full >= layers else (given["sliding_window"], full)
-
-
-def _rope(given: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
-    """Base and scaling, from transformers 5's `rope_parameters` or from the older two fields."""
-    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", given.get("rope_theta", 10_000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor", given.get("partial_rotary_factor")) or 1.0
-    if kind not in ("default", "llama3") or partial != 1.0:
-        raise ValueError(
-            f"rotary embedding of type {kind!r} on {partial:.0%} of a head: the decoder has "
-            "'default' and 'llama3' on all of it; a yarn scaling may be taken out of config.json "
-            "where no sequence is longer than its original_max_position_embeddings"
-        )
-    if kind == "default":
-        return float(theta), None
-    return float(theta), Llama3Rope(*(rope[name] for name in Llama3Rope._fields))
+        return architectures.described(self)
 
 
 def preset(name: str) -> Config:
@@ -242,6 +167,62 @@ def _qwen3(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> Config
     )
 
 
+def _qwen3_moe(hidden: int, mlp: int, layers: int, heads: int, width: int) -> Config:
+    return dataclasses.replace(
+        _qwen3(hidden, mlp, layers, heads, tied=False),
+        num_key_value_heads=4,
+        experts=Experts(128, 8, width),
+    )
+
+
+def _mixtral(hidden: int, mlp: int, layers: int, heads: int, positions: int, coef: float) -> Config:
+    return Config(
+        *(32_000, hidden, mlp, layers, heads, 8, 128, 1e6, 1e-5),
+        attention_bias=False,
+        tie_word_embeddings=False,
+        max_position_embeddings=positions,
+        experts=Experts(8, 2, mlp, router_aux_loss_coef=coef),
+    )
+
+
+def _olmo2(hidden: int, mlp: int, layers: int, heads: int) -> Config:
+    return Config(
+        *(100_352, hidden, mlp, layers, heads, heads, 128, 5e5),
+        attention_bias=False,
+        tie_word_embeddings=False,
+        max_position_embeddings=4096,
+        joint_qk_norm=True,
+        norms="after",
+    )
+
+
+_GEMMA: dict[str, Any] = {
+    "attention_bias": False,
+    "norm_offset": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "scaled_embedding": True,
+}
+
+
+def _gemma(hidden: int, mlp: int, layers: int, heads: int, shared: int) -> Config:
+    shape = (256_000, hidden, mlp, layers, heads, shared, 256)
+    return Config(*shape, max_position_embeddings=8192, **_GEMMA)
+
+
+def _gemma3(hidden: int, mlp: int, layers: int, window: int) -> Config:
+    return Config(
+        *(262_144, hidden, mlp, layers, 4, 1, 256, 1e6),
+        max_position_embeddings=32_768,
+        qk_norm=True,
+        norms="both",
+        sliding_window=window,
+        sliding_window_pattern=6,
+        rope_local_base_freq=1e4,
+        query_pre_attn_scalar=256,
+        **_GEMMA,
+    )
+
+
 _TINYLLAMA = Config(
     *(32_000, 2048, 5632, 22, 32, 4, 64, 1e4, 1e-5),
     attention_bias=False,
@@ -273,6 +254,17 @@ PRESETS = {
     "Qwen/Qwen3-8B": _qwen3(4096, 12_288, 36, 32, tied=False),
     "Qwen/Qwen3-14B": _qwen3(5120, 17_408, 40, 40, tied=False),
     "Qwen/Qwen3-32B": _qwen3(5120, 25_600, 64, 64, tied=False),
+    "Qwen/Qwen3-30B-A3B": _qwen3_moe(2048, 6144, 48, 32, 768),
+    "Qwen/Qwen3-235B-A22B": _qwen3_moe(4096, 12_288, 94, 64, 1536),
+    "mistralai/Mixtral-8x7B-v0.1": _mixtral(4096, 14_336, 32, 32, 32_768, 0.02),
+    "mistralai/Mixtral-8x22B-v0.1": _mixtral(6144, 16_384, 56, 48, 65_536, 0.001),
+    "allenai/OLMo-2-0425-1B": _olmo2(2048, 8192, 16, 16),
+    "allenai/OLMo-2-1124-7B": _olmo2(4096, 11_008, 32, 32),
+    "allenai/OLMo-2-1124-13B": _olmo2(5120, 13_824, 40, 40),
+    "google/gemma-2b": _gemma(2048, 16_384, 18, 8, 1),
+    "google/gemma-7b": _gemma(3072, 24_576, 28, 16, 16),
+    "google/gemma-3-270m": _gemma3(640, 2048, 18, 512),
+    "google/gemma-3-1b-pt": _gemma3(1152, 6912, 26, 512),
     "TinyLlama/TinyLlama_v1.1": _TINYLLAMA,
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": _TINYLLAMA,
     "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": _TINYLLAMA,

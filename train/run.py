@@ -145,11 +145,11 @@ def announce(options: Options, build: Callable[[], Decoder], trained: Any) -> es
     cost = estimate.estimate(decoder.config, options, params, frozen, opt_state)
     devices = jax.devices()
     peak = estimate.peak_flops(devices[0])
-    print(estimate.describe(cost, options.steps, peak, len(devices)), file=sys.stderr)
+    print(estimate.describe(cost, options, peak, len(devices)), file=sys.stderr)
     estimate.check(cost, estimate.available_bytes(devices[0]), len(devices))
     rows = np.zeros((options.batch_size, options.length + 1), np.int32)
     _put(mesh(options))(rows)
-    loss_fn = next_token_loss(graphdef, chunk=options.loss_chunk, z_loss=options.z_loss)
+    loss_fn = _loss_fn(graphdef, decoder.config, options)
     step = loop.train_step.eval_shape
     step(loss_fn, tx.update, params, opt_state, frozen, Batch(rows), options.microbatches)
     return cost
@@ -204,7 +204,8 @@ def _train(
         Watch(options, task.cost, evaluation.size(task.held_out, options)) as watch,
         packing.Prefetch(task.batch, put=_put(where)) as batch,
     ):
-        look = Evaluation(task.loss_fn, task.frozen, task.held_out, options, watch, interrupted)
+        entropy = next_token_loss(task.graphdef, chunk=options.loss_chunk)
+        look = Evaluation(entropy, task.frozen, task.held_out, options, watch, interrupted)
         for step, state in steps(task, options, rollback, watch, batch, opt_state):
             if _is_due(step, options):
                 look.during(state[0])
@@ -307,7 +308,7 @@ def task(
     graphdef, params, frozen = split(decoder, trained)
     return Task(
         graphdef=graphdef,
-        loss_fn=next_token_loss(graphdef, chunk=options.loss_chunk, z_loss=options.z_loss),
+        loss_fn=_loss_fn(graphdef, decoder.config, options),
         tx=_optimizer(options),
         params=params,
         frozen=frozen,
@@ -322,12 +323,22 @@ def task(
     )
 
 
+def _loss_fn(
+    graphdef: nnx.GraphDef[Decoder], config: Config, options: Options
+) -> Callable[[Any, Any, Any], jax.Array]:
+    """What is trained on; a perplexity is that of the cross-entropy alone."""
+    chunk, z_loss = options.loss_chunk, options.z_loss
+    return next_token_loss(graphdef, chunk=chunk, z_loss=z_loss, balance=config.balance)
+
+
 def mesh(options: Options) -> sharding.Mesh | None:
     """The devices as the options want them; a single one needs no mesh."""
     if options.mesh is None:
-        return sharding.make_mesh() if jax.device_count() > 1 else None
+        experts = options.mesh_expert
+        return sharding.make_mesh(expert=experts) if jax.device_count() > 1 else None
     replicas, fsdp, tensor = options.mesh
-    return sharding.make_mesh(data=replicas, fsdp=fsdp, tensor=tensor)
+    axes = {"data": replicas, "fsdp": fsdp, "tensor": tensor, "expert": options.mesh_expert}
+    return sharding.make_mesh(**axes)
 
 
 def _put(where: sharding.Mesh | None) -> Callable[[Any], Any]:

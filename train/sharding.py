@@ -16,7 +16,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-ROWS = ("data", "fsdp")
+ROWS = ("data", "fsdp", "expert")
 """Mesh axes over which a batch is spread."""
 
 # What the last axes of a parameter mean. A key is the end of a path, the longest one counts.
@@ -29,6 +29,7 @@ for _name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
     AXES[_name, "bias"] = ("wide",)
 for _name in ("o_proj", "down_proj"):
     AXES[_name, "kernel"] = ("wide", "hidden")
+AXES["gate", "kernel"] = ("hidden", None)
 # Adapters: the inputs of A and the outputs of B are those of the kernel, the rank is whole.
 for (_name, _leaf), _axes in list(AXES.items()):
     if _leaf == "kernel":
@@ -39,28 +40,35 @@ for (_name, _leaf), _axes in list(AXES.items()):
     elif _leaf == "bias":
         AXES[_name, "base", "bias"] = _axes
 
-RULES = {"vocabulary": "tensor", "wide": "tensor", "hidden": "fsdp"}
+# Mixtures of experts.
+for _name in ("gate_proj", "up_proj"):
+    AXES["experts", _name] = ("expert", "hidden", "wide")
+AXES["experts", "down_proj"] = ("expert", "wide", "hidden")
+
+RULES = {"vocabulary": "tensor", "wide": "tensor", "hidden": "fsdp", "expert": "expert"}
 """Mesh axis of a logical axis; an axis without a rule is whole on every device."""
 
 
-def make_mesh(*, data: int = 1, fsdp: int | None = None, tensor: int = 1) -> Mesh:
-    """Devices as (data, fsdp, tensor); without `fsdp` it takes all that are left.
+def make_mesh(*, data: int = 1, fsdp: int | None = None, tensor: int = 1, expert: int = 1) -> Mesh:
+    """Devices as (data, fsdp, expert, tensor); without `fsdp` it takes all that are left.
 
-    `data` repeats the parameters, `fsdp` spreads them and the batch, `tensor` spreads heads, MLP
-    and vocabulary. Raises `ValueError` where the axes do not multiply to the devices there are.
+    `data` repeats the parameters, `fsdp` spreads them and the batch, `expert` spreads the experts
+    of a mixture and the batch, `tensor` spreads heads, MLP and vocabulary. Raises `ValueError`
+    where the axes do not multiply to the devices there are.
 
     >>> make_mesh(data=jax.device_count()).axis_names
-    ('data', 'fsdp', 'tensor')
+    ('data', 'fsdp', 'expert', 'tensor')
     """
     devices = jax.device_count()
-    fsdp = devices // (data * tensor) if fsdp is None else fsdp
-    if data * fsdp * tensor != devices:
+    fsdp = devices // (data * tensor * expert) if fsdp is None else fsdp
+    if data * fsdp * tensor * expert != devices:
+        experts = "" if expert == 1 else f", expert={expert}"
         raise ValueError(
-            f"a mesh of data={data}, fsdp={fsdp} and tensor={tensor} has {data * fsdp * tensor} "
-            f"devices, but there are {devices}"
+            f"a mesh of data={data}, fsdp={fsdp}{experts} and tensor={tensor} has "
+            f"{data * fsdp * tensor * expert} devices, but there are {devices}"
         )
-    kinds = (AxisType.Auto,) * 3
-    return jax.make_mesh((data, fsdp, tensor), (*ROWS, "tensor"), axis_types=kinds)
+    kinds = (AxisType.Auto,) * 4
+    return jax.make_mesh((data, fsdp, expert, tensor), (*ROWS, "tensor"), axis_types=kinds)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -110,7 +118,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
         if shape and shape[0] % parts:
             raise ValueError(
                 f"a batch of {shape[0]} sequences cannot be spread over {parts} devices "
-                f"(data={mesh.shape['data']} times fsdp={mesh.shape['fsdp']}): "
+                f"({' times '.join(f'{axis}={mesh.shape[axis]}' for axis in ROWS)}): "
                 f"take a multiple of {parts}"
             )
         return jax.device_put(leaf, NamedSharding(mesh, P(ROWS) if shape else P()))
@@ -120,10 +128,15 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """Keep `x` spread over these mesh axes where there is such a mesh; else it is `x` itself."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not {*ROWS, "tensor"} <= set(mesh.axis_names):
+    if not has_mesh():
         return x
     return jax.lax.with_sharding_constraint(x, P(*axes))
+
+
+def has_mesh() -> bool:
+    """Whether a mesh of `make_mesh` is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and {*ROWS, "tensor"} <= set(mesh.axis_names)
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

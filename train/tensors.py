@@ -1,5 +1,6 @@
 """Parameters under Hugging Face's names and in its layouts, a tensor at a time."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +21,9 @@ Index = tuple[slice, ...]
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 _LEAVES |= {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 _LEAVES |= {"lora_magnitude": "lora_magnitude_vector"}
-_TRANSPOSED = ("kernel", "lora_A", "lora_B")  # (inputs, outputs) here, (outputs, inputs) there
+_EXPERTS = [("experts", name) for name in ("gate_proj", "up_proj", "down_proj")]
+_TRANSPOSED = ("kernel", "lora_A", "lora_B", "gate_proj", "up_proj", "down_proj")
+"""(inputs, outputs) here, (outputs, inputs) there."""
 
 
 class Tensors(Protocol):
@@ -47,11 +50,13 @@ class Tensor(NamedTuple):
         return math.prod(self.form.shape) * self.form.dtype.itemsize
 
 
-def hf_name(path: Steps, layer: int | None = None) -> str:
-    """The name there of a parameter, or of one layer of a stack."""
+def hf_name(path: Steps, at: tuple[int, ...] = ()) -> str:
+    """The name there of a parameter, or of that of one layer or expert of a stack."""
     *modules, leaf = [str(part) for part in path if part != "base"]
-    if layer is not None:
-        modules.insert(1, str(layer))
+    if is_stack(path) and at:
+        modules.insert(1, str(at[0]))
+    if is_of_experts(path):
+        modules, leaf = [*modules, str(at[-1]), leaf], "kernel"
     below = [] if modules[0] == "lm_head" else ["model"]
     peft = ["base_model", "model"] if leaf.startswith("lora_") else []
     return ".".join([*peft, *below, *modules, _LEAVES[leaf]])
@@ -60,6 +65,16 @@ def hf_name(path: Steps, layer: int | None = None) -> str:
 def is_stack(path: Steps) -> bool:
     """Whether a parameter is that of all layers, with a leading axis."""
     return path[0] == "layers" and not isinstance(path[1], int)
+
+
+def is_of_experts(path: Steps) -> bool:
+    """Whether a parameter is that of all experts of a layer, with an axis before the last two."""
+    return path[-2:] in _EXPERTS
+
+
+def places(path: Steps, shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Where in a stack each tensor of Hugging Face lies; of what is none, one empty place."""
+    return itertools.product(*map(range, shape[: is_stack(path) + is_of_experts(path)]))
 
 
 def steps(path: tuple[Any, ...]) -> Steps:
@@ -73,24 +88,22 @@ def tensors(
     """All tensors of a tree; `instead` gives what a kernel is replaced with when it is read."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = steps(keys)
-        layers: Any = range(leaf.shape[0]) if is_stack(path) else [None]
-        for layer in layers:
-            yield _tensor(path, leaf, layer, (instead or {}).get(path))
+        for at in places(path, leaf.shape):
+            yield _tensor(path, leaf, at, (instead or {}).get(path))
 
 
 def _tensor(
-    path: Steps, leaf: Any, layer: int | None, instead: Callable[[Any], jax.Array] | None
+    path: Steps, leaf: Any, at: tuple[int, ...], instead: Callable[[Any], jax.Array] | None
 ) -> Tensor:
-    turned = path[-1] in _TRANSPOSED
-    shape = leaf.shape if layer is None else leaf.shape[1:]
+    turned, shape = path[-1] in _TRANSPOSED, leaf.shape[len(at) :]
     form = jax.ShapeDtypeStruct(shape[::-1] if turned else shape, leaf.dtype)
 
     def read() -> np.ndarray:
-        at = ... if layer is None else layer
-        array = np.asarray(leaf[at] if instead is None else instead(at))
+        where = at or ...
+        array = np.asarray(leaf[where] if instead is None else instead(where))
         return np.ascontiguousarray(array.T) if turned else array
 
-    return Tensor(hf_name(path, layer), form, read)
+    return Tensor(hf_name(path, at), form, read)
 
 
 def filled(wanted: Any, source: Tensors, mesh: Mesh | None) -> Any:
@@ -104,29 +117,32 @@ def filled(wanted: Any, source: Tensors, mesh: Mesh | None) -> Any:
     places = jax.tree.map(lambda _: device, wanted) if mesh is None else shardings(wanted, mesh)
 
     def array(path: Any, leaf: Any, place: Any) -> jax.Array:
-        part = _reader(steps(path), leaf.shape, source)
-
-        def typed(index: Any) -> np.ndarray:
-            return part(index).astype(leaf.dtype)
-
-        return jax.make_array_from_callback(leaf.shape, place, typed)
+        read: Callable[[Any], np.ndarray] = _reader(steps(path), leaf, source)
+        return jax.make_array_from_callback(leaf.shape, place, read)
 
     return jax.tree_util.tree_map_with_path(array, wanted, places)
 
 
-def _reader(path: Steps, shape: tuple[int, ...], source: Tensors) -> Callable[[Index], np.ndarray]:
+def _reader(path: Steps, wanted: Any, source: Tensors) -> Callable[[Index], np.ndarray]:
     """A function from an index into the parameter to that part of it."""
-    turned = path[-1] in _TRANSPOSED
+    turned, depth = path[-1] in _TRANSPOSED, is_stack(path) + is_of_experts(path)
 
-    def one(index: Index, layer: int | None = None) -> np.ndarray:
-        found = source.read(hf_name(path, layer), index[::-1] if turned else index)
-        return found.T if turned else found
+    def one(index: Index, at: tuple[int, ...] = ()) -> np.ndarray:
+        found = source.read(hf_name(path, at), index[::-1] if turned else index)
+        return (found.T if turned else found).astype(wanted.dtype, copy=False)
 
     def stack(index: Index) -> np.ndarray:
-        layers = range(*index[0].indices(shape[0]))
-        return np.stack([one(index[1:], layer) for layer in layers])
+        ranges = [
+            range(*part.indices(size)) for part, size in zip(index, wanted.shape, strict=True)
+        ]
+        # Filled part by part: a list of them, put together, would be in memory twice.
+        whole = np.empty([len(part) for part in ranges], wanted.dtype)
+        for to in np.ndindex(whole.shape[:depth]):
+            at = tuple(part[i] for part, i in zip(ranges, to, strict=False))
+            whole[to] = one(index[depth:], at)
+        return whole
 
-    return stack if is_stack(path) else one
+    return stack if depth else one
 
 
 def _check(wanted: Any, source: Tensors) -> None:

@@ -108,6 +108,8 @@ def _as_it_is_filed(config: Config, checkpoint: Checkpoint) -> Config:
     """The configuration that the files bear out; tensors get the names that the decoder gives."""
     if "embed_tokens.weight" in checkpoint.shapes:  # saved without the head, and the name of both
         checkpoint.rename({name: f"model.{name}" for name in checkpoint.shapes if name != HEAD})
+    names = {name: _ours(name, config) for name in checkpoint.shapes}
+    checkpoint.rename({old: new for old, new in names.items() if new != old})
     if not config.tie_word_embeddings or HEAD not in checkpoint.shapes:
         return config
     if EMBEDDING not in checkpoint.shapes:
@@ -122,6 +124,28 @@ def _as_it_is_filed(config: Config, checkpoint: Checkpoint) -> Config:
         )
         return dataclasses.replace(config, tie_word_embeddings=False)
     return config
+
+
+def _ours(name: str, config: Config) -> str:
+    """Mixtral's names of a mixture as Qwen's; all others as they are."""
+    for mixtral, own in _MIXTRAL if config.is_mixtral else ():
+        name = name.replace(mixtral, own)
+    return name
+
+
+def _filed(name: str, config: Config) -> str:
+    """The opposite."""
+    for mixtral, own in _MIXTRAL if config.is_mixtral and ".mlp." in name else ():
+        name = name.replace(own, mixtral)
+    return name
+
+
+_MIXTRAL = [
+    (".block_sparse_moe.", ".mlp."),
+    (".w1.", ".gate_proj."),
+    (".w2.", ".down_proj."),
+    (".w3.", ".up_proj."),
+]
 
 
 def save(
@@ -144,7 +168,8 @@ def save(
       ValueError: for a shape that is none of `transformers`' architectures.
       ImportError: without safetensors.
     """
-    config, folder, every = model.config.to_hf(), Path(directory), list(_merged(model))
+    config, folder = model.config.to_hf(), Path(directory)
+    every = [t._replace(name=_filed(t.name, model.config)) for t in _merged(model)]
     tokens = model.generation or generation.of({"eos_token_id": end})
     plan = _planned(every, file_bytes)
     entries = [files.MODEL, files.INDEX]

@@ -20,6 +20,7 @@ import lbw_optax
 from train import adoption, data, logs, loop, model, recipes, run
 from train.options import Options
 
+pytestmark = pytest.mark.process
 MADE = 12
 """Updates of the old run."""
 

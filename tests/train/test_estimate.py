@@ -95,10 +95,19 @@ def test_a_run_that_cannot_fit_says_so_with_its_parts():
 
 
 def test_the_description_names_size_memory_and_time():
-    text = estimate.describe(found(), steps=1000, peak=1e12, devices=1)
+    options = dataclasses.replace(OPTIONS, steps=1000, eval_every=100, eval_targets=512_000)
+    cost = found()
+    step = cost.flops / (1e12 * estimate.EXPECTED_SHARE)
+    text = estimate.describe(cost, options, peak=1e12, devices=1)
     assert "0.657 M parameters" in text
     assert "MB a device (parameters 2.6 MB" in text
     assert "1000 steps of 512 tokens" in text
+    # Nine times 1000 batches, forward alone; then all text, whose length nobody knows yet.
+    seconds = f"{1000 * step:.0f} s and {9 * 1000 * step / 3:.0f} s of evaluations"
+    assert f"{seconds}, and at the end all held-out text, at 35%" in text
+    bounded = dataclasses.replace(options, eval_every=0, final_eval_targets=5_120_000)
+    text = estimate.describe(cost, bounded, peak=1e12, devices=1)
+    assert f"{2 * 10_000 * step / 3:.0f} s of evaluations, at 35%" in text
 
 
 @pytest.mark.parametrize(("adapters", "share"), [(False, 1 / 3), (True, 1 / 2)])

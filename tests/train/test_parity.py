@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from golden import make_decoders
 
-from train import lora, model, weights
+from train import lora, model, presets, weights
 
 NEEDED = ("torch", "transformers", "peft", "safetensors")
 missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),  # peft asks it
 ]
 over_cases = pytest.mark.parametrize("case", make_decoders.CASES)
+over_all_cases = pytest.mark.parametrize("case", [*make_decoders.CASES, *make_decoders.OTHERS])
 SMALL = model.Config(
     vocab_size=37,
     hidden_size=16,
@@ -29,6 +30,12 @@ SMALL = model.Config(
     head_dim=8,
     rope_theta=1e6,
 )
+GEMMA = {
+    "attention_bias": False,
+    "norm_offset": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "scaled_embedding": True,
+}
 ARCHITECTURES = {
     "qwen2": {},
     "qwen2-window": {"sliding_window": 4, "max_window_layers": 1},
@@ -40,7 +47,35 @@ ARCHITECTURES = {
         "rope_scaling": model.Llama3Rope(8.0, 1.0, 4.0, 480),
         "max_position_embeddings": 512,
     },
+    "qwen3-moe": {
+        "attention_bias": False,
+        "qk_norm": True,
+        "tie_word_embeddings": False,
+        "experts": presets.Experts(3, 2, 12, norm_topk_prob=False),
+    },
+    "mixtral": {
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "experts": presets.Experts(3, 1, 20, router_aux_loss_coef=0.02),
+    },
+    "olmo2": {
+        "attention_bias": False,
+        "joint_qk_norm": True,
+        "norms": "after",
+        "tie_word_embeddings": False,
+    },
+    "gemma": {**GEMMA},
+    "gemma3": {
+        **GEMMA,
+        "qk_norm": True,
+        "norms": "both",
+        "sliding_window": 3,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 1e4,
+        "query_pre_attn_scalar": 7,
+    },
 }
+SCANNED = ("llama", "qwen3", "qwen3-moe")
 TOKENS = np.random.default_rng(3).integers(37, size=(2, 10)).astype(np.int32)
 
 
@@ -81,14 +116,16 @@ def adapted(decoder):
 # --- models ------------------------------------------------------------------------------------
 
 
-@over_cases
+@over_all_cases
 def test_logits_loss_and_every_gradient_equal_torch(case, tmp_path):
+    """The loss of a mixture holds its load-balance loss."""
     network = make_decoders.build(case, seed=1)
     network.save_pretrained(tmp_path)
     tokens, positions = make_decoders.batch(seed=1)
     expected = make_decoders.outcome(network, tokens, positions)
-    graphdef, params, frozen = model.split(weights.load(tmp_path))
-    loss_fn = model.next_token_loss(graphdef)
+    decoder = weights.load(tmp_path)
+    graphdef, params, frozen = model.split(decoder)
+    loss_fn = model.next_token_loss(graphdef, balance=decoder.config.balance)
 
     @jax.jit
     def outcome(params, frozen, batch):
@@ -178,7 +215,7 @@ def test_files_written_here_open_there(architecture, tmp_path):
 
     files = "several" if architecture.startswith("llama") else "one"
     config = dataclasses.replace(SMALL, **ARCHITECTURES[architecture])
-    decoder = random_decoder(config, scan=architecture in ("llama", "qwen3"))
+    decoder = random_decoder(config, scan=architecture in SCANNED)
     weights.save(decoder, tmp_path, file_bytes=5_000 if files == "several" else 10**9)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == (files == "several")
     network, info = transformers.AutoModelForCausalLM.from_pretrained(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from train import lora, model, presets
+import lbw_optax
+from train import loop, lora, model, presets
 
 # Totals of the published safetensors; of a tied head, the embedding counts once.
 PUBLISHED = {
@@ -26,6 +27,17 @@ PUBLISHED = {
     "Qwen/Qwen3-8B": 8_190_735_360,
     "Qwen/Qwen3-14B": 14_768_307_200,
     "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "mistralai/Mixtral-8x22B-v0.1": 140_620_634_112,
+    "allenai/OLMo-2-0425-1B": 1_484_916_736,
+    "allenai/OLMo-2-1124-7B": 7_298_617_344,
+    "allenai/OLMo-2-1124-13B": 13_716_198_400,
+    "google/gemma-2b": 2_506_172_416,
+    "google/gemma-7b": 8_537_680_896,
+    "google/gemma-3-270m": 268_098_176,
+    "google/gemma-3-1b-pt": 999_885_952,
     "TinyLlama/TinyLlama_v1.1": 1_100_048_384,
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
     "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": 1_100_048_384,
@@ -75,7 +87,8 @@ def test_every_preset_is_counted():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_as_many_as_published(name):
     def make():
-        return model.Decoder(model.PRESETS[name], rngs=nnx.Rngs(0), scan=True)
+        alike = model.PRESETS[name].sliding_window_pattern is None
+        return model.Decoder(model.PRESETS[name], rngs=nnx.Rngs(0), scan=alike)
 
     shapes = jax.tree.leaves(nnx.state(nnx.eval_shape(make), nnx.Param))
     assert sum(leaf.size for leaf in shapes) == PUBLISHED[name]
@@ -97,6 +110,29 @@ def test_a_step_of_a_large_preset_can_be_traced():
     assert (loss.shape, loss.dtype) == ((), jnp.float32)
     assert sum(leaf.size for leaf in jax.tree.leaves(gradients)) == 40_370_176
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7B", "Qwen/Qwen3-30B-A3B"])
+def test_a_full_parameter_step_above_2e31_parameters_has_its_shapes(name):
+    """The whole of it, guard included, from shapes alone: no parameter is made."""
+    config = model.PRESETS[name]
+    bfloat16 = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+
+    def make():
+        return model.Decoder(config, rngs=nnx.Rngs(0), scan=True, remat=True, **bfloat16)
+
+    graphdef, params, frozen = model.split(nnx.eval_shape(make))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == PUBLISHED[name] > 2**31
+    tx = lbw_optax.adamw(1e-5)
+    state = jax.eval_shape(tx.init, params)
+    loss_fn = model.next_token_loss(graphdef, chunk=256, balance=config.balance)
+    batch = np.zeros((2, 1025), np.int32)
+    found = loop.train_step.eval_shape(loss_fn, tx.update, params, state, frozen, batch, 2)
+    forms = [
+        jax.tree.map(lambda x: (x.shape, x.dtype), trees) for trees in (found, (params, state))
+    ]
+    assert forms[0][:2] == forms[1]
+    assert (found[2]["loss"].shape, found[2]["loss"].dtype) == ((), jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +168,10 @@ def test_scaling_and_window_come_back_from_their_json():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2'.* qwen2, qwen3, llama"),
+        (
+            {"model_type": "gpt2"},
+            "model_type='gpt2'.* qwen2, qwen3, llama, qwen3_moe, mixtral, olmo2, gemma",
+        ),
         ({"model_type": None}, "model_type=None"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"mlp_bias": True}, "mlp_bias=True"),
@@ -146,6 +185,47 @@ def test_scaling_and_window_come_back_from_their_json():
 def test_what_the_decoder_cannot_do_is_named(change, named):
     with pytest.raises(ValueError, match=named):
         model.Config.from_hf(TINYLLAMA | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("google/gemma-3-1b-pt", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ("google/gemma-3-1b-pt", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ("google/gemma-3-1b-pt", {"hidden_activation": "silu"}, "hidden_activation='silu'"),
+        ("google/gemma-3-1b-pt", {"layer_types": ["full_attention"] * 25}, "follow no pattern"),
+        ("google/gemma-3-1b-pt", {"use_bidirectional_attention": True}, "use_bidirectional"),
+        ("Qwen/Qwen3-30B-A3B", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
+        ("Qwen/Qwen3-30B-A3B", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("Qwen/Qwen3-30B-A3B", {"num_experts_per_tok": 200}, "num_experts_per_tok=200 of"),
+        ("mistralai/Mixtral-8x7B-v0.1", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+        ("allenai/OLMo-2-1124-7B", {"attention_bias": True}, "attention_bias=True of olmo2"),
+    ],
+)
+def test_what_the_decoder_cannot_do_of_the_others_is_named(name, change, named):
+    with pytest.raises(ValueError, match=named):
+        model.Config.from_hf(model.PRESETS[name].to_hf() | change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"norms": "after"},
+        {"joint_qk_norm": True},
+        {"experts": presets.Experts(4, 2, 8)},
+        {"rope_local_base_freq": 1e4},
+        {"attention_bias": False, "experts": presets.Experts(4, 2, 384, norm_topk_prob=False)},
+    ],
+    ids=lambda change: " ".join(change),
+)
+def test_a_shape_that_transformers_has_not_is_refused(change):
+    with pytest.raises(ValueError, match="no architecture of transformers has"):
+        dataclasses.replace(model.PRESETS["tiny"], **change).to_hf()
+
+
+def test_the_first_gemma_says_gelu_and_means_its_approximation():
+    given = model.PRESETS["google/gemma-2b"].to_hf() | {"hidden_act": "gelu"}
+    assert model.Config.from_hf(given) == model.PRESETS["google/gemma-2b"]
 
 
 def test_windows_that_alternate_are_refused():

@@ -12,11 +12,14 @@ from flax import nnx
 
 pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_optax[rollback]'")
 
+from jax.sharding import AxisType
 from small_model import SMALL
 
-from train import data, logs, loop, model, run
+from train import data, logs, loop, model, run, sharding
 from train.options import Options
 from train.progress import Progress
+
+pytestmark = pytest.mark.process
 
 
 def build():
@@ -66,7 +69,8 @@ def calls(monkeypatch):
         params, opt_state, metrics = step(*arguments)
         calls.append(np.asarray(arguments[5].tokens))
         if len(calls) == 25:
-            params["norm"]["scale"] = params["norm"]["scale"].at[3].set(jnp.nan)
+            scale = params["norm"]["scale"]
+            params["norm"]["scale"] = jax.device_put(scale.at[3].set(jnp.nan), scale.sharding)
         return params, opt_state, metrics
 
     faulty.eval_shape = step.eval_shape
@@ -94,6 +98,31 @@ def test_a_fault_leads_to_a_rollback_that_is_told_and_logged(options, corpus, ca
     # No batch is used twice.
     assert len({batch.tobytes() for batch in calls}) == len(calls)
 
+    on_a_mesh_it_is_the_same(options, corpus, calls)
+
+
+def on_a_mesh_it_is_the_same(options, corpus, calls):
+    """On four devices along (fsdp, tensor), with decisions, batches and rollback."""
+    calls_alone = list(calls)
+    calls.clear()
+    spread = dataclasses.replace(options, out=options.out.parent / "mesh")
+    four, kinds = jax.devices()[:4], (AxisType.Auto,) * 4
+    names = (*sharding.ROWS, "tensor")
+    mesh = jax.make_mesh((1, 2, 1, 2), names, axis_types=kinds, devices=four)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "mesh", lambda options: mesh)
+        result = trained(spread, corpus)
+    kernel = result.decoder.layers[0].mlp.up_proj.kernel[...]
+    assert kernel.addressable_shards[0].data.shape == (16, 32)
+    np.testing.assert_array_equal(calls, calls_alone)
+    journals = [json.loads((o.out / "journal.json").read_text()) for o in (spread, options)]
+    assert journals[0]["rollbacks"] == journals[1]["rollbacks"]
+    found, expected = logs.history(spread.out), logs.history(options.out)
+    for decision in ("step", "regime", "skips"):
+        np.testing.assert_array_equal(found[decision], expected[decision], err_msg=decision)
+    for number in ("loss", "scale", "gradient_norm"):
+        np.testing.assert_allclose(found[number], expected[number], rtol=1e-3, err_msg=number)
+
 
 def test_without_a_guard_nothing_is_done_about_it(options, corpus, calls):
     with pytest.warns(RuntimeWarning, match=r"none to go back to, for a NaN in 0\.norm\.scale"):
@@ -104,8 +133,9 @@ def test_without_a_guard_nothing_is_done_about_it(options, corpus, calls):
     assert json.loads((options.out / "result.json").read_text())["perplexity"]["test"] is None
 
 
-def test_the_whole_of_each_split_is_measured(options, corpus):
-    result = trained(dataclasses.replace(options, steps=2, learning_rate=1e-9), corpus)
+def test_the_whole_of_each_split_is_measured_or_so_much_of_it_as_is_asked_for(options, corpus):
+    whole = dataclasses.replace(options, steps=2, learning_rate=1e-9)
+    result = trained(whole, corpus)
     _, params, frozen = model.split(result.decoder)
     graphdef, _, _ = model.split(build())
     for split in ("valid", "test"):
@@ -120,6 +150,15 @@ def test_the_whole_of_each_split_is_measured(options, corpus):
             count += len(window) - 1
         assert count == 599
         assert result.perplexity[split] == pytest.approx(np.exp(total / count), rel=1e-4)
+
+    # The same run again, at its end.
+    bounded = trained(dataclasses.replace(whole, final_eval_targets=256), corpus)
+    assert bounded.targets == {"valid": 256, "test": 256}
+    document = json.loads((options.out / "result.json").read_text())
+    assert document["targets"] == bounded.targets
+    windows = data.windows(corpus.test, batch_size=8, length=16, limit=256)
+    expected = loop.perplexity(model.next_token_loss(graphdef), params, windows, frozen=frozen)
+    assert bounded.perplexity["test"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_run_goes_on_with_other_microbatches_and_more_steps(options, corpus, capsys):
@@ -142,19 +181,6 @@ def test_a_run_goes_on_with_other_microbatches_and_more_steps(options, corpus, c
     assert found["step"].tolist() == list(range(1, 17))
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-4)
     assert np.isfinite(found["valid_perplexity"]).nonzero()[0].tolist() == [7, 11, 15]
-
-
-def test_the_final_evaluation_can_be_bounded(options, corpus):
-    bounded = dataclasses.replace(options, steps=2, final_eval_targets=256)
-    result = trained(bounded, corpus)
-    assert result.targets == {"valid": 256, "test": 256}
-    document = json.loads((options.out / "result.json").read_text())
-    assert document["targets"] == result.targets
-    graphdef, params, frozen = model.split(result.decoder)
-    loss_fn = model.next_token_loss(graphdef)
-    windows = data.windows(corpus.test, batch_size=8, length=16, limit=256)
-    expected = loop.perplexity(loss_fn, params, windows, frozen=frozen)
-    assert result.perplexity["test"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_run_that_is_asked_to_stop_in_an_evaluation_is_saved_and_not_finished(

@@ -1,5 +1,6 @@
 """Eight simulated devices: where parameters lie, and that training is that of one device."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lbw_optax import lbw_guard
-from train import lora, model, sharding, weights
+from train import lora, model, presets, sharding, weights
 
 CONFIG = model.Config(
     vocab_size=64,
@@ -97,6 +98,35 @@ def test_training_on_a_mesh_is_that_of_one_device(tx, scan, adapters):
     )
 
 
+MIXTURE = dataclasses.replace(
+    CONFIG,
+    num_hidden_layers=1,
+    experts=presets.Experts(4, 2, 16),
+    attention_bias=False,
+    qk_norm=True,
+)
+
+
+def test_experts_on_a_mesh_are_those_of_one_device():
+    """Loss with its balance, and the gradient of every parameter, in rows of unlike length."""
+    graphdef, params, frozen = model.split(model.Decoder(MIXTURE, rngs=nnx.Rngs(0)))
+    gradient = jax.jit(jax.value_and_grad(model.next_token_loss(graphdef, balance=0.5)))
+    rng = np.random.default_rng(0)
+    batch = rng.integers(64, size=(8, 9)).astype(np.int32)
+    batch[:3, 5:] = model.IGNORED
+    expected = gradient(params, frozen, batch)
+    mesh = sharding.make_mesh(fsdp=2, expert=2, tensor=2)
+    with jax.set_mesh(mesh):
+        placed = sharding.shard(params, mesh)
+        loss, found = gradient(placed, frozen, sharding.shard_batch(batch, mesh))
+    kernel = placed["layers"][0]["mlp"]["experts"]["up_proj"]
+    assert kernel.addressable_shards[0].data.shape == (2, 8, 8)
+    assert float(loss) == pytest.approx(float(expected[0]), rel=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found, expected[1]
+    )
+
+
 def shapes(scan, adapters):
     """(parameters, frozen rest) without any array."""
     return jax.eval_shape(lambda: start(scan, adapters)[1:])
@@ -158,8 +188,9 @@ def test_initialise_makes_what_one_device_makes():
 
 
 def test_a_mesh_takes_all_devices():
-    assert dict(sharding.make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert dict(sharding.make_mesh(tensor=4).shape) == {"data": 1, "fsdp": 2, "tensor": 4}
+    assert dict(sharding.make_mesh().shape) == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
+    found = dict(sharding.make_mesh(tensor=2, expert=2).shape)
+    assert found == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
     with pytest.raises(ValueError, match=r"data=3, fsdp=2 and tensor=1 has 6 devices.*there are 8"):
         sharding.make_mesh(data=3, fsdp=2)
 
