@@ -42,7 +42,7 @@ def metrics(state: PyTree) -> dict[str, jax.Array]:
     ``overshoot``               cosine of the gradients with the step before; > 0: it went too far
     ``curvature``               second derivative of the loss along the step before
     ``loss``                    as it was passed
-    ``loss_trend``              fast less slow mean of symlog(loss); < 0: it falls
+    ``loss_trend``              fast less slow mean, in first losses; < 0: it falls
     ``nonfinite_gradients``     elements; likewise ``nonfinite_updates``, ``nonfinite_loss``
     ``updates_broken``          bool, their length jumped beyond any step of an optimizer
     ``parameters_broken``       bool, they are not finite, or longer than a step can make them

@@ -206,7 +206,8 @@ def judge(
 ) -> Evidence:
     """Weigh the signals of one step: thresholds of the steps before, mean overshoot with it."""
     loss_threshold = before.loss.mean + SPIKE_STDS * stats.std(before.loss, stats.LOSS)
-    spike = seen.has_loss & (before.loss.weight > 0) & (stats.symlog(seen.loss) > loss_threshold)
+    spike = stats.has_level(seen) & (before.loss.weight > 0)
+    spike = spike & (stats.relative_loss(before, seen) > loss_threshold)
     overshoot = after.overshoot.mean / stats.standard_error(after.overshoot, stats.OVERSHOOT)
     log_step = jnp.where(seen.has_step, jnp.log(jnp.maximum(seen.relative_step, 1e-30) / KAPPA), 0)
     against = _without_doubt(control, overshoot, log_step)
@@ -229,7 +230,7 @@ def judge(
     }
     thresholds: dict[Signal, jax.Array | float] = {
         Signal.GRADIENT_NORM: jnp.exp(_gradient_threshold(before)),
-        Signal.LOSS: stats.inverse_symlog(loss_threshold),
+        Signal.LOSS: loss_threshold * before.loss_unit,
         Signal.RELATIVE_STEP: KAPPA,
     }
     return Evidence(

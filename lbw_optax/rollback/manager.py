@@ -448,10 +448,12 @@ def _back(
         log_ceiling=log_ceiling,
         ceiling_steps=jnp.int32(CEILING_STEPS),
     )
-    calm = _calm_down(guard)
-    return calm._replace(
+    known = divergence.leave(left.law.divergence, left.law.statistics.loss_unit)
+    quiet = divergence.after_rollback(guard.law.divergence, known)
+    return guard._replace(
+        inner_state=None,
         mode=left.mode,
-        law=calm.law._replace(control=held),
+        law=guard.law._replace(control=held, divergence=quiet),
         events=ring.record_rollback(
             left.events,
             guard.guard_steps,
