@@ -127,6 +127,7 @@ class Outcome(NamedTuple):
     rollback_asked: str
     loss_excess: float
     grace: int
+    rejected_share: float
 
 
 @dataclass
@@ -153,6 +154,9 @@ class LawReference:
         self.outstanding = 0.0
         self.exhausted = False
         self.last_norm = self.last_loss = self.last_step = 0.0
+        self.rest_from, self.rest_steps, self.rest_reported = self.log_scale, 0, 0.0
+        self.rejected: list[str | None] = []
+        self.rejected_share, self.rejecting = 0.0, False
         self.loss_unit = 0.0
         self.tolerance = 0.0
         self.ceiling, self.ceiling_steps = 0.0, 0
@@ -201,8 +205,11 @@ class LawReference:
         if self.ceiling_steps > 0:
             self.log_scale = self._bounded(min(self.log_scale, self.ceiling))
             self.ceiling_steps -= 1
-        action = self._turn(trouble)
+        turned = self._turn(trouble)
+        action = "skip" if rejected else turned
         self._account(bool(rejected), action)
+        action = self._held(action)
+        action, shared = self._rejecting(rejected, action)
         self._assess(seen, rejected, fell)
         values = vars(seen) | {
             "gradient_norm": self.last_norm,
@@ -219,10 +226,10 @@ class LawReference:
             bool(rejected),
             self.log_scale,
             self.regime,
-            "skip" if rejected else action,
-            signal,
-            values[signal],
-            limits.get(signal, 0.0),
+            action,
+            shared or signal,
+            self.rejected_share if shared else values[signal],
+            control.REJECTED_BOUND if shared else limits.get(signal, 0.0),
             self.outstanding,
             self.exhausted,
             self.calm_steps,
@@ -231,6 +238,7 @@ class LawReference:
             self.rollback_asked,
             self.loss_excess,
             self.grace,
+            self.rejected_share,
         )
 
     def _first_was_broken(self, seen: Signals) -> bool:
@@ -241,7 +249,7 @@ class LawReference:
         return math.log(seen.gradient_norm) < least
 
     def _assess(self, seen: Signals, rejected: str | None, fell: bool) -> None:
-        """Whether to ask for a rollback; the first reason stays."""
+        """Whether to ask for a rollback; the first reason stays, but for a more certain one."""
         grace = self.grace > 0
         if rejected is None:
             self.inner_steps = 0
@@ -255,8 +263,9 @@ class LawReference:
             "skips": not grace and self.skips_in_a_row >= divergence.SKIP_STEPS,
             "loss": self.loss_excess >= divergence.ENOUGH_EVIDENCE,
         }
-        if self.rollback_asked == "none":
-            self.rollback_asked = next((name for name, sign in signs.items() if sign), "none")
+        found = next((name for name, sign in signs.items() if sign), "none")
+        ranks = [*signs, "none"]
+        self.rollback_asked = min(self.rollback_asked, found, key=ranks.index)
 
     def _watch_loss(self, seen: Signals, grace: bool) -> None:
         """Page's test against the lowest mean since the start or the last rollback."""
@@ -441,6 +450,33 @@ class LawReference:
             self.turning_point = max(self.turning_point, self.log_scale)
         reported = {"unstable": "hold", "stressed": "cut", "recovering": "recover"}
         return reported.get(self.regime, "none") if changed else "none"
+
+    def _held(self, action: str) -> str:
+        """Whether a low scale has come to rest, and that is news."""
+        if abs(self.log_scale - self.rest_from) > -math.log(control.TURN):
+            self.rest_from, self.rest_steps = self.log_scale, 0
+        else:
+            self.rest_steps += 1
+        news = abs(self.log_scale - self.rest_reported) > -math.log(control.LOW)
+        if self._is_full():
+            self.rest_reported = 0.0
+        low = self.log_scale < math.log(control.LOW)
+        if low and self.rest_steps >= control.REST_STEPS and news and action == "none":
+            self.rest_reported = self.log_scale
+            return "held"
+        return action
+
+    def _rejecting(self, rejected: str | None, action: str) -> tuple[str, str | None]:
+        """Whether too many steps are rejected, and that is news; and why the newest was."""
+        self.rejected.append(rejected)
+        steps = min(len(self.rejected), control.LONG_RUN)
+        self.rejected_share += (bool(rejected) - self.rejected_share) / steps
+        many = self.rejected_share > control.REJECTED_BOUND and steps >= control.REJECTED_FROM
+        if many and not self.rejecting and action == "none":
+            self.rejecting = True
+            return "rejecting", next(why for why in reversed(self.rejected) if why)
+        self.rejecting = self.rejecting and self.rejected_share > control.REJECTED_BOUND / 2
+        return action, None
 
     def _account(self, skip: bool, action: str) -> None:
         spends = skip or action in ("cut", "hold")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 
 import optax
 import pytest
@@ -30,6 +31,12 @@ def lines(path):
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
+def numbers(path):
+    """Of the interventions in the file; a line with a count stands for as many."""
+    written = [line for line in lines(path) if "number" in line]
+    return [line["number"] + i for line in written for i in range(line.get("count", 1))]
+
+
 def test_audit_log_writes_each_intervention_once(tmp_path):
     path = tmp_path / "audit.jsonl"
     with AuditLog(path) as audit:
@@ -41,11 +48,14 @@ def test_audit_log_writes_each_intervention_once(tmp_path):
     assert [line["number"] for line in written] == list(
         range(int(lbw_optax.metrics(state)["events"]))
     )
-    assert [{k: v for k, v in line.items() if k != "recorded_at"} for line in written] == [
+    read = ("recorded_at", "time", "rate_multiple")
+    assert [{k: v for k, v in line.items() if k not in read} for line in written] == [
         {k: v for k, v in event._asdict().items() if v not in (None, "")}
         for event in lbw_optax.events(state)
     ]
     first = written[0]
+    age = datetime.now(UTC) - datetime.fromisoformat(first.pop("time"))
+    assert timedelta(0) <= age < timedelta(minutes=10)
     assert first == {
         "number": 0,
         "step": 0,
@@ -56,6 +66,7 @@ def test_audit_log_writes_each_intervention_once(tmp_path):
         "action": "skip",
         "scale_before": pytest.approx(control.FIRST_SCALE),
         "scale_after": pytest.approx(control.FIRST_SCALE),
+        "rate_multiple": pytest.approx(control.FIRST_SCALE),
         "recorded_at": 9,
     }
 
@@ -67,7 +78,7 @@ def test_reopened_audit_log_goes_on_without_duplicates(tmp_path):
             with AuditLog(path) as audit:
                 assert audit.record(step, state) == 30
                 assert audit.record(step, state) == 0
-    assert [line["number"] for line in lines(path)] == list(range(90))
+    assert numbers(path) == list(range(90))
 
 
 @pytest.mark.parametrize("torn", ['{"number": 10, "st', "{", '{"number": 10}'])
@@ -81,7 +92,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path, torn):
         file.write(torn)
     with AuditLog(path) as audit:
         assert audit.record(19, states[19]) == 10
-    assert [line["number"] for line in lines(path)] == list(range(20))
+    assert numbers(path) == list(range(20))
 
 
 def test_late_reading_says_how_many_are_lost(tmp_path):
@@ -90,11 +101,10 @@ def test_late_reading_says_how_many_are_lost(tmp_path):
     with AuditLog(path) as audit:
         assert audit.record(4, states[4]) == 5
         assert audit.record(SIZE + 19, states[-1]) == SIZE
-    written = lines(path)
-    assert written[5] == {"action": "lost", "interventions": 15, "recorded_at": SIZE + 19}
-    assert [line["number"] for line in written if "number" in line] == [
-        *range(5), *range(20, SIZE + 20)
-    ]  # fmt: skip
+    (lost,) = (line for line in lines(path) if line["action"] == "lost")
+    del lost["time"], lost["rate_multiple"], lost["loss"]
+    assert lost == {"action": "lost", "interventions": 15, "recorded_at": SIZE + 19}
+    assert numbers(path) == [*range(5), *range(20, SIZE + 20)]
     with AuditLog(path) as audit:  # a "lost" line is no obstacle to going on
         assert audit.record(SIZE + 20, states[-1]) == 0
 
@@ -107,7 +117,7 @@ def test_after_a_restore_the_log_goes_on_from_there(tmp_path):
         audit.record(9, states[9])
         assert audit.record(4, states[4]) == 0
         assert audit.record(5, states[5]) == 1
-    assert [line["number"] for line in lines(path)] == [*range(10), 5]
+    assert numbers(path) == [*range(10), 5]
 
 
 def test_after_a_restore_a_reopened_log_goes_on_from_there(tmp_path):
@@ -119,7 +129,7 @@ def test_after_a_restore_a_reopened_log_goes_on_from_there(tmp_path):
         audit.record(5, states[5])
     with AuditLog(path) as audit:
         assert audit.record(7, states[7]) == 2
-    assert [line["number"] for line in lines(path)] == [*range(10), 5, 6, 7]
+    assert numbers(path) == [*range(10), 5, 6, 7]
 
 
 def test_a_path_in_a_missing_folder(tmp_path):
@@ -228,7 +238,7 @@ def assert_nothing_is_half_written(path, fails):
                     audit.record(step, states[step])
                 assert path.read_bytes() == before
         assert audit.record(39, states[39]) == 30
-    assert [line["number"] for line in lines(path)] == list(range(40))
+    assert numbers(path) == list(range(40))
     with AuditLog(path) as audit:
         assert audit.record(39, states[39]) == 0
 

@@ -21,7 +21,7 @@ from lbw_optax.law.telemetry import Telemetry
 
 
 class Reason(enum.IntEnum):
-    """Why a rollback is asked for."""
+    """Why a rollback is asked for, the most certain first."""
 
     NONE = 0
     PARAMETERS = 1  # not finite, or far longer than a step can make them
@@ -188,17 +188,13 @@ def assess(
         otherwise=Reason.NONE,
     )
     asked = divergence.rollback_asked
-    overruled = is_uncertain(asked) & (sign > 0) & ~is_uncertain(sign)
+    # The first reason stays, but for a more certain one: those come first.
+    stays = (asked > 0) & ((sign == 0) | (asked <= sign))
     return watched._replace(
-        rollback_asked=jnp.where((asked > 0) & ~overruled, asked, sign),
+        rollback_asked=jnp.where(stays, asked, sign),
         inner_steps=inner,
         grace=jnp.where(in_grace & sound, divergence.grace - 1, divergence.grace),
     )
-
-
-def is_uncertain(reason: jax.Array) -> jax.Array:
-    """Whether a reason is one of `UNCERTAIN`."""
-    return jnp.isin(reason, jnp.asarray(UNCERTAIN, jnp.int32))
 
 
 def _first_was_broken(seen: Telemetry, before: Statistics) -> jax.Array:
