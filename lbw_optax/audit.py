@@ -268,23 +268,28 @@ class AuditLog:
         guards = find_named(state)
         paths = [""] if len(guards) == 1 else list(guards)
         written: list[dict[str, Any]] = []
-        news: list[dict[str, Any]] = []
+        said: list[dict[str, Any]] = []
+        count = 0
         open_rows: dict[str, dict[str, Any]] = {}
         for path, guard in zip(paths, guards.values(), strict=True):
             fresh = self._news(path, of_one_run(guard), step)
-            lines = _in_rows([self._open_rows[path]] if path in self._open_rows else [], fresh)
+            before = [self._open_rows[path]] if path in self._open_rows else []
+            lines = _in_rows(before, fresh)
+            said += lines[len(before) :]
+            count += sum("number" in line for line in fresh)
             if lines and _may_go_on(lines[-1], int(guard.guard_steps)):
                 open_rows[path] = lines.pop()
-            written, news = written + lines, news + fresh
+            said += [line for line in lines[: len(before)] if "count" in line]
+            written += lines
         self._write(written)
         self._open_rows = open_rows
         self._next |= {
             path: int(guard.events.recorded)
             for path, guard in zip(paths, guards.values(), strict=True)
         }
-        for line in news + [line for line in written if "count" in line]:
+        for line in said:
             _LOG.log(*sentences.logged(line))
-        return sum("number" in line for line in news)
+        return count
 
     def _news(self, path: str, guard: GuardState, step: int) -> list[dict[str, Any]]:
         """What one guard did since the last call."""
@@ -335,12 +340,13 @@ class AuditLog:
 
 def _in_rows(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of equal interventions in steps that follow one another become one, with a count."""
+    rows = list(rows)
     for line in lines:
         if rows and _goes_on(rows[-1], line):
             count = rows[-1].get("count", 1) + 1
             rows[-1] = rows[-1] | {"count": count, "last_step": line["step"]}
         else:
-            rows = [*rows, line]
+            rows.append(line)
     return rows
 
 

@@ -169,12 +169,14 @@ class LawReference:
         ceiling: float = 0.0,
         ceiling_steps: int = 0,
         left: tuple[float, float] = (0.0, 0.0),
+        left_times: int = 0,
     ) -> None:
         """What the law forgets and holds after a return to an earlier state.
 
         `left` is the lowest and the last loss of the run that was left for its loss.
         """
-        self.left = left
+        self.left_times = left_times
+        self.left, self.steps_since, self.rising_steps = left, 0, 0
         self.level = RunningReference(statistics.LOSS)
         self.innovation = RunningReference(statistics.LOSS)
         self.lowest, self.quiet_std, self.recent = math.inf, statistics.LOSS.floor, 0.0
@@ -287,6 +289,9 @@ class LawReference:
         if known:
             evidence = min(max((y - self.lowest) / margin - 1, -1), divergence.MOST_EVIDENCE)
             self.loss_excess = min(max(self.loss_excess + evidence, 0), divergence.ENOUGH_EVIDENCE)
+            if self.loss_excess >= divergence.ENOUGH_EVIDENCE and self._comes_again():
+                self._tolerate_rise((y - self.lowest) * self.loss_unit)
+                self.loss_excess = 0.0
             self.lowest += divergence.FORGOTTEN * margin
         if entered >= statistics.START_STEPS:
             missed = (y - level_before - innovation_before) / self._noise(std_before)
@@ -297,6 +302,8 @@ class LawReference:
             self.last_innovation = missed
         if entered + 1 == divergence.RETURN_STEPS:
             self._tolerate(self.level.mean * self.loss_unit)
+        self.steps_since += 1
+        self.rising_steps = self.rising_steps + 1 if self.loss_excess > 0 else 0
         if self.loss_excess == 0 and entered + 1 >= statistics.START_STEPS:
             self.lowest = min(self.lowest, self.level.mean)
             rho = min(
@@ -310,7 +317,17 @@ class LawReference:
         """A rise that is there again right after a rollback is the data's."""
         low, high = self.left
         if low < high and here > (low + high) / 2:
-            self.tolerance = max(self.tolerance, divergence.TOLERANCE * (here - low))
+            self._tolerate_rise(here - low)
+
+    def _tolerate_rise(self, rise: float) -> None:
+        self.tolerance = max(self.tolerance, divergence.TOLERANCE * rise)
+
+    def _comes_again(self) -> bool:
+        """A rise like the one that was left, slowly come about again."""
+        of_late = self.steps_since < divergence.RETURN_WITHIN
+        slowly = self.rising_steps >= divergence.SUDDEN
+        often = self.left_times >= divergence.OFTEN
+        return self.left[0] < self.left[1] and of_late and (slowly or often)
 
     def _noise(self, variance: float) -> float:
         """Standard deviation of the loss about its level, at least a share of what it was."""
@@ -455,7 +472,7 @@ class LawReference:
         """Whether a low scale has come to rest, and that is news."""
         if abs(self.log_scale - self.rest_from) > -math.log(control.TURN):
             self.rest_from, self.rest_steps = self.log_scale, 0
-        else:
+        elif self.calm_steps >= control.COOL_DOWN:
             self.rest_steps += 1
         news = abs(self.log_scale - self.rest_reported) > -math.log(control.LOW)
         if self._is_full():

@@ -120,7 +120,7 @@ class Rest(NamedTuple):
     """Whether the scale keeps still: scalars."""
 
     log_scale: jax.Array  # float32, where it began to
-    steps: jax.Array  # int32, since then
+    steps: jax.Array  # int32, since then, in which it was free to grow
     reported: jax.Array  # float32, log(scale) of the newest report; 0 once it has been full
 
 
@@ -335,7 +335,7 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
     control = control._replace(turning_point=turning_point)
     regime, turning_point = _next_regime(control, log_scale, trouble, calm)
     action = _action(control.regime, regime, skip)
-    action, rest = _report_rest(control, log_scale, action)
+    action, rest = _report_rest(control, log_scale, calm, action)
     action, rejections = _report_rejections(control.rejections, evidence.rejected, action)
     intervened = (action == Action.SKIP) | (action == Action.CUT) | (action == Action.HOLD)
     outstanding = control.outstanding + jnp.where(intervened, 1.0, -EARNED)
@@ -433,7 +433,7 @@ def _action(was: jax.Array, regime: jax.Array, skip: jax.Array) -> jax.Array:
 
 
 def _report_rest(
-    control: Control, log_scale: jax.Array, action: jax.Array
+    control: Control, log_scale: jax.Array, calm: jax.Array, action: jax.Array
 ) -> tuple[jax.Array, Rest]:
     """`HELD`, where nothing else is to be reported, once each time that a low scale comes to rest.
 
@@ -441,7 +441,8 @@ def _report_rest(
     """
     rest = control.rest
     still = jnp.abs(log_scale - rest.log_scale) <= -math.log(TURN)
-    steps = jnp.where(still, optax.safe_increment(rest.steps), 0)
+    free = jnp.where(calm >= COOL_DOWN, optax.safe_increment(rest.steps), rest.steps)
+    steps = jnp.where(still, free, 0)
     is_new = jnp.abs(log_scale - rest.reported) > -math.log(LOW)
     low = (log_scale < math.log(LOW)) & ~control.pinned
     held = low & (steps >= REST_STEPS) & is_new & (action == Action.NONE)

@@ -71,6 +71,10 @@ GRACE = 10
 RETURN_STEPS = 3
 # From then on only a rise of this many times its size asks.
 TOLERANCE = 5.0
+# So is one that comes about again in the steps after the rollback, this many, and slowly: in more
+# steps than these, as with an objective that rises as the run learns. A sudden one, as of another
+# fault, is not, until the run was left for it so often.
+RETURN_WITHIN, SUDDEN, OFTEN = 300, 5, 2
 # Least standard deviation at all, over the size of the first loss.
 TINY = 1e-12
 # The newest losses, in which the risen level shows: share of the newest.
@@ -94,6 +98,9 @@ class Divergence(NamedTuple):
     tolerance: jax.Array  # float32, a rise of the loss by so much, in its unit, is the data's
     left_lowest: jax.Array  # float32, of the run that was left for its loss, lest it was the data's
     left_recent: jax.Array  # float32, likewise
+    left_times: jax.Array  # int32, rollbacks for the loss in a row
+    steps_since: jax.Array  # int32, losses since then, up to `RETURN_WITHIN`
+    rising_steps: jax.Array  # int32, losses since the evidence was none
 
 
 def init() -> Divergence:
@@ -115,6 +122,9 @@ def init() -> Divergence:
         tolerance=real,
         left_lowest=real,
         left_recent=real,
+        left_times=whole,
+        steps_since=whole,
+        rising_steps=whole,
     )
 
 
@@ -125,13 +135,14 @@ def after_rollback(divergence: Divergence, left: "Left | None" = None) -> Diverg
       divergence: of the state that is gone on from.
       left: what is known of the loss of the run that was left, if that was another state.
     """
-    left = left or Left(divergence.tolerance, jnp.float32(0), jnp.float32(0))
+    left = left or Left(divergence.tolerance, jnp.float32(0), jnp.float32(0), jnp.int32(0))
     return init()._replace(
         autocorrelation=divergence.autocorrelation,
         grace=jnp.int32(GRACE),
         tolerance=left.tolerance,
         left_lowest=left.lowest,
         left_recent=left.recent,
+        left_times=left.times,
     )
 
 
@@ -141,6 +152,7 @@ class Left(NamedTuple):
     tolerance: jax.Array
     lowest: jax.Array
     recent: jax.Array
+    times: jax.Array
 
 
 def leave(divergence: Divergence, unit: jax.Array) -> Left:
@@ -151,10 +163,12 @@ def leave(divergence: Divergence, unit: jax.Array) -> Left:
       unit: of its loss, as `Statistics.loss_unit`.
     """
     rose = divergence.rollback_asked == Reason.LOSS
+    of_late = divergence.steps_since < RETURN_WITHIN
     return Left(
         divergence.tolerance,
         jnp.where(rose, _finite(divergence.lowest * unit), 0.0),
         jnp.where(rose, _finite(divergence.recent * unit), 0.0),
+        jnp.where(rose, jnp.where(of_late, divergence.left_times, 0) + 1, 0),
     )
 
 
@@ -226,7 +240,7 @@ def _watch_loss(
     y_t - l_{t-1} has a mean, the trend, but varies no more than the noise. The root is by how much
     a mean of such noise wanders more than one of independent values: text that is read in its order
     has stretches that are harder than others. A rise that was there again right after a rollback is
-    the data's: τ is then 5 times its size.
+    the data's: τ is then 5 times its size. So is one that has slowly come about again.
     """
     y, has_loss = stats.relative_loss(before, seen), stats.has_level(seen)
     unit = stats.loss_unit(before, seen)
@@ -245,6 +259,9 @@ def _watch_loss(
     excess = jnp.where(
         has_loss & known, jnp.clip(excess, 0.0, ENOUGH_EVIDENCE), divergence.loss_excess
     )
+    again = _comes_again(divergence, excess)
+    tolerance = _at_least(tolerance, y * unit - divergence.lowest * unit, again)
+    excess = jnp.where(again, 0.0, excess)
     last_innovation, autocorrelation = _autocorrelate(divergence, y, has_loss, floor)
     # A loss that is rising must not be taken for the level it is compared with.
     learning = (excess == 0) & _is_warm(level)
@@ -263,6 +280,8 @@ def _watch_loss(
         recent=jnp.where(has_loss, recent, divergence.recent),
         quiet_std=jnp.where(learning, std, divergence.quiet_std),
         tolerance=tolerance,
+        steps_since=jnp.minimum(divergence.steps_since + has_loss, RETURN_WITHIN),
+        rising_steps=jnp.where(excess > 0, divergence.rising_steps + has_loss, 0),
     )
 
 
@@ -278,8 +297,21 @@ def _tolerate(divergence: Divergence, level: Running, unit: jax.Array) -> jax.Ar
     low, high = divergence.left_lowest, divergence.left_recent
     here = _finite(level.mean * unit)
     is_datas = is_told & (low < high) & (here - low > (high - low) / 2)
-    told = _finite(TOLERANCE * (here - low))
-    return jnp.where(is_datas, jnp.maximum(told, divergence.tolerance), divergence.tolerance)
+    return _at_least(divergence.tolerance, here - low, is_datas)
+
+
+def _at_least(tolerance: jax.Array, rise: jax.Array, is_datas: jax.Array) -> jax.Array:
+    told = jnp.maximum(_finite(TOLERANCE * rise), tolerance)
+    return jnp.where(is_datas & ~jnp.isnan(told), told, tolerance)
+
+
+def _comes_again(divergence: Divergence, excess: jax.Array) -> jax.Array:
+    """Whether what would ask is a rise like the one that was left, come about again."""
+    was_left = divergence.left_lowest < divergence.left_recent
+    of_late = divergence.steps_since < RETURN_WITHIN
+    slowly = divergence.rising_steps >= SUDDEN
+    often = divergence.left_times >= OFTEN
+    return was_left & of_late & (slowly | often) & (excess >= ENOUGH_EVIDENCE)
 
 
 def _autocorrelate(

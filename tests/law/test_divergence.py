@@ -275,6 +275,19 @@ def test_a_rise_that_is_there_again_after_the_rollback_is_the_datas(rise):
     assert _after_rollback(steps, divergence.GRACE, **came_again).index("loss") == 203
 
 
+@pytest.mark.parametrize(("steps_up", "asks"), [(100, False), (1, True)])
+def test_a_rise_that_slowly_comes_about_again_is_the_objectives(steps_up, asks):
+    """After a rollback for a rise: as the KL term of a policy that learns; a jump asks again."""
+    noise = np.random.default_rng(3).normal(size=600)
+    steps = [
+        Signals(loss=3 + 0.05 * float(x) + min(max(i - 60, 0) / steps_up, 1.0))
+        for i, x in enumerate(noise)
+    ]
+    asked = _after_rollback(steps, divergence.GRACE, lowest=3.0, recent=4.0)
+    assert (asked[-1] == "loss") == asks
+    assert _after_rollback(steps, divergence.GRACE)[-1] == "loss"
+
+
 def test_batches_without_a_target_teach_no_level():
     """Loss 0 and gradient 0: the runs with and without them decide the same."""
     masked = Signals(gradient_norm=0.0, loss=0.0)
