@@ -1,9 +1,11 @@
 """What a person can read of the guard, and how they can overrule it. Runs on the host."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +21,12 @@ from lbw_optax.law.events import Event
 from lbw_optax.law.telemetry import HISTOGRAM_EDGES
 from lbw_optax.state import MODES, GuardState, find, find_all, find_named, map_guards, of_one_run
 from lbw_optax.types import PyTree
+
+_LOG = logging.getLogger("lbw_optax")
+# Nothing is printed unless the program asks for it; whoever does finds all of it under this name.
+_LOG.addHandler(logging.NullHandler())
+# Interventions that come in rows, and how many steps of an unfinished row are kept back at most.
+_IN_ROWS, _LONGEST_ROW = ("skip", "clip"), ring.SIZE
 
 
 class GuardExhausted(RuntimeError):
@@ -42,12 +50,13 @@ def metrics(state: PyTree) -> dict[str, jax.Array]:
     ``overshoot``               cosine of the gradients with the step before; > 0: it went too far
     ``curvature``               second derivative of the loss along the step before
     ``loss``                    as it was passed
-    ``loss_trend``              fast less slow mean of symlog(loss); < 0: it falls
+    ``loss_trend``              fast less slow mean, in first losses; < 0: it falls
     ``nonfinite_gradients``     elements; likewise ``nonfinite_updates``, ``nonfinite_loss``
     ``updates_broken``          bool, their length jumped beyond any step of an optimizer
     ``parameters_broken``       bool, they are not finite, or longer than a step can make them
     ``nonzero_fraction``        of the coordinates: those in leaves that were not zero at the start
     ``skips``                   skipped steps in all; ``skips_in_a_row`` up to now
+    ``rejected_share``          share of the last 1000 steps that were rejected; above 0.05: alarm
     ``events``                  interventions in all
     ``outstanding``             interventions that are not yet earned back, of the budget
     ``exhausted``               bool, the guard has used up what it may do
@@ -94,6 +103,7 @@ def _metrics(guard: GuardState) -> dict[str, jax.Array]:
         "nonzero_fraction": seen.nonzero_fraction,
         "skips": control.skips,
         "skips_in_a_row": control.skips_in_a_row,
+        "rejected_share": control.rejections.share,
         "events": guard.events.recorded,
         "outstanding": control.outstanding,
         "exhausted": control.exhausted,
@@ -116,8 +126,16 @@ def events(state: PyTree) -> list[Event]:
     return [
         event if alone else event._replace(guard=path)
         for path, guard in guards.items()
-        for event in ring.read(of_one_run(guard).events)
+        for event in _read_events(guard)
     ]
+
+
+def _read_events(guard: GuardState) -> list[Event]:
+    """Those in its ring; without a loss where it was never given one."""
+    found = ring.read(of_one_run(guard).events)
+    if int(guard.law.statistics.loss.weight > 0):
+        return found
+    return [event._replace(loss=None) for event in found]
 
 
 def check(state: PyTree) -> None:
@@ -202,11 +220,17 @@ class AuditLog:
     """Append the guard's interventions to a JSON Lines file, one line each.
 
     A line holds ``number, step, regime, signal, value, threshold, action, scale_before,
-    scale_after`` and ``recorded_at``, the step of the loop that wrote it; of a rollback
-    ``from_step`` and ``to_step`` instead of value and threshold. Where a state holds several
-    guards, ``guard`` is the path of the one that a line is of. A log that is opened again goes on
-    after its last line. If the ring was read too late, a line ``{"action": "lost", ...}`` says how
-    many interventions are missing.
+    scale_after, loss`` (the newest that was measured), ``rate_multiple`` (what the learning rate is
+    multiplied by after it), ``time`` (UTC, when it was read) and ``recorded_at``, the step of the
+    loop that read it; of a rollback ``from_step`` and ``to_step`` instead of value and threshold.
+    Where a state holds several guards, ``guard`` is the path of the one that a line is of. A log
+    that is opened again goes on after its last line. If the ring was read too late, a line
+    ``{"action": "lost", ...}`` says how many interventions are missing.
+
+    A row of skipped steps with one cause is one line, with ``count`` and ``last_step``: it is
+    written when the row ends, at 64 steps, or with :meth:`close`, so that a kill loses no more than
+    that, and nothing that the restored state still has. The same is said in a sentence at once, to
+    the logger ``"lbw_optax"``.
 
     What a call of :meth:`record` adds is in the file as a whole or not at all: after a disk was
     full, the next call writes what is missing. A last line that a kill has torn is cut off when the
@@ -232,9 +256,10 @@ class AuditLog:
         self._path = Path(path)
         self._file = _open_log(self._path)
         self._next = _next_numbers(self._file)
+        self._open_rows: dict[str, dict[str, Any]] = {}  # of each guard, what may go on
 
     def record(self, step: int, state: PyTree) -> int:
-        """Write what happened since the last call; returns the number of interventions written.
+        """Write what happened since the last call; returns the number of interventions.
 
         Waits for the device: call it every so many steps, 64 at the most.
         """
@@ -242,28 +267,48 @@ class AuditLog:
             raise ValueError(f"This AuditLog of {self._path} is closed: open a new one.")
         guards = find_named(state)
         paths = [""] if len(guards) == 1 else list(guards)
-        lines: list[dict[str, Any]] = []
+        written: list[dict[str, Any]] = []
+        said: list[dict[str, Any]] = []
+        count = 0
+        open_rows: dict[str, dict[str, Any]] = {}
         for path, guard in zip(paths, guards.values(), strict=True):
-            lines += self._news(path, of_one_run(guard))
-        self._write([{**line, "recorded_at": step} for line in lines])
+            fresh = self._news(path, of_one_run(guard), step)
+            before = [self._open_rows[path]] if path in self._open_rows else []
+            lines = _in_rows(before, fresh)
+            said += lines[len(before) :]
+            count += sum("number" in line for line in fresh)
+            if lines and _may_go_on(lines[-1], int(guard.guard_steps)):
+                open_rows[path] = lines.pop()
+            said += [line for line in lines[: len(before)] if "count" in line]
+            written += lines
+        self._write(written)
+        self._open_rows = open_rows
         self._next |= {
             path: int(guard.events.recorded)
             for path, guard in zip(paths, guards.values(), strict=True)
         }
-        return sum("number" in line for line in lines)
+        for line in said:
+            _LOG.log(*sentences.logged(line))
+        return count
 
-    def _news(self, path: str, guard: GuardState) -> list[dict[str, Any]]:
+    def _news(self, path: str, guard: GuardState, step: int) -> list[dict[str, Any]]:
         """What one guard did since the last call."""
         recorded = int(guard.events.recorded)
         # After a restore the count is lower than what is written: go on from there.
         first = min(self._next.get(path, 0), recorded)
-        events = [event for event in ring.read(guard.events) if event.number >= first]
-        lines = [event._replace(guard=path)._asdict() for event in events]
+        events = [event for event in _read_events(guard) if event.number >= first]
+        lines = [
+            event._replace(guard=path)._asdict() | {"rate_multiple": event.scale_after}
+            for event in events
+        ]
         lost = recorded - first - len(events)
         if lost:
-            lines.insert(0, {"action": "lost", "interventions": lost, "guard": path})
+            now = math.exp(float(guard.law.control.log_scale))
+            seen = {"loss": float(guard.telemetry.loss), "rate_multiple": now}
+            lines.insert(0, {"action": "lost", "interventions": lost, "guard": path, **seen})
+        read_at = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "recorded_at": step}
         # What an event does not have, as a rollback a threshold, is not in its line.
-        return [{k: x for k, x in line.items() if x not in (None, "")} for line in lines]
+        return [{k: x for k, x in line.items() if x not in (None, "")} | read_at for line in lines]
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(_as_json(line), allow_nan=False) + "\n" for line in lines)
@@ -277,14 +322,49 @@ class AuditLog:
             ) from error
 
     def close(self) -> None:
-        """Close the file."""
-        lock.release(self._file)
+        """Write what was kept back, and close the file."""
+        if self._file.closed:
+            return
+        rows, self._open_rows = list(self._open_rows.values()), {}
+        try:
+            self._write(rows)
+        finally:
+            lock.release(self._file)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _in_rows(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of equal interventions in steps that follow one another become one, with a count."""
+    rows = list(rows)
+    for line in lines:
+        if rows and _goes_on(rows[-1], line):
+            count = rows[-1].get("count", 1) + 1
+            rows[-1] = rows[-1] | {"count": count, "last_step": line["step"]}
+        else:
+            rows.append(line)
+    return rows
+
+
+def _goes_on(row: dict[str, Any], line: dict[str, Any]) -> bool:
+    """Whether this line is the next step of that row."""
+    if row["action"] not in _IN_ROWS or row.get("count", 1) >= _LONGEST_ROW:
+        return False
+    same = all(row[k] == line.get(k) for k in ("action", "signal", "regime"))
+    count = row.get("count", 1)
+    follows = line.get("number") == row["number"] + count
+    return same and follows and line.get("step") == row["step"] + count
+
+
+def _may_go_on(row: dict[str, Any], guard_steps: int) -> bool:
+    """Whether the step that the guard takes next may belong to this row."""
+    newest = row.get("last_step", row.get("step"))
+    short = row.get("count", 1) < _LONGEST_ROW
+    return row["action"] in _IN_ROWS and short and newest == guard_steps - 1
 
 
 def _is_order(scale: Any) -> bool:
@@ -369,7 +449,9 @@ def _next_numbers(file: FileIO) -> dict[str, int]:
     for line in _objects(_read(file)):
         number = line.get("number")
         if type(number) is int and number >= 0:
-            newest.setdefault(str(line.get("guard", "")), number + 1)
+            count = line.get("count", 1)
+            past = number + (count if type(count) is int and count > 0 else 1)
+            newest.setdefault(str(line.get("guard", "")), past)
     return newest
 
 

@@ -70,7 +70,7 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
             telemetry=seen,
             probe=either(rejected, telemetry.forget(probe), probe),
             law=new_law,
-            events=events.record(state.events, state.guard_steps, decision),
+            events=events.record(state.events, state.guard_steps, decision, seen.loss),
         )
 
     guard = ChainedGuard(init_fn, update_fn)

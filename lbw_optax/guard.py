@@ -181,7 +181,7 @@ def govern(
             telemetry=seen,
             probe=either(decision.skip, telemetry.forget(probe), probe),
             law=new_law,
-            events=events.record(state.events, state.guard_steps, decision),
+            events=events.record(state.events, state.guard_steps, decision, seen.loss),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

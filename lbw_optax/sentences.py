@@ -1,9 +1,11 @@
 """What a guard's state means, in words. On the host, for states that are already there."""
 
+import logging
 import math
+from typing import Any
 
 from lbw_optax.law import control, events
-from lbw_optax.law.control import REGIMES, Action
+from lbw_optax.law.control import REGIMES, REJECTED_BOUND, REJECTED_FROM, REST_STEPS, Signal
 from lbw_optax.law.divergence import Reason
 from lbw_optax.law.events import Event
 from lbw_optax.state import GuardState, Mode
@@ -38,7 +40,7 @@ def explain(guard: GuardState) -> str:
             f"{ASKS[Reason(int(guard.law.divergence.rollback_asked))]}. RollbackManager answers; "
             "without one, restore a checkpoint, or go on with lbw_optax.reset(state)."
         )
-    sentence = _scaling(guard)
+    sentence = _scaling(guard) + _rejecting(guard)
     return (
         sentence if _acts(guard) else f"{_only_watches(guard)} Governing, it would say: {sentence}"
     )
@@ -70,12 +72,55 @@ def _scaling(guard: GuardState) -> str:
         return f"A person holds updates at {scale}; {end} gives them back."
     if held.log_scale >= math.log(control.FULL):
         return f"Nominal at step {step}: updates at {scale}, {int(held.skips)} steps skipped."
-    if not held.settled:
+    rests = int(held.rest.steps) >= REST_STEPS
+    if not (held.settled or rests):
         return f"Soft start, step {step}: updates at {scale}, growing while steps fall short."
+    since = step - 1 - int(held.rest.steps) if rests else None
     return (
-        f"Holding updates at {scale} {_since(guard)}: the learning rate looks "
+        f"Holding updates at {scale}{_since(guard, since)}: the learning rate looks "
         f"{_plain(math.exp(-held.log_scale))} times too high."
     )
+
+
+def _rejecting(guard: GuardState) -> str:
+    """What to say of the share of rejected steps, if it is high."""
+    rejections = guard.law.control.rejections
+    if float(rejections.share) <= REJECTED_BOUND or int(rejections.steps) < REJECTED_FROM:
+        return ""
+    why = CAUSES.get(Signal(int(rejections.newest)).name.lower(), "steps are rejected")
+    return (
+        f" {_plain(100 * float(rejections.share))} % of the last {int(rejections.steps)} steps "
+        f"were rejected, the newest for this: {why}. Look at the data."
+    )
+
+
+def logged(line: dict[str, Any]) -> tuple[int, str]:
+    """An intervention as the audit log has it, for the `logging` module: level and sentence."""
+    action, step = line["action"], line.get("step")
+    level = logging.INFO if action in ("recover", "hold", "cut") else logging.WARNING
+    where = f"{line['guard']}: " if line.get("guard") else ""
+    return level, f"{where}Step {step}: {_say(line)}." if action != "lost" else where + _say(line)
+
+
+def _say(line: dict[str, Any]) -> str:
+    action, cause = line["action"], CAUSES.get(line.get("signal", ""), line.get("signal", ""))
+    if action == "lost":
+        return f"{line['interventions']} interventions were not read in time, and are lost."
+    share, many = _plain(100 * line["rate_multiple"]), _plain(1 / max(line["rate_multiple"], 1e-30))
+    rows = f" {line['count']} times, to step {line['last_step']}" if "count" in line else ""
+    return {
+        "skip": f"skipped{rows}, for {cause}",
+        "clip": f"gradient scaled back{rows}, for {cause}",
+        "hold": f"no growth of the updates for a while, at {share} %: {cause}",
+        "cut": f"updates cut to {share} %: {cause}",
+        "recover": f"updates grow again, at {share} %",
+        "held": f"holding updates at {share} %: the learning rate looks {many} times too high",
+        "rejecting": (
+            f"{_plain(100 * line.get('value', 0.0))} % of the steps of late were rejected, the "
+            f"newest for this: {cause}; look at the data"
+        ),
+        "rollback": f"back from step {line.get('from_step')} to {line.get('to_step')} for {cause}",
+    }.get(action, action)
 
 
 def _plain(x: float) -> str:
@@ -103,9 +148,12 @@ def _last_cause(guard: GuardState) -> str:
     )
 
 
-def _since(guard: GuardState) -> str:
-    cuts = [e.step for e in events.read(guard.events) if e.action == Action.CUT.name.lower()]
-    return f"since step {cuts[-1]}" if cuts else "since the start"
+def _since(guard: GuardState, rests_since: int | None) -> str:
+    """Since the scale has kept still, or else since it was last cut."""
+    if rests_since is not None:
+        return f" since step {max(rests_since, 0)}"
+    cuts = [e.step for e in events.read(guard.events) if e.action == "cut"]
+    return f" since step {cuts[-1]}" if cuts else " since the start"
 
 
 def _acts(guard: GuardState) -> bool:

@@ -91,14 +91,6 @@ class RunningReference:
         return self.memory.decay ** np.arange(len(self.entered))[::-1].astype(float)
 
 
-def symlog(x: float) -> float:
-    return math.copysign(math.log1p(abs(x)), x)
-
-
-def inverse_symlog(x: float) -> float:
-    return math.copysign(math.expm1(abs(x)), x)
-
-
 # --- the law ----------------------------------------------------------------------------------
 
 
@@ -135,6 +127,7 @@ class Outcome(NamedTuple):
     rollback_asked: str
     loss_excess: float
     grace: int
+    rejected_share: float
 
 
 @dataclass
@@ -161,15 +154,32 @@ class LawReference:
         self.outstanding = 0.0
         self.exhausted = False
         self.last_norm = self.last_loss = self.last_step = 0.0
+        self.rest_from, self.rest_steps, self.rest_reported = self.log_scale, 0, 0.0
+        self.rejected: list[str | None] = []
+        self.rejected_share, self.rejecting = 0.0, False
+        self.loss_unit = 0.0
+        self.tolerance = 0.0
         self.ceiling, self.ceiling_steps = 0.0, 0
         self.autocorrelation = 0.0
         self.rolled_back(grace=0)
 
-    def rolled_back(self, grace: int, ceiling: float = 0.0, ceiling_steps: int = 0) -> None:
-        """What the law forgets and holds after a return to an earlier state."""
+    def rolled_back(
+        self,
+        grace: int,
+        ceiling: float = 0.0,
+        ceiling_steps: int = 0,
+        left: tuple[float, float] = (0.0, 0.0),
+        left_times: int = 0,
+    ) -> None:
+        """What the law forgets and holds after a return to an earlier state.
+
+        `left` is the lowest and the last loss of the run that was left for its loss.
+        """
+        self.left_times = left_times
+        self.left, self.steps_since, self.rising_steps = left, 0, 0
         self.level = RunningReference(statistics.LOSS)
         self.innovation = RunningReference(statistics.LOSS)
-        self.lowest, self.quiet_std = math.inf, statistics.LOSS.floor
+        self.lowest, self.quiet_std, self.recent = math.inf, statistics.LOSS.floor, 0.0
         self.last_innovation = 0.0
         self.rollback_asked = "none"
         self.inner_steps = 0
@@ -177,6 +187,9 @@ class LawReference:
         self.ceiling, self.ceiling_steps = ceiling, ceiling_steps
 
     def step(self, seen: Signals) -> Outcome:
+        unit = self.loss_unit
+        start = self.loss_start.entered
+        self.loss_before_start = self.loss_start.mean if start else None
         self._remember(seen)
         rejected = self._reject(seen)
         spike = self._loss_spikes(seen)
@@ -194,8 +207,11 @@ class LawReference:
         if self.ceiling_steps > 0:
             self.log_scale = self._bounded(min(self.log_scale, self.ceiling))
             self.ceiling_steps -= 1
-        action = self._turn(trouble)
+        turned = self._turn(trouble)
+        action = "skip" if rejected else turned
         self._account(bool(rejected), action)
+        action = self._held(action)
+        action, shared = self._rejecting(rejected, action)
         self._assess(seen, rejected, fell)
         values = vars(seen) | {
             "gradient_norm": self.last_norm,
@@ -205,17 +221,17 @@ class LawReference:
         }
         limits = {
             "gradient_norm": math.exp(thresholds["gradient_norm"]),
-            "loss": inverse_symlog(thresholds["loss"]),
+            "loss": thresholds["loss"] * unit,
             "relative_step": control.KAPPA,
         }
         return Outcome(
             bool(rejected),
             self.log_scale,
             self.regime,
-            "skip" if rejected else action,
-            signal,
-            values[signal],
-            limits.get(signal, 0.0),
+            action,
+            shared or signal,
+            self.rejected_share if shared else values[signal],
+            control.REJECTED_BOUND if shared else limits.get(signal, 0.0),
             self.outstanding,
             self.exhausted,
             self.calm_steps,
@@ -224,6 +240,7 @@ class LawReference:
             self.rollback_asked,
             self.loss_excess,
             self.grace,
+            self.rejected_share,
         )
 
     def _first_was_broken(self, seen: Signals) -> bool:
@@ -234,7 +251,7 @@ class LawReference:
         return math.log(seen.gradient_norm) < least
 
     def _assess(self, seen: Signals, rejected: str | None, fell: bool) -> None:
-        """Whether to ask for a rollback; the first reason stays."""
+        """Whether to ask for a rollback; the first reason stays, but for a more certain one."""
         grace = self.grace > 0
         if rejected is None:
             self.inner_steps = 0
@@ -248,37 +265,85 @@ class LawReference:
             "skips": not grace and self.skips_in_a_row >= divergence.SKIP_STEPS,
             "loss": self.loss_excess >= divergence.ENOUGH_EVIDENCE,
         }
-        if self.rollback_asked == "none":
-            self.rollback_asked = next((name for name, sign in signs.items() if sign), "none")
+        found = next((name for name, sign in signs.items() if sign), "none")
+        ranks = [*signs, "none"]
+        self.rollback_asked = min(self.rollback_asked, found, key=ranks.index)
 
     def _watch_loss(self, seen: Signals, grace: bool) -> None:
         """Page's test against the lowest mean since the start or the last rollback."""
+        if self._has_level(seen):
+            self._watch(self._relative(seen.loss), grace)
+
+    def _watch(self, y: float, grace: bool) -> None:
         share = divergence.AUTOCORRELATION_SHARE
-        y = None if seen.loss is None else symlog(seen.loss)
-        if y is not None and not grace and math.isfinite(self.lowest):
-            margin = divergence.MARGIN_STDS * self.quiet_std
+        entered = len(self.level.entered)
+        tolerated = self.tolerance / (self.loss_unit or 1.0)
+        margin = divergence.MARGIN_STDS * self.quiet_std + tolerated
+        known = not grace and math.isfinite(self.lowest)
+        level_before, innovation_before = self.level.mean, self.innovation.mean
+        std_before = self.innovation.variance
+        if entered:
+            self.innovation.add(y - self.level.mean)
+        self.level.add(y)
+        self.recent += (divergence.RECENT_SHARE if entered else 1) * (y - self.recent)
+        if known:
             evidence = min(max((y - self.lowest) / margin - 1, -1), divergence.MOST_EVIDENCE)
             self.loss_excess = min(max(self.loss_excess + evidence, 0), divergence.ENOUGH_EVIDENCE)
-        if y is not None and len(self.level.entered) >= statistics.START_STEPS:
-            missed = (y - self.level.mean - self.innovation.mean) / self._innovation_std()
+            if self.loss_excess >= divergence.ENOUGH_EVIDENCE and self._comes_again():
+                self._tolerate_rise((y - self.lowest) * self.loss_unit)
+                self.loss_excess = 0.0
+            self.lowest += divergence.FORGOTTEN * margin
+        if entered >= statistics.START_STEPS:
+            missed = (y - level_before - innovation_before) / self._noise(std_before)
             missed = min(max(missed, -divergence.FARTHEST), divergence.FARTHEST)
             self.autocorrelation = (
                 1 - share
             ) * self.autocorrelation + share * missed * self.last_innovation
             self.last_innovation = missed
-        if y is not None and self.level.entered:
-            self.innovation.add(y - self.level.mean)
-        self.level.add(y)
-        if self.loss_excess == 0 and len(self.level.entered) >= statistics.START_STEPS:
+        if entered + 1 == divergence.RETURN_STEPS:
+            self._tolerate(self.level.mean * self.loss_unit)
+        self.steps_since += 1
+        self.rising_steps = self.rising_steps + 1 if self.loss_excess > 0 else 0
+        if self.loss_excess == 0 and entered + 1 >= statistics.START_STEPS:
             self.lowest = min(self.lowest, self.level.mean)
             rho = min(
                 max(self.autocorrelation - math.sqrt(share / (2 - share)), 0),
                 divergence.MOST_AUTOCORRELATION,
             )
-            self.quiet_std = self._innovation_std() * math.sqrt((1 + rho) / (1 - rho))
+            noise = self._noise(self.innovation.variance)
+            self.quiet_std = noise * math.sqrt((1 + rho) / (1 - rho))
 
-    def _innovation_std(self) -> float:
-        return math.sqrt(self.innovation.variance + statistics.LOSS.floor**2)
+    def _tolerate(self, here: float) -> None:
+        """A rise that is there again right after a rollback is the data's."""
+        low, high = self.left
+        if low < high and here > (low + high) / 2:
+            self._tolerate_rise(here - low)
+
+    def _tolerate_rise(self, rise: float) -> None:
+        self.tolerance = max(self.tolerance, divergence.TOLERANCE * rise)
+
+    def _comes_again(self) -> bool:
+        """A rise like the one that was left, slowly come about again."""
+        of_late = self.steps_since < divergence.RETURN_WITHIN
+        slowly = self.rising_steps >= divergence.SUDDEN
+        often = self.left_times >= divergence.OFTEN
+        return self.left[0] < self.left[1] and of_late and (slowly or often)
+
+    def _noise(self, variance: float) -> float:
+        """Standard deviation of the loss about its level, at least a share of what it was."""
+        start = self.loss_before_start
+        fallen = max(start - self.level.mean, 0) if start is not None else 0.0
+        floor = divergence.LEAST_STD * math.hypot(self.level.mean, fallen)
+        return math.sqrt(variance + floor**2)
+
+    def _has_level(self, seen: Signals) -> bool:
+        """A batch without a target has loss 0 and gradient 0."""
+        return seen.loss is not None and not (seen.loss == 0 and seen.gradient_norm == 0)
+
+    def _relative(self, loss: float) -> float:
+        """Over the size of the first loss."""
+        ratio = loss / self.loss_unit if self.loss_unit else 0.0
+        return min(max(ratio, -statistics.LARGEST), statistics.LARGEST)
 
     def _remember(self, seen: Signals) -> None:
         """What an event reports of a signal that is missing is its last value."""
@@ -286,6 +351,7 @@ class LawReference:
             self.last_norm = seen.gradient_norm
         if seen.loss is not None:
             self.last_loss = seen.loss
+            self.loss_unit = self.loss_unit or abs(seen.loss)
         if seen.relative_step is not None:
             self.last_step = seen.relative_step
 
@@ -295,7 +361,7 @@ class LawReference:
         return self.gradient.mean + max(width, math.log(control.SPIKE_FACTOR))
 
     def loss_threshold(self) -> float:
-        """Of symlog(loss)."""
+        """Of the loss over the size of the first one."""
         return self.loss.mean + control.SPIKE_STDS * self.loss.std
 
     def _reject(self, seen: Signals) -> str | None:
@@ -311,20 +377,21 @@ class LawReference:
         return "relative_step" if seen.updates_broken else None
 
     def _loss_spikes(self, seen: Signals) -> bool:
-        if seen.loss is None or not self.loss.entered:
+        if not (self._has_level(seen) and self.loss.entered):
             return False
-        return symlog(seen.loss) > self.loss_threshold()
+        return self._relative(seen.loss) > self.loss_threshold()
 
     def _absorb(self, seen: Signals, rejected: str | None) -> None:
         if seen.gradient_norm is not None:
             self.gradient.add(_log(seen.gradient_norm))
         if not rejected:
             self.overshoot.add(seen.overshoot)
-        if seen.loss is not None:
-            self.loss.add(symlog(seen.loss))
-            self.loss_slow.add(symlog(seen.loss))
+        if self._has_level(seen):
+            relative = self._relative(seen.loss)
+            self.loss.add(relative)
+            self.loss_slow.add(relative)
             if len(self.loss_start.entered) < statistics.START_STEPS:
-                self.loss_start.add(symlog(seen.loss))
+                self.loss_start.add(relative)
 
     def _log_step(self, seen: Signals) -> float:
         return math.log(max(seen.relative_step, 1e-30) / control.KAPPA)
@@ -400,6 +467,33 @@ class LawReference:
             self.turning_point = max(self.turning_point, self.log_scale)
         reported = {"unstable": "hold", "stressed": "cut", "recovering": "recover"}
         return reported.get(self.regime, "none") if changed else "none"
+
+    def _held(self, action: str) -> str:
+        """Whether a low scale has come to rest, and that is news."""
+        if abs(self.log_scale - self.rest_from) > -math.log(control.TURN):
+            self.rest_from, self.rest_steps = self.log_scale, 0
+        elif self.calm_steps >= control.COOL_DOWN:
+            self.rest_steps += 1
+        news = abs(self.log_scale - self.rest_reported) > -math.log(control.LOW)
+        if self._is_full():
+            self.rest_reported = 0.0
+        low = self.log_scale < math.log(control.LOW)
+        if low and self.rest_steps >= control.REST_STEPS and news and action == "none":
+            self.rest_reported = self.log_scale
+            return "held"
+        return action
+
+    def _rejecting(self, rejected: str | None, action: str) -> tuple[str, str | None]:
+        """Whether too many steps are rejected, and that is news; and why the newest was."""
+        self.rejected.append(rejected)
+        steps = min(len(self.rejected), control.LONG_RUN)
+        self.rejected_share += (bool(rejected) - self.rejected_share) / steps
+        many = self.rejected_share > control.REJECTED_BOUND and steps >= control.REJECTED_FROM
+        if many and not self.rejecting and action == "none":
+            self.rejecting = True
+            return "rejecting", next(why for why in reversed(self.rejected) if why)
+        self.rejecting = self.rejecting and self.rejected_share > control.REJECTED_BOUND / 2
+        return action, None
 
     def _account(self, skip: bool, action: str) -> None:
         spends = skip or action in ("cut", "hold")

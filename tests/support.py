@@ -87,13 +87,14 @@ def train(run: Run, params: Any, state: Any, steps: int) -> tuple[Any, Any]:
     return params, state
 
 
-def storm(steps, every=1):
-    """States after each step of a run with a NaN gradient at every so many steps."""
+def storm(steps, every=1, bad=None):
+    """States after each step of a run with a NaN gradient at every so many steps, or at these."""
     run, params = guarded("sgd_momentum"), small_params()
     state, good = run.init(params), gradients_of(params)
-    bad = jax.tree.map(lambda g: g * np.float32(np.nan), good)
+    nan = jax.tree.map(lambda g: g * np.float32(np.nan), good)
+    where = range(0, steps, every) if bad is None else bad
     for step in range(steps):
-        _, state = run.update(good if step % every else bad, state, params, value=np.float32(1))
+        _, state = run.update(nan if step in where else good, state, params, value=np.float32(1))
         yield step, state
 
 

@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import logging
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 
 import optax
 import pytest
@@ -30,6 +32,12 @@ def lines(path):
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
+def numbers(path):
+    """Of the interventions in the file; a line with a count stands for as many."""
+    written = [line for line in lines(path) if "number" in line]
+    return [line["number"] + i for line in written for i in range(line.get("count", 1))]
+
+
 def test_audit_log_writes_each_intervention_once(tmp_path):
     path = tmp_path / "audit.jsonl"
     with AuditLog(path) as audit:
@@ -41,11 +49,14 @@ def test_audit_log_writes_each_intervention_once(tmp_path):
     assert [line["number"] for line in written] == list(
         range(int(lbw_optax.metrics(state)["events"]))
     )
-    assert [{k: v for k, v in line.items() if k != "recorded_at"} for line in written] == [
+    read = ("recorded_at", "time", "rate_multiple")
+    assert [{k: v for k, v in line.items() if k not in read} for line in written] == [
         {k: v for k, v in event._asdict().items() if v not in (None, "")}
         for event in lbw_optax.events(state)
     ]
     first = written[0]
+    age = datetime.now(UTC) - datetime.fromisoformat(first.pop("time"))
+    assert timedelta(0) <= age < timedelta(minutes=10)
     assert first == {
         "number": 0,
         "step": 0,
@@ -56,6 +67,8 @@ def test_audit_log_writes_each_intervention_once(tmp_path):
         "action": "skip",
         "scale_before": pytest.approx(control.FIRST_SCALE),
         "scale_after": pytest.approx(control.FIRST_SCALE),
+        "rate_multiple": pytest.approx(control.FIRST_SCALE),
+        "loss": 1.0,
         "recorded_at": 9,
     }
 
@@ -67,7 +80,7 @@ def test_reopened_audit_log_goes_on_without_duplicates(tmp_path):
             with AuditLog(path) as audit:
                 assert audit.record(step, state) == 30
                 assert audit.record(step, state) == 0
-    assert [line["number"] for line in lines(path)] == list(range(90))
+    assert numbers(path) == list(range(90))
 
 
 @pytest.mark.parametrize("torn", ['{"number": 10, "st', "{", '{"number": 10}'])
@@ -81,7 +94,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path, torn):
         file.write(torn)
     with AuditLog(path) as audit:
         assert audit.record(19, states[19]) == 10
-    assert [line["number"] for line in lines(path)] == list(range(20))
+    assert numbers(path) == list(range(20))
 
 
 def test_late_reading_says_how_many_are_lost(tmp_path):
@@ -90,11 +103,10 @@ def test_late_reading_says_how_many_are_lost(tmp_path):
     with AuditLog(path) as audit:
         assert audit.record(4, states[4]) == 5
         assert audit.record(SIZE + 19, states[-1]) == SIZE
-    written = lines(path)
-    assert written[5] == {"action": "lost", "interventions": 15, "recorded_at": SIZE + 19}
-    assert [line["number"] for line in written if "number" in line] == [
-        *range(5), *range(20, SIZE + 20)
-    ]  # fmt: skip
+    (lost,) = (line for line in lines(path) if line["action"] == "lost")
+    del lost["time"], lost["rate_multiple"], lost["loss"]
+    assert lost == {"action": "lost", "interventions": 15, "recorded_at": SIZE + 19}
+    assert numbers(path) == [*range(5), *range(20, SIZE + 20)]
     with AuditLog(path) as audit:  # a "lost" line is no obstacle to going on
         assert audit.record(SIZE + 20, states[-1]) == 0
 
@@ -107,7 +119,7 @@ def test_after_a_restore_the_log_goes_on_from_there(tmp_path):
         audit.record(9, states[9])
         assert audit.record(4, states[4]) == 0
         assert audit.record(5, states[5]) == 1
-    assert [line["number"] for line in lines(path)] == [*range(10), 5]
+    assert numbers(path) == [*range(10), 5]
 
 
 def test_after_a_restore_a_reopened_log_goes_on_from_there(tmp_path):
@@ -119,7 +131,7 @@ def test_after_a_restore_a_reopened_log_goes_on_from_there(tmp_path):
         audit.record(5, states[5])
     with AuditLog(path) as audit:
         assert audit.record(7, states[7]) == 2
-    assert [line["number"] for line in lines(path)] == [*range(10), 5, 6, 7]
+    assert numbers(path) == [*range(10), 5, 6, 7]
 
 
 def test_a_path_in_a_missing_folder(tmp_path):
@@ -164,7 +176,8 @@ def test_no_line_is_touched_and_the_log_goes_on(tmp_path, content):
         assert audit.record(4, states[4]) == 2
     written = path.read_bytes()
     assert written.startswith(content)
-    assert [json.loads(line)["number"] for line in written.splitlines()[-2:]] == [3, 4]
+    row = json.loads(written.splitlines()[-1])
+    assert (row["number"], row["count"]) == (3, 2)
     with AuditLog(path) as audit:
         assert audit.record(4, states[4]) == 0
 
@@ -218,19 +231,19 @@ def no_room():
 
 def assert_nothing_is_half_written(path, fails):
     """Full for a while: whole lines before, none meanwhile, and all of them after."""
-    states = [state for _, state in storm(40)]
+    states = [state for _, state in storm(80, every=2)]
     with AuditLog(path) as audit:
-        audit.record(9, states[9])
+        audit.record(19, states[19])
         before = path.read_bytes()
-        with fails(len(before) + 700):  # there is room for a few lines and a half
-            for step in (19, 29):
+        with fails(len(before) + 700):  # there is room for two lines and a half
+            for step in (39, 59):
                 with pytest.raises(OSError, match=r"audit\.jsonl cannot be written .*free space"):
                     audit.record(step, states[step])
                 assert path.read_bytes() == before
-        assert audit.record(39, states[39]) == 30
-    assert [line["number"] for line in lines(path)] == list(range(40))
+        assert audit.record(79, states[79]) == 30
+    assert numbers(path) == list(range(40))
     with AuditLog(path) as audit:
-        assert audit.record(39, states[39]) == 0
+        assert audit.record(79, states[79]) == 0
 
 
 def test_a_write_that_is_cut_short(tmp_path, no_room):
@@ -315,5 +328,62 @@ def test_lines_of_several_guards_name_theirs(tmp_path):
     for step, (a, b) in enumerate([(1, 0), (3, 0), (3, 2)]):
         with AuditLog(path) as audit:
             audit.record(step, {"a": states[a], "b": states[b]})
-    found = [(line["guard"], line["number"]) for line in lines(path)]
+    found = [
+        (line["guard"], line["number"] + i)
+        for line in lines(path)
+        for i in range(line.get("count", 1))
+    ]
     assert found == [("a", 0), ("a", 1), ("b", 0), ("a", 2), ("a", 3), ("b", 1), ("b", 2)]
+
+
+# --- rows of skips -----------------------------------------------------------------------------
+
+
+def rows(path):
+    return [(line["step"], line.get("last_step"), line.get("count")) for line in lines(path)]
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_a_row_of_skips_is_one_line(tmp_path, every):
+    """However often it is read, and written when it has ended."""
+    path = tmp_path / "audit.jsonl"
+    bad = [*range(3, 15), 20]
+    with AuditLog(path) as audit:
+        states = [state for _, state in storm(30, bad=bad)]
+        for step in [*range(0, 30, every), 29]:
+            audit.record(step, states[step])
+        assert rows(path) == [(3, 14, 12), (20, None, None)]  # complete without closing
+
+
+def test_a_row_without_an_end_is_written_after_64_steps(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    with AuditLog(path) as audit:
+        for step, state in storm(150):
+            audit.record(step, state)
+        assert rows(path) == [(0, 63, 64), (64, 127, 64)]
+    assert rows(path) == [(0, 63, 64), (64, 127, 64), (128, 149, 22)]
+
+
+def test_what_is_kept_back_at_a_kill_is_read_again(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    states = [state for _, state in storm(20)]
+    killed = AuditLog(path)
+    killed.record(9, states[9])
+    killed._file.close()  # as a kill does: `close` is not called
+    assert rows(path) == []
+    with AuditLog(path) as audit:
+        assert audit.record(19, states[19]) == 20
+    assert rows(path) == [(0, 19, 20)]
+
+
+def test_what_is_written_is_said_to_the_logger(tmp_path, caplog):
+    """The first of a row at once, its length when it has ended."""
+    with caplog.at_level(logging.INFO, "lbw_optax"), AuditLog(tmp_path / "audit.jsonl") as audit:
+        for step, state in storm(20, bad=[3, 4, 5]):
+            audit.record(step, state)
+    said = [record.getMessage() for record in caplog.records]
+    assert said[:2] == [
+        "Step 3: skipped, for gradients are not finite.",
+        "Step 3: skipped 3 times, to step 5, for gradients are not finite.",
+    ]
+    assert any("updates grow again" in sentence for sentence in said)

@@ -201,6 +201,23 @@ def _held(scale, mode="govern"):
     return change
 
 
+def _resting(rejected):
+    """At 2 % since step 12, of 33, and with that share of rejected steps."""
+
+    def change(run, params, state):
+        state = _held(0.02)(run, params, state)
+        control = state.law.control
+        control = control._replace(
+            rest=control.rest._replace(steps=jnp.int32(20)),
+            rejections=control.rejections._replace(
+                share=jnp.float32(rejected), steps=jnp.int32(400), newest=jnp.int32(4)
+            ),
+        )
+        return state._replace(law=state.law._replace(control=control), guard_steps=jnp.int32(33))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -210,6 +227,18 @@ def _held(scale, mode="govern"):
         (_held(1.0), "Nominal at step 3: updates at 100 %, 0 steps skipped."),
         (_held(0.02), "Holding updates at 2 % since the start: the learning rate looks 50 times"),
         (
+            _resting(0.01),
+            "Holding updates at 2 % since step 12: the learning rate looks 50 times too high.",
+        ),
+        (
+            _resting(0.07),
+            (
+                "Holding updates at 2 % since step 12: the learning rate looks 50 times too high. "
+                "7 % of the last 400 steps were rejected, the newest for this: the gradient is far "
+                "longer than this run has shown. Look at the data."
+            ),
+        ),
+        (
             _held(0.02, "observe"),
             (
                 "It only observes: the optimizer's own updates were applied. Governing, it would "
@@ -217,7 +246,7 @@ def _held(scale, mode="govern"):
             ),
         ),
     ],
-    ids=["soft start", "skips", "pinned", "nominal", "held", "observed"],
+    ids=["soft start", "skips", "pinned", "nominal", "held", "rest", "rejecting", "observed"],
 )
 def test_explain(change, sentence):
     assert told(change).startswith(sentence)

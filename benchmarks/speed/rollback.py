@@ -53,7 +53,7 @@ def measure(rounds: int, window: int, batch: int, length: int) -> dict[str, Any]
     """Times in seconds a step, overheads as fractions of the step without the manager."""
     step = _Training(batch, length)
     with tempfile.TemporaryDirectory() as folder:
-        memory_only = {"save_every": NEVER, "max_distance": 2 * NEVER}
+        memory_only: dict[str, Any] = {"save_every": NEVER, "max_distance": 2 * NEVER}
         memory = RollbackManager(folder + "/memory", **memory_only)
         both = RollbackManager(folder + "/both")
         managers = {"bare": None, "memory": memory, "both": both}

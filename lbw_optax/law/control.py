@@ -55,6 +55,8 @@ class Action(enum.IntEnum):
     RECOVER = 4  # it grows again
     ROLLBACK = 5  # the host's
     CLIP = 6  # chained before an optimizer: a gradient that jumped was scaled back
+    HELD = 7  # the scale has come to rest well below 1
+    REJECTING = 8  # a large share of the steps has been rejected for long
 
 
 REGIMES = tuple(regime.name.lower() for regime in Regime)
@@ -98,6 +100,12 @@ TURN = 0.8
 COOL_DOWN = 10
 # The budget is spent by interventions and earned back, this much a step.
 EARNED = 0.1
+# A scale below this that has kept within a fifth for so many steps is reported, and again when it
+# has moved by as much as this and come to rest anew.
+LOW, REST_STEPS = 0.5, 20
+# The share of rejected steps is that of the last so many; above the bound, once so many were seen,
+# it is reported, and again when it had fallen to half of that.
+LONG_RUN, REJECTED_BOUND, REJECTED_FROM = 1000, 0.05, 200
 
 
 class Bounds(NamedTuple):
@@ -106,6 +114,23 @@ class Bounds(NamedTuple):
     min_scale: float = 0.001
     max_skips: int = 30
     max_interventions: int = 50
+
+
+class Rest(NamedTuple):
+    """Whether the scale keeps still: scalars."""
+
+    log_scale: jax.Array  # float32, where it began to
+    steps: jax.Array  # int32, since then, in which it was free to grow
+    reported: jax.Array  # float32, log(scale) of the newest report; 0 once it has been full
+
+
+class Rejections(NamedTuple):
+    """How many steps are rejected in the long run: scalars."""
+
+    share: jax.Array  # float32, of the last `LONG_RUN` steps
+    steps: jax.Array  # int32, that it is of, up to `LONG_RUN`
+    newest: jax.Array  # int32, a `Signal`, why the newest was
+    reported: jax.Array  # bool, that there are too many
 
 
 class Control(NamedTuple):
@@ -124,6 +149,8 @@ class Control(NamedTuple):
     settled: jax.Array  # bool, an alarm has been raised since: growth is no longer quick
     log_ceiling: jax.Array  # float32, of the scale for a while after a rollback
     ceiling_steps: jax.Array  # int32, steps to go under that ceiling
+    rest: Rest
+    rejections: Rejections
 
 
 class Evidence(NamedTuple):
@@ -174,6 +201,8 @@ def init(bounds: Bounds) -> Control:
         settled=jnp.array(False),
         log_ceiling=jnp.zeros([], jnp.float32),
         ceiling_steps=zero,
+        rest=Rest(first, zero, jnp.zeros([], jnp.float32)),
+        rejections=Rejections(jnp.zeros([], jnp.float32), zero, zero, jnp.array(False)),
     )
 
 
@@ -206,7 +235,8 @@ def judge(
 ) -> Evidence:
     """Weigh the signals of one step: thresholds of the steps before, mean overshoot with it."""
     loss_threshold = before.loss.mean + SPIKE_STDS * stats.std(before.loss, stats.LOSS)
-    spike = seen.has_loss & (before.loss.weight > 0) & (stats.symlog(seen.loss) > loss_threshold)
+    spike = stats.has_level(seen) & (before.loss.weight > 0)
+    spike = spike & (stats.relative_loss(before, seen) > loss_threshold)
     overshoot = after.overshoot.mean / stats.standard_error(after.overshoot, stats.OVERSHOOT)
     log_step = jnp.where(seen.has_step, jnp.log(jnp.maximum(seen.relative_step, 1e-30) / KAPPA), 0)
     against = _without_doubt(control, overshoot, log_step)
@@ -229,7 +259,7 @@ def judge(
     }
     thresholds: dict[Signal, jax.Array | float] = {
         Signal.GRADIENT_NORM: jnp.exp(_gradient_threshold(before)),
-        Signal.LOSS: stats.inverse_symlog(loss_threshold),
+        Signal.LOSS: loss_threshold * before.loss_unit,
         Signal.RELATIVE_STEP: KAPPA,
     }
     return Evidence(
@@ -305,6 +335,8 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
     control = control._replace(turning_point=turning_point)
     regime, turning_point = _next_regime(control, log_scale, trouble, calm)
     action = _action(control.regime, regime, skip)
+    action, rest = _report_rest(control, log_scale, calm, action)
+    action, rejections = _report_rejections(control.rejections, evidence.rejected, action)
     intervened = (action == Action.SKIP) | (action == Action.CUT) | (action == Action.HOLD)
     outstanding = control.outstanding + jnp.where(intervened, 1.0, -EARNED)
     in_a_row = jnp.where(skip, optax.safe_increment(control.skips_in_a_row), 0)
@@ -323,16 +355,19 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
         settled=control.settled | (control.started & ~skip & (evidence.alarm > FIRST_ALARM)),
         log_ceiling=control.log_ceiling,
         ceiling_steps=jnp.maximum(control.ceiling_steps - 1, 0),
+        rest=rest,
+        rejections=rejections,
     )
+    is_share = action == Action.REJECTING
     return new, Decision(
         skip=skip,
         scale=jnp.exp(log_scale),
         scale_before=jnp.exp(control.log_scale),
         regime=regime,
         action=action,
-        signal=evidence.signal,
-        value=jnp.nan_to_num(evidence.value),
-        threshold=jnp.nan_to_num(evidence.threshold),
+        signal=jnp.where(is_share, rejections.newest, evidence.signal),
+        value=jnp.where(is_share, rejections.share, jnp.nan_to_num(evidence.value)),
+        threshold=jnp.where(is_share, REJECTED_BOUND, jnp.nan_to_num(evidence.threshold)),
     )
 
 
@@ -394,6 +429,47 @@ def _action(was: jax.Array, regime: jax.Array, skip: jax.Array) -> jax.Array:
         (entered & (regime == Regime.STRESSED), Action.CUT),
         (entered & (regime == Regime.RECOVERING), Action.RECOVER),
         otherwise=Action.NONE,
+    )
+
+
+def _report_rest(
+    control: Control, log_scale: jax.Array, calm: jax.Array, action: jax.Array
+) -> tuple[jax.Array, Rest]:
+    """`HELD`, where nothing else is to be reported, once each time that a low scale comes to rest.
+
+    A scale that a person has pinned is none that the law holds.
+    """
+    rest = control.rest
+    still = jnp.abs(log_scale - rest.log_scale) <= -math.log(TURN)
+    free = jnp.where(calm >= COOL_DOWN, optax.safe_increment(rest.steps), rest.steps)
+    steps = jnp.where(still, free, 0)
+    is_new = jnp.abs(log_scale - rest.reported) > -math.log(LOW)
+    low = (log_scale < math.log(LOW)) & ~control.pinned
+    held = low & (steps >= REST_STEPS) & is_new & (action == Action.NONE)
+    reported = jnp.where(log_scale >= math.log(FULL), 0.0, rest.reported)
+    return jnp.where(held, jnp.int32(Action.HELD), action), Rest(
+        log_scale=jnp.where(still, rest.log_scale, log_scale),
+        steps=steps,
+        reported=jnp.where(held, log_scale, reported),
+    )
+
+
+def _report_rejections(
+    before: Rejections, rejected: jax.Array, action: jax.Array
+) -> tuple[jax.Array, Rejections]:
+    """`REJECTING`, where nothing else is to be reported, once each time that the share is high.
+
+    The share is a mean of all steps at first, and an exponential one later on.
+    """
+    steps = jnp.minimum(before.steps + 1, LONG_RUN)
+    share = before.share + ((rejected > 0) - before.share) / steps
+    many = (share > REJECTED_BOUND) & (steps >= REJECTED_FROM)
+    reports = many & ~before.reported & (action == Action.NONE)
+    return jnp.where(reports, jnp.int32(Action.REJECTING), action), Rejections(
+        share=share,
+        steps=steps,
+        newest=jnp.where(rejected > 0, rejected, before.newest),
+        reported=(before.reported | reports) & (share > REJECTED_BOUND / 2),
     )
 
 

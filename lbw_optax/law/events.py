@@ -29,6 +29,7 @@ class Ring(NamedTuple):
     scale_after: jax.Array  # float32[SIZE]
     from_step: jax.Array  # int32[SIZE], of a rollback; else 0
     to_step: jax.Array  # int32[SIZE], of a rollback; else 0
+    loss: jax.Array  # float32[SIZE], the newest that was measured; 0 before
 
 
 class Event(NamedTuple):
@@ -41,13 +42,16 @@ class Event(NamedTuple):
       signal: the signal that decided; of a rollback, the reason.
       value: of that signal; of a rollback None.
       threshold: for that signal; of a rollback None.
-      action: "skip", "clip" (of a gradient), "cut", "hold" (no growth of the scale), "recover" or
+      action: "skip", "clip" (of a gradient), "cut", "hold" (no growth of the scale), "recover",
+        "held" (the scale has come to rest well below 1: the learning rate looks 1 / scale_after
+        times too high), "rejecting" (the share of rejected steps is high in the long run: value) or
         "rollback".
       scale_before: before the step.
       scale_after: after it.
       from_step: of a rollback, the step that it left.
       to_step: of a rollback, the step that it went back to.
       guard: where a state holds several guards, the path of this one in it.
+      loss: the newest that was measured; None where the guard is given none.
     """
 
     number: int
@@ -62,6 +66,7 @@ class Event(NamedTuple):
     from_step: int | None = None
     to_step: int | None = None
     guard: str = ""
+    loss: float | None = None
 
 
 def init() -> Ring:
@@ -79,10 +84,11 @@ def init() -> Ring:
         scale_after=real,
         from_step=whole,
         to_step=whole,
+        loss=real,
     )
 
 
-def record(ring: Ring, step: jax.Array, decision: Decision) -> Ring:
+def record(ring: Ring, step: jax.Array, decision: Decision, loss: jax.Array) -> Ring:
     """Write this step's event, if there is one."""
     return _write(
         ring,
@@ -97,6 +103,7 @@ def record(ring: Ring, step: jax.Array, decision: Decision) -> Ring:
         scale_after=decision.scale,
         from_step=jnp.int32(0),
         to_step=jnp.int32(0),
+        loss=loss,
     )
 
 
@@ -110,6 +117,7 @@ def record_rollback(
     regime: jax.Array,
     scale_before: jax.Array,
     scale_after: jax.Array,
+    loss: jax.Array,
 ) -> Ring:
     """Write a rollback into the ring of the state that is left, which the restored state keeps."""
     nothing = jnp.zeros([], jnp.float32)
@@ -126,6 +134,7 @@ def record_rollback(
         scale_after=scale_after,
         from_step=from_step,
         to_step=to_step,
+        loss=loss,
     )
 
 
@@ -164,4 +173,5 @@ def _event(ring: Ring, number: int) -> Event:
         scale_after=float(ring.scale_after[at]),
         from_step=int(ring.from_step[at]) if is_rollback else None,
         to_step=int(ring.to_step[at]) if is_rollback else None,
+        loss=float(ring.loss[at]),
     )

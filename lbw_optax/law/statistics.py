@@ -33,8 +33,8 @@ class Memory(NamedTuple):
 
 GRADIENT = Memory(decay=0.95, floor=0.1, prior=1.0)  # log |g|
 OVERSHOOT = Memory(decay=0.8, floor=0.01, prior=0.1)  # cosine
-LOSS = Memory(decay=0.9, floor=0.02, prior=1.0)  # symlog(loss)
-LOSS_SLOW = Memory(decay=0.97, floor=0.02, prior=1.0)  # symlog(loss)
+LOSS = Memory(decay=0.9, floor=0.02, prior=1.0)  # loss over the first one
+LOSS_SLOW = Memory(decay=0.97, floor=0.02, prior=1.0)  # loss over the first one
 # The loss at the start is the mean of this many first ones: fewer are one batch's luck.
 START_STEPS = 10
 
@@ -58,15 +58,17 @@ class Statistics(NamedTuple):
 
     gradient: Running  # of log |g|
     overshoot: Running  # of the cosine
-    loss: Running  # of symlog(loss), fast
-    loss_slow: Running  # of symlog(loss), slow
-    loss_start: Running  # of symlog(loss), the first ones only
+    loss: Running  # of loss / loss_unit, fast
+    loss_slow: Running  # of loss / loss_unit, slow
+    loss_start: Running  # of loss / loss_unit, the first ones only
+    loss_unit: jax.Array  # float32, |loss| of the first one that is not 0; 0 before it
 
 
 def init() -> Statistics:
     """Statistics that have seen nothing."""
-    nothing = Running(*[jnp.zeros([], jnp.float32)] * 3)
-    return Statistics(nothing, nothing, nothing, nothing, nothing)
+    zero = jnp.zeros([], jnp.float32)
+    nothing = Running(zero, zero, zero)
+    return Statistics(nothing, nothing, nothing, nothing, nothing, zero)
 
 
 def absorb(statistics: Statistics, seen: Telemetry, rejected: jax.Array) -> Statistics:
@@ -75,7 +77,7 @@ def absorb(statistics: Statistics, seen: Telemetry, rejected: jax.Array) -> Stat
     A rejected step says nothing of the last one, so its overshoot stays out; its gradient norm
     and loss enter, winsorised, so that a lasting shift of level is accepted in the end.
     """
-    loss = symlog(seen.loss)
+    loss, teaches = relative_loss(statistics, seen), has_level(seen)
     starting = statistics.loss_start.weight < 1 - LOSS.decay ** (START_STEPS - 0.5)
     return Statistics(
         gradient=update(
@@ -84,10 +86,35 @@ def absorb(statistics: Statistics, seen: Telemetry, rejected: jax.Array) -> Stat
         overshoot=update(
             statistics.overshoot, seen.overshoot, seen.has_overshoot & ~rejected, OVERSHOOT
         ),
-        loss=update(statistics.loss, loss, seen.has_loss, LOSS),
-        loss_slow=update(statistics.loss_slow, loss, seen.has_loss, LOSS_SLOW),
-        loss_start=update(statistics.loss_start, loss, seen.has_loss & starting, LOSS),
+        loss=update(statistics.loss, loss, teaches, LOSS),
+        loss_slow=update(statistics.loss_slow, loss, teaches, LOSS_SLOW),
+        loss_start=update(statistics.loss_start, loss, teaches & starting, LOSS),
+        loss_unit=loss_unit(statistics, seen),
     )
+
+
+def has_level(seen: Telemetry) -> jax.Array:
+    """Whether this step's loss says anything of its level.
+
+    A batch without a target, as one whose labels are all masked, has loss 0 and gradient 0.
+    """
+    nothing = (seen.loss == 0) & seen.has_gradient & (seen.gradient_norm == 0)
+    return seen.has_loss & ~nothing
+
+
+def relative_loss(statistics: Statistics, seen: Telemetry) -> jax.Array:
+    """The loss over the first one's size, within 1e18: free of the unit; 0 while all are 0."""
+    unit = loss_unit(statistics, seen)
+    ratio = seen.loss / jnp.where(unit > 0, unit, 1.0)
+    return jnp.where(unit > 0, jnp.clip(ratio, -LARGEST, LARGEST), 0.0)
+
+
+def loss_unit(statistics: Statistics, seen: Telemetry) -> jax.Array:
+    """That size, this step included: |loss| of the first that is not 0, and 0 before it."""
+    size = jnp.abs(seen.loss)
+    measured = seen.has_loss & (size >= jnp.finfo(jnp.float32).tiny)
+    first = (statistics.loss_unit == 0) & measured
+    return jnp.where(first, size, statistics.loss_unit)
 
 
 def update(running: Running, x: jax.Array, keep: jax.Array, memory: Memory) -> Running:
@@ -144,13 +171,3 @@ def standard_error(running: Running, memory: Memory) -> jax.Array:
     weight = jnp.maximum(running.weight, 1 - memory.decay)
     squares = (1 - memory.decay) / (1 + memory.decay) * (2 - weight) / weight
     return std(running, memory) * jnp.sqrt(squares)
-
-
-def symlog(x: jax.Array) -> jax.Array:
-    """sign(x) log(1 + |x|): a log scale for a loss that may also be zero or negative."""
-    return jnp.sign(x) * jnp.log1p(jnp.abs(x))
-
-
-def inverse_symlog(y: jax.Array) -> jax.Array:
-    """sign(y) (exp(|y|) - 1)."""
-    return jnp.sign(y) * jnp.expm1(jnp.abs(y))

@@ -1,8 +1,10 @@
 """Going back to the last good state, around any training loop."""
 
+import logging
 import operator
 import os
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +27,9 @@ from lbw_optax.rollback.verdict import Report, Verdict
 from lbw_optax.state import GuardState, find_all, map_guards
 from lbw_optax.types import PyTree
 
-_REASONS = {reason.name.lower(): reason for reason in Reason}
+_LOG = logging.getLogger("lbw_optax")
+# What the guard may ask for; broken parameters are always answered.
+_ASKS = ("parameters", "inner_state", "skips", "loss")
 # After a rollback the scale stays under this share of what it was, for so many steps.
 CEILING, CEILING_STEPS = 0.5, 20
 # `max_rollbacks` are allowed in so many calls of `step`.
@@ -66,9 +70,13 @@ class RollbackManager:
     The guard's verdict on a step is read one call later, so that the loop never waits for the step
     that was just dispatched. A checkpoint that is still being written is waited for when the next
     one is due, and when it is to be gone back to. One that cannot be written is a warning, and the
-    run goes on with those that it has. So is an uncertain ask (skips, loss) while nothing has
-    proven healthy. With several processes all make the same calls, over one shared directory; what
-    goes wrong on one of them is a warning or an error on all.
+    run goes on with those that it has. An uncertain reason (skips, loss) never ends a run: while
+    nothing has proven healthy, and when the budget of rollbacks is spent, the run goes on with a
+    warning. A rise of the loss that is there again right after a rollback is the data's or the
+    objective's, and only one of several times its size is answered from then on.
+
+    With several processes all make the same calls, over one shared directory; what goes wrong on
+    one of them is a warning or an error on all.
 
     Args:
       directory: for the checkpoints, made if it is missing; one run at a time.
@@ -77,16 +85,19 @@ class RollbackManager:
       snapshot_every: steps between copies in host memory; None switches that tier off.
       probation: steps without trouble that prove a state healthy; certain signs show within two,
         and while the loss is suspected nothing is proven.
-      max_rollbacks: in 1000 calls of `step`; one more raises.
+      max_rollbacks: in 1000 calls of `step`; one more for a certain reason raises, for an uncertain
+        one it is a warning, once, and the run goes on.
+      reasons: which of "inner_state", "skips" and "loss" are answered. "parameters" (not finite, or
+        broken) always are, and so is :meth:`request`.
 
     Raises:
-      ValueError: if the arguments cannot keep `max_distance`, the journal is damaged, the state
-        holds no guard, a step is out of order, the manager is closed, or the processes differ in
-        their calls or in the loss that they pass.
+      ValueError: if the arguments cannot keep `max_distance`, a reason is unknown, the journal is
+        damaged, the state holds no guard, a step is out of order, the manager is closed, or the
+        processes differ in their calls or in the loss that they pass.
       OSError: if the directory cannot be written, or another process uses it.
-      GuardExhausted: from `step`, when the guard governs and can do no more, when it should go back
-        but may not, or when the state is broken and there is nowhere to go. The newest good
-        checkpoint stays.
+      GuardExhausted: from `step`, when the guard governs and can do no more, or when it should go
+        back for a certain reason, or one that was requested, and may not or has nowhere to go. The
+        newest good checkpoint stays.
 
     Example:
       >>> import jax, jax.numpy as jnp, tempfile, lbw_optax
@@ -119,9 +130,11 @@ class RollbackManager:
         snapshot_every: int | None = 7,
         probation: int = 2,
         max_rollbacks: int = 5,
+        reasons: Collection[str] = _ASKS,
     ):
         plan = Plan(save_every, snapshot_every, probation)
         _validate(plan, max_distance, max_rollbacks)
+        self._reasons = _validate_reasons(reasons)
         self._max_distance, self._max_rollbacks = max_distance, max_rollbacks
         self._folder = Folder(Path(directory))
         try:
@@ -178,9 +191,11 @@ class RollbackManager:
         said = self._hear(before)
         if said is not None and self._candidates.learn(said):
             self._in_a_row = 0
-        reason = self._reason(said)
+        reason, words = self._reason(said)
+        if reason and self._is_answered(step, reason):
+            return self._roll_back(step, tree, reason, words)
         if reason:
-            return self._roll_back(step, tree, reason)
+            tree = self._go_on(tree)
         self._require_strength(said, tree)
         if step in self._to_come:
             return step, self._arrive_again(step, tree)
@@ -247,18 +262,43 @@ class RollbackManager:
         self._require_same_calls(said)
         self._guard_steps = said.guard_steps
         self._apart = self._apart + 1 if said.differs else 0
+        if "loss" not in self._reasons:  # or no state of a run that is sound would be proven
+            said = said._replace(suspected=False)
         return said
 
-    def _reason(self, said: Verdict | None) -> str:
-        """Why to go back, or ""."""
+    def _reason(self, said: Verdict | None) -> tuple[Reason, str]:
+        """Why to go back, NONE if nobody asks, and in words."""
         asked = self._requested or ""
         if jax.process_count() > 1:  # only what all processes have heard of
             asked = first_text(asked) if said is not None and said.requested else ""
         if asked or jax.process_count() == 1:
             self._requested = None
-        if not asked and said is not None and said.governs and said.asked:
-            asked = Reason(said.asked).name.lower()
-        return asked
+        if asked:
+            return Reason.REQUEST, asked
+        reason = Reason(said.asked if said is not None and said.governs else 0)
+        return reason, _name(reason)
+
+    def _is_answered(self, step: int, reason: Reason) -> bool:
+        """Whether to go back for it: not when it is switched off, or uncertain and often enough."""
+        if reason != Reason.REQUEST and _name(reason) not in self._reasons:
+            return False
+        if reason not in UNCERTAIN or not self._is_spent():
+            return True
+        self._reasons -= {_name(reason)}
+        _warn(
+            f"The guard asks for a rollback at step {step} ({_name(reason)}), and its budget of "
+            f"{self._max_rollbacks} in {WINDOW} calls is spent{self._say_history()}. The run goes "
+            f"on, for this reason is not certain, and is not gone back for {_name(reason)} again. "
+            "Where that is as it should be, as a loss that rises in reinforcement learning or in a "
+            f"curriculum, switch it off: reasons={tuple(sorted(self._reasons))}."
+        )
+        return False
+
+    def _go_on(self, tree: PyTree) -> PyTree:
+        """What was asked for an uncertain reason, or one that is switched off, is dropped."""
+        self._report = None
+        kept = np.array([r not in UNCERTAIN and _name(r) in self._reasons for r in Reason])
+        return map_guards(lambda guard: _place(_calm_down(guard, kept), guard), tree)
 
     def _require_strength(self, said: Verdict | None, tree: PyTree) -> None:
         """The guard must be able to do something, and be one and the same everywhere."""
@@ -316,8 +356,8 @@ class RollbackManager:
 
     # --- going back -----------------------------------------------------------------------------
 
-    def _roll_back(self, step: int, tree: PyTree, reason: str) -> tuple[int, PyTree]:
-        self._require_budget(step, reason)
+    def _roll_back(self, step: int, tree: PyTree, reason: Reason, words: str) -> tuple[int, PyTree]:
+        self._require_budget(step, words)
         newest = self.history[-1].to_step if self._in_a_row else step
         for to_step, tier in self._candidates.proven():
             if to_step >= newest or step - to_step > self._max_distance:
@@ -327,28 +367,35 @@ class RollbackManager:
             except (OtherModel, Unreadable) as error:
                 _warn(f"The checkpoint of step {to_step} is passed over: {error}.")
                 continue
-            return to_step, self._arrive(good, tree, step, to_step, reason, tier)
+            good = self._arrive(good, tree, step, to_step, reason, words, tier)
+            return to_step, good
         asked = (
-            f"The guard asks for a rollback at step {step} ({reason}), and no state within "
+            f"The guard asks for a rollback at step {step} ({words}), and no state within "
             f"{self._max_distance} steps has proven healthy"
         )
-        if _REASONS.get(reason) not in UNCERTAIN:
+        if reason not in UNCERTAIN:
             raise GuardExhausted(f"{asked}{self._say_history()}.")
         _warn(f"{asked}: the run goes on, for this reason is not certain.")
-        self._report = None
-        return step, map_guards(lambda guard: _place(_calm_down(guard), guard), tree)
+        return step, self._go_on(tree)
 
     def _arrive(
-        self, good: PyTree, left: PyTree, step: int, to_step: int, reason: str, tier: str
+        self,
+        good: PyTree,
+        left: PyTree,
+        step: int,
+        to_step: int,
+        reason: Reason,
+        words: str,
+        tier: str,
     ) -> PyTree:
         """Make the state that is gone back to ready to go on."""
         self._in_a_row += 1
-        number = _REASONS.get(reason, Reason.REQUEST)
-        good = _rejoin(good, left, number, step, to_step, CEILING**self._in_a_row)
+        good = _rejoin(good, left, reason, step, to_step, CEILING**self._in_a_row)
         self._journal.jump(step, to_step)
         self._keep_arrival(to_step, good)
-        rollback = Rollback(step, to_step, reason, tier, step - to_step, self._journal.calls)
+        rollback = Rollback(step, to_step, words, tier, step - to_step, self._journal.calls)
         self.history.append(rollback)
+        _LOG.warning("Rollback from step %d to %d (%s), from %s.", step, to_step, words, tier)
         self._journal.rollbacks.append(rollback)
         self._candidates.return_to(to_step)
         self._report = self._guard_steps = None
@@ -380,9 +427,12 @@ class RollbackManager:
     def _batch_at(self, step: int) -> tuple[int, int]:
         return step, self._journal.data_step(step)
 
-    def _require_budget(self, step: int, reason: str) -> None:
+    def _is_spent(self) -> bool:
         recent = [r for r in self.history if r.at_call > self._journal.calls - WINDOW]
-        if len(recent) >= self._max_rollbacks:
+        return len(recent) >= self._max_rollbacks
+
+    def _require_budget(self, step: int, reason: str) -> None:
+        if self._is_spent():
             raise GuardExhausted(
                 f"The guard asks for a rollback at step {step} ({reason}), and its budget of "
                 f"{self._max_rollbacks} in {WINDOW} calls is spent{self._say_history()}."
@@ -417,6 +467,20 @@ def _validate(plan: Plan, max_distance: int, max_rollbacks: int) -> None:
             )
 
 
+def _validate_reasons(reasons: Collection[str]) -> frozenset[str]:
+    names = (reasons,) if isinstance(reasons, str) else tuple(reasons)
+    if isinstance(reasons, str) or any(name not in _ASKS for name in names):
+        raise ValueError(
+            f"reasons must be a collection of names out of {_ASKS}, got {reasons!r}: leave out "
+            "what is not to be answered."
+        )
+    return frozenset({*names, "parameters"})
+
+
+def _name(reason: Reason) -> str:
+    return reason.name.lower()
+
+
 def _last_words(tree: PyTree) -> str:
     """What the exhausted guard has to say."""
     try:
@@ -448,10 +512,12 @@ def _back(
         log_ceiling=log_ceiling,
         ceiling_steps=jnp.int32(CEILING_STEPS),
     )
-    calm = _calm_down(guard)
-    return calm._replace(
+    known = divergence.leave(left.law.divergence, left.law.statistics.loss_unit)
+    quiet = divergence.after_rollback(guard.law.divergence, known)
+    return guard._replace(
+        inner_state=None,
         mode=left.mode,
-        law=calm.law._replace(control=held),
+        law=guard.law._replace(control=held, divergence=quiet),
         events=ring.record_rollback(
             left.events,
             guard.guard_steps,
@@ -461,6 +527,7 @@ def _back(
             regime=control.regime,
             scale_before=jnp.exp(control.log_scale),
             scale_after=jnp.exp(log_ceiling),
+            loss=left.telemetry.loss,
         ),
     )
 
@@ -470,8 +537,12 @@ def _own(guard: GuardState) -> GuardState:
 
 
 @jax.jit
-def _calm_down(guard: GuardState) -> GuardState:
-    quiet = divergence.after_rollback(guard.law.divergence)
+def _calm_down(guard: GuardState, kept: Any) -> GuardState:
+    """Nothing asked, but for the reasons that are kept."""
+    asking = guard.law.divergence
+    quiet = divergence.after_rollback(asking)
+    stays = kept[asking.rollback_asked]
+    quiet = jax.tree.map(lambda new, old: jnp.where(stays, old, new), quiet, asking)
     return guard._replace(inner_state=None, law=guard.law._replace(divergence=quiet))
 
 
@@ -486,4 +557,5 @@ def _place(guard: GuardState, like: GuardState) -> GuardState:
 
 
 def _warn(message: str) -> None:
+    _LOG.warning(message)
     warnings.warn(message, RuntimeWarning, stacklevel=2)

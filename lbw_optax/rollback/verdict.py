@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lbw_optax.law.divergence import Reason
 from lbw_optax.rollback.agreement import largest
 from lbw_optax.state import GuardState, Mode, find_all
 from lbw_optax.types import PyTree
@@ -24,7 +25,8 @@ class Numbers(NamedTuple):
     """What is packed, int32 each, in this order.
 
     Attributes:
-      asked: a `Reason`, the largest.
+      asked: a `Reason`, the most certain of all guards: those are the first, so the number of
+        reasons less its own is packed, or 0 for none.
       guard_steps: updates that the guards have seen, the most.
       calm_steps: steps since a skip or a jump of the loss, the fewest.
       suspected: whether the loss is above its level anywhere.
@@ -127,7 +129,7 @@ def read(report: Report, guard_steps: int | None) -> Verdict:
     apart = max(said.scale - said.least_scale, said.loss - said.least_loss)
     return Verdict(
         step=report.step,
-        asked=said.asked,
+        asked=len(Reason) - said.asked if said.asked else 0,
         guard_steps=said.guard_steps,
         troubled=said.calm_steps < updates,
         suspected=bool(said.suspected),
@@ -164,7 +166,7 @@ def _pack(guards: list[dict[str, jax.Array]], call: jax.Array) -> jax.Array:
     scale, loss = _fixed(seen["log_scale"]), _fixed(_log_of(seen["loss"]))
     skips = seen["skips"].sum()
     numbers = Numbers(
-        asked=seen["asked"].max(),
+        asked=jnp.where(seen["asked"] > 0, len(Reason) - seen["asked"], 0).max(),
         guard_steps=seen["guard_steps"].max(),
         calm_steps=seen["calm_steps"].min(),
         suspected=(seen["loss_excess"] > 0).any(),

@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import LawReference, Signals
-from trajectories import BOUNDS, TRAJECTORIES, batch, nothing_seen, run_law
+from trajectories import (
+    BOUNDS,
+    TRAJECTORIES,
+    batch,
+    change,
+    noisy,
+    nothing_seen,
+    run_law,
+)
 
 from lbw_optax.law import control, statistics, telemetry
 from lbw_optax.law.control import Action, Bounds, Control, Decision, Evidence, Regime, Signal
@@ -356,3 +364,37 @@ def test_first_step_is_judged_by_nothing():
     for first, skipped in ((1e30, False), (None, True)):
         _, decision = run_law(batch([Signals(gradient_norm=first, loss=1e30)]))
         assert decision.skip[0] == skipped
+
+
+# --- what is reported, and changes nothing -------------------------------------------------------
+
+
+def _reports(steps: list[Signals], action: Action) -> list[int]:
+    return np.flatnonzero(run_law(batch(steps))[1].action == action).tolist()
+
+
+def test_a_low_scale_at_rest_is_reported_once():
+    """Steps that are too long for good, and the rate that they amount to."""
+    steps = change(noisy(), range(400), relative_step=control.KAPPA, overshoot=0.0)
+    (at,) = _reports(steps, Action.HELD)
+    state, decision = run_law(batch(steps))
+    assert at <= 2 * control.REST_STEPS
+    assert decision.scale[at] == pytest.approx(control.FIRST_SCALE * 0.1, rel=0.3)
+    assert state.rest.steps[-1] > 300
+
+
+@pytest.mark.parametrize("name", ["healthy", "gradient_spikes", "loss_spikes"])
+def test_a_few_rejected_steps_are_not_reported(name):
+    assert _reports(TRAJECTORIES[name], Action.REJECTING) == []
+
+
+@pytest.mark.parametrize(("every", "reported"), [(10, True), (30, False)])
+def test_a_large_share_of_rejected_steps_is_reported_once(every, reported):
+    steps = change(noisy(), range(0, 400, every), nonfinite_gradients=1, gradient_norm=None)
+    state, decision = run_law(batch(steps))
+    at = _reports(steps, Action.REJECTING)
+    assert at == ([control.REJECTED_FROM - 1] if reported else [])
+    np.testing.assert_allclose(state.rejections.share[-1], 1 / every, atol=3e-3)
+    for i in at:
+        assert decision.signal[i] == Signal.NONFINITE_GRADIENTS
+        assert decision.value[i] == pytest.approx(1 / every, abs=3e-3)

@@ -12,7 +12,7 @@ from lbw_optax.law.divergence import Reason
 from lbw_optax.law.events import SIZE, Event
 
 record = jax.jit(ring.record)
-DONE = (Action.SKIP, Action.HOLD, Action.CUT, Action.RECOVER, Action.CLIP)
+DONE = tuple(set(Action) - {Action.NONE, Action.ROLLBACK})
 
 
 def random_step(rng, step, happens):
@@ -30,11 +30,12 @@ def random_step(rng, step, happens):
         value=jnp.float32(value),
         threshold=jnp.float32(threshold),
     )
+    loss = float(np.float32(rng.random()))
     regime_name, signal_name, action_name = (
         x.name.lower() for x in (regime, signal, Action(action))
     )
     event = Event(0, step, regime_name, signal_name, value, threshold, action_name, before, after)
-    return (jnp.int32(step), decision), event
+    return (jnp.int32(step), decision, jnp.float32(loss)), event._replace(loss=loss)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
@@ -66,6 +67,8 @@ def test_steps_of_a_rollback_come_back_as_they_went_in(step):
         regime=jnp.int32(Regime.UNSTABLE),
         scale_before=jnp.float32(1),
         scale_after=jnp.float32(0.5),
+        loss=jnp.float32(3),
     )
     expected = Event(0, 7, "unstable", "loss", None, None, "rollback", 1.0, 0.5, step, step - 28)
+    expected = expected._replace(loss=3.0)
     assert ring.read(state) == [expected]
