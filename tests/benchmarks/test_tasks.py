@@ -8,6 +8,8 @@ from flax import nnx
 from benchmarks import generality, tasks
 from train import data
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def known():

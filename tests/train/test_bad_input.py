@@ -16,6 +16,8 @@ from small_model import SMALL
 from train import data, hub, model, pretrain, qwen_lora, rundir, tinyllama_full, weights
 from train.options import Options
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):

@@ -9,6 +9,8 @@ import pytest
 from benchmarks.atlas import cell, data, draw, models
 from benchmarks.atlas.methods import METHODS, own
 
+pytestmark = pytest.mark.process
+
 TINY = draw.tasks()["c00-decoder-512x1"]._replace(
     name="tiny",
     block="pre-norm",

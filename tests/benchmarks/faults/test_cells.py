@@ -22,6 +22,8 @@ from lbw_optax.law import control
 from lbw_optax.testing import KINDS, Fault
 from train import jsonl
 
+pytestmark = pytest.mark.process
+
 RATE = 3e-3
 adamw = METHODS["adamw"].build
 

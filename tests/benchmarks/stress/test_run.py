@@ -20,6 +20,8 @@ from benchmarks.stress.pace import share_of_steps
 from lbw_optax.law import control
 from train import data, jsonl, loop, model
 
+pytestmark = pytest.mark.process
+
 TINY = regimes.SIZES["quick"]._replace(
     name="tiny",
     config=model.Config(
