@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import lbw_optax
 from benchmarks.atlas import data, models
 from benchmarks.atlas.draw import POINTS, Task
 from benchmarks.ladder import ladder
-from benchmarks.stress.regimes import Factory, Recipe, averaged
+from benchmarks.stress.bench import kept
+from benchmarks.stress.regimes import Factory, Recipe, averaged, watch
 
 CURVE = 8
 """One in so many examples of the validation set is behind a point of the curve."""
@@ -102,7 +102,7 @@ def _compiled(task: Task, factory: Factory, keep: tuple[str, ...]) -> Callable[.
             params, state = carry
             value, grads = jax.value_and_grad(loss)(params, frozen, batch)
             updates, state = tx.update(grads, state, params, value=value)
-            return (optax.apply_updates(params, updates), state), (value, _watch(state, keep))
+            return (optax.apply_updates(params, updates), state), (value, watch(state, keep))
 
         def stretch(carry: Any, batches: Any) -> tuple[Any, Any]:
             carry, (losses, metrics) = jax.lax.scan(step, carry, batches)
@@ -133,14 +133,6 @@ def _in_pieces(array: jax.Array) -> jax.Array:
 
 def _stretches(batches: Any) -> Any:
     return jax.tree.map(lambda a: a.reshape(POINTS, -1, *a.shape[1:]), batches)
-
-
-def _watch(state: Any, keep: tuple[str, ...]) -> dict[str, jax.Array]:
-    try:
-        metrics = lbw_optax.metrics(state)
-    except ValueError:  # no guard in this state
-        return {}
-    return {name: metrics[name] for name in ("scale", "events", "skips", *keep)}
 
 
 # The learning rate over a run
@@ -196,18 +188,14 @@ def _base(task: Task, directory: str | Path | None, cache: Path | None) -> model
     """Trained with AdamW, at the best rate of its own ladder."""
     of_base, digest = base_task(task), data.text(directory, task.vocabulary).digest
     key = hashlib.sha256(repr((of_base._replace(rank=0), digest)).encode()).hexdigest()[:16]
-    path = None if cache is None else cache / f"atlas-base-{key}.npz"
-    if path is not None and path.exists():
-        with np.load(path) as stored:
-            leaves = [stored[f"arr_{i}"] for i in range(len(stored.files))]
-        return jax.tree.unflatten(jax.tree.structure(models.init(of_base, 0)), leaves)
-    base = _train_base(task, data.base_pool(task, directory))
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".draft.npz")
-        np.savez(draft, *jax.tree.leaves(base))
-        draft.rename(path)  # a killed run leaves no half base
-    return base
+
+    def make() -> models.Weights:
+        return _train_base(task, data.base_pool(task, directory))
+
+    if cache is None:
+        return make()
+    tree = jax.tree.structure(models.init(of_base, 0))
+    return kept(cache / f"atlas-base-{key}.npz", tree, make)
 
 
 def base_task(task: Task) -> Task:

@@ -8,6 +8,7 @@ base has its first tenth. From scratch all of the train split is used.
 
 import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,16 +143,21 @@ def _base(bench: Bench) -> dict[str, Any]:
     ]
     path = RUNS / f"stress-base-{key}.npz"
     params, frozen = start(bench, 0, from_base=False, adapters=False)
-    leaves, tree = jax.tree.flatten(params)
+    tree = jax.tree.structure(params)
+    return kept(path, tree, functools.partial(_pretrain, bench, params, frozen))
+
+
+def kept(path: Path, tree: Any, make: Callable[[], Any]) -> Any:
+    """The parameters in this file, of this tree structure; made and stored first where it lacks."""
     if path.exists():
         with np.load(path) as stored:
-            return jax.tree.unflatten(tree, [stored[f"arr_{i}"] for i in range(len(leaves))])
-    trained = _pretrain(bench, params, frozen)
-    path.parent.mkdir(exist_ok=True)
+            return jax.tree.unflatten(tree, [stored[f"arr_{i}"] for i in range(tree.num_leaves)])
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".draft.npz")
-    np.savez(draft, *jax.tree.leaves(trained))
+    np.savez(draft, *jax.tree.leaves(made))
     draft.rename(path)  # a killed run leaves no half base
-    return trained
+    return made
 
 
 def _pretrain(bench: Bench, params: Any, frozen: Any) -> Any:

@@ -176,7 +176,7 @@ def _compiled(
             params, state = carry
             loss, grads = jax.value_and_grad(loss_fn)(params, frozen, tokens)
             updates, state = tx.update(grads, state, params, value=loss)
-            return (optax.apply_updates(params, updates), state), (loss, _watch(state, keep))
+            return (optax.apply_updates(params, updates), state), (loss, watch(state, keep))
 
         def stretch(carry: Any, tokens: jax.Array) -> tuple[Any, Any]:
             carry, (losses, metrics) = jax.lax.scan(step, carry, tokens)
@@ -188,7 +188,8 @@ def _compiled(
     return jax.jit(run)
 
 
-def _watch(state: Any, keep: tuple[str, ...]) -> dict[str, jax.Array]:
+def watch(state: Any, keep: tuple[str, ...]) -> dict[str, jax.Array]:
+    """Of a guard's metrics those that a benchmark follows; nothing where no guard is."""
     try:
         metrics = lbw_optax.metrics(state)
     except ValueError:  # no guard in this state
