@@ -18,6 +18,7 @@ from lbw_optax import lock, sentences
 from lbw_optax.law import events as ring
 from lbw_optax.law.divergence import after_rollback
 from lbw_optax.law.events import Event
+from lbw_optax.law.statistics import in_stds
 from lbw_optax.law.telemetry import HISTOGRAM_EDGES
 from lbw_optax.state import MODES, GuardState, find, find_all, find_named, map_guards, of_one_run
 from lbw_optax.types import PyTree
@@ -46,15 +47,15 @@ def metrics(state: PyTree) -> dict[str, jax.Array]:
     ``gradient_norm``           length of the gradients
     ``update_norm``             length of the step, at the scale held before it
     ``parameter_norm``          length of the parameters before the step
-    ``relative_step``           length of the step over that of the parameters
-    ``overshoot``               cosine of the gradients with the step before; > 0: it went too far
-    ``curvature``               second derivative of the loss along the step before
+    ``relative_step``           length of the step over that of the parameters, free of width
+    ``overshoot``               cosine of the gradients with the way of late; > 0: it was too far
+    ``overshoot_level``         its mean, in standard deviations of one; held at 1
     ``loss``                    as it was passed
     ``loss_trend``              fast less slow mean, in first losses; < 0: it falls
-    ``nonfinite_gradients``     elements; likewise ``nonfinite_updates``, ``nonfinite_loss``
+    ``nonfinite_gradients``     leaves with one; likewise ``nonfinite_updates``, ``nonfinite_loss``
     ``updates_broken``          bool, their length jumped beyond any step of an optimizer
     ``parameters_broken``       bool, they are not finite, or longer than a step can make them
-    ``nonzero_fraction``        of the coordinates: those in leaves that were not zero at the start
+    ``age``                     steps since the law began: at the start, or after a jump of the rate
     ``skips``                   skipped steps in all; ``skips_in_a_row`` up to now
     ``rejected_share``          share of the last 1000 steps that were rejected; above 0.05: alarm
     ``events``                  interventions in all
@@ -92,7 +93,7 @@ def _metrics(guard: GuardState) -> dict[str, jax.Array]:
         "parameter_norm": seen.parameter_norm,
         "relative_step": seen.relative_step,
         "overshoot": seen.overshoot,
-        "curvature": seen.curvature,
+        "overshoot_level": in_stds(remembered.overshoot),
         "loss": seen.loss,
         "loss_trend": remembered.loss.mean - remembered.loss_slow.mean,
         "nonfinite_gradients": seen.nonfinite_gradients,
@@ -100,7 +101,7 @@ def _metrics(guard: GuardState) -> dict[str, jax.Array]:
         "nonfinite_loss": seen.nonfinite_loss,
         "updates_broken": seen.updates_broken,
         "parameters_broken": seen.parameters_broken,
-        "nonzero_fraction": seen.nonzero_fraction,
+        "age": control.age,
         "skips": control.skips,
         "skips_in_a_row": control.skips_in_a_row,
         "rejected_share": control.rejections.share,

@@ -15,7 +15,7 @@ from lbw_optax.apply import either, scaled
 from lbw_optax.chained import ChainedGuard
 from lbw_optax.frozen import Frozen
 from lbw_optax.law import control, events, telemetry
-from lbw_optax.law.control import Alarm, Bounds
+from lbw_optax.law.control import RULES, Bounds, Rules, Signal
 from lbw_optax.law.telemetry import Probe
 from lbw_optax.state import MODES, GuardState, Mode
 from lbw_optax.types import Loss, PyTree
@@ -33,24 +33,23 @@ def lbw_guard(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keep a training run alive under stress: scale and skip the updates of ``inner``.
 
-    With g_t the gradients, u_t the updates of ``inner`` and p_t the parameters, the guard applies
+    With g_t the gradients, u_t the updates of ``inner``, p_t the parameters and t the steps taken,
+    the guard applies
 
     .. math::
       s_t\, u_t, \qquad
-      \log s_t = \mathrm{clip}\big(\log s_{t-1} + \mathrm{clip}(-0.05\, a_t, -0.4, \gamma_t),\
-      \log s_{\min},\ 0\big).
+      \log s_t = \log s_{t-1} - a_t \min\big(0.4,\ (2 \text{ if } a_t < 0 \text{ else } 3) / t\big),
+      \qquad r_t \le 0.0015 \sqrt{t}, \qquad s_t \in [s_{\min}, 1].
 
-    The alarm a_t weighs overshoot (the cosine of g_t with the step just taken, in standard
-    errors), the relative step r_t = s_{t-1} |u_t| / |p_t| (times √ν, with ν the share of
-    coordinates in leaves that were not zero at the start) and the progress of the loss; the growth
-    bound lies between 0.1 and 0.5 and is slow near r = 0.01, and until the first alarm the gain
-    far below it is up to three times as large; see :mod:`lbw_optax.law.control`. A step
-    above r = 0.03 is cut to that at once, by ten at most. Soft start: the first step is scaled to
-    r = 0.001. A step with a non-finite gradient, loss or
-    update, with a gradient norm that jumps, or with an update a thousand times as long as the last
-    and longer than the parameters, changes neither the parameters nor the state of ``inner``. Where
-    that is not enough, the state asks for a rollback (:mod:`lbw_optax.law.divergence`), which
-    :class:`lbw_optax.RollbackManager` answers.
+    The alarm a_t in [-1, 1] is the mean overshoot in standard deviations, less 1: the cosine of g_t
+    with the way from the mean of the parameters over about half of the run. The relative step r_t
+    is s |u| / |p|, each leaf of u counted by the side of its matrix, so that one ceiling fits every
+    width; see :mod:`lbw_optax.law.control`. Soft start: the first step is scaled to r = 0.001. A
+    step with a non-finite gradient or loss changes neither the parameters nor the state of
+    ``inner``; one with a non-finite update, or an update a thousand times as long as the last and
+    longer than the parameters, does not change the parameters. A gradient whose norm jumps is
+    scaled back to the length that the run has shown. Where that is not enough, the state asks for a
+    rollback (:mod:`lbw_optax.law.divergence`), which :class:`lbw_optax.RollbackManager` answers.
 
     Placement decides authority. Wrapped around an optimizer, or at the head of
     :func:`lbw_optax.chain`, the guard governs it. Chained before one with :func:`optax.chain` it
@@ -139,15 +138,14 @@ adamw.__wrapped__ = optax.adamw  # type: ignore[attr-defined]  # inspect.signatu
 
 
 def govern(
-    inner: optax.GradientTransformation, bounds: Bounds, mode: str, alarm: Alarm = control.alarm
+    inner: optax.GradientTransformation, bounds: Bounds, mode: str, rules: Rules = RULES
 ) -> optax.GradientTransformationExtraArgs:
-    """The guard around an optimizer; `alarm` is the law's own but in experiments."""
+    """The guard around an optimizer; `rules` are the law's own but in experiments."""
     inner = _with_extra_args(inner)
     frozen = Frozen(inner.update)
 
     def init_fn(params: PyTree) -> GuardState:
-        nothing = telemetry.sample_of_zeros(params)
-        probe = Probe(last_step=nothing, gradient=nothing, parameters=None)
+        probe = Probe(telemetry.sample_of_zeros(params), parameters=None)
         inner_state = inner.init(params)
         _refuse_to_and_fro(inner_state)
         trained = frozen.updated(params, inner_state)
@@ -163,23 +161,30 @@ def govern(
     ) -> tuple[PyTree, GuardState]:
         states.require(state)
         value, extra_args = telemetry.take_loss(value, extra_args)
-        proposed, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         gradients, trained = frozen.zeroed(updates, state.inner_state, params, extra_args)
-        seen, probe = telemetry.observe_gradients(state.telemetry, state.probe, gradients, value)
-        scale = jnp.exp(state.law.control.log_scale)
-        seen = telemetry.observe_step(seen, proposed, trained, scale)
-        new_law, decision = law.step(state.law, seen, bounds, alarm)
-
-        governing = state.mode == Mode.GOVERN
-        skip = governing & decision.skip
-        applied = scaled(proposed, jnp.where(governing, decision.scale, 1.0), skip)
-        probe = probe._replace(last_step=telemetry.sample(applied, like=updates))
+        age, governing = state.law.control.age, state.mode == Mode.GOVERN
+        seen, probe = telemetry.observe_gradients(
+            state.telemetry, state.probe, gradients, trained, value, age
+        )
+        arrival = control.arrive(seen, state.law.statistics)
+        refused = governing & (arrival.rejected != Signal.NONE)
+        # Known before the optimizer runs, so that what keeps its state as it was is part of its own
+        # element-wise operations, and no second copy of that state is held.
+        limited = scaled(updates, jnp.where(governing, arrival.factor, 1.0), refused)
+        proposed, inner_state = inner.update(limited, state.inner_state, params, **extra_args)
+        scale_before = jnp.exp(state.law.control.log_scale)
+        seen = telemetry.observe_step(seen, proposed, trained, scale_before, refused)
+        new_law, decision = law.step(state.law, seen, bounds, rules)
+        scale = jnp.where(governing, decision.scale, 1.0)
+        applied = scaled(proposed, scale, governing & decision.skip)
+        if params is None:
+            probe = telemetry.follow(probe, applied)
         return applied, GuardState(
-            inner_state=either(skip, state.inner_state, inner_state),
+            inner_state=either(refused, state.inner_state, inner_state),
             guard_steps=optax.safe_increment(state.guard_steps),
             mode=state.mode,
             telemetry=seen,
-            probe=either(decision.skip, telemetry.forget(probe), probe),
+            probe=probe,
             law=new_law,
             events=events.record(state.events, state.guard_steps, decision, seen.loss),
         )

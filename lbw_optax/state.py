@@ -276,5 +276,5 @@ def _child(node: PyTree, name: str) -> Any:
 @functools.cache
 def _skeleton() -> GuardState:
     nothing = jnp.zeros([0], jnp.float32)
-    probe = Probe(nothing, nothing, nothing)
+    probe = Probe(nothing, nothing)
     return jax.eval_shape(lambda: init(None, probe, Bounds(), MODES[Mode.GOVERN]))

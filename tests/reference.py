@@ -27,11 +27,15 @@ def cosine(x: np.ndarray, y: np.ndarray) -> float | None:
     return float(x @ y / lengths) if lengths > 0 else None
 
 
-def curvature(gradient: np.ndarray, gradient_before: np.ndarray, step: np.ndarray) -> float | None:
-    """Secant estimate of the second derivative of the loss along the last step."""
-    if not (np.any(gradient_before) and np.any(step)):
-        return None
-    return float((gradient - gradient_before) @ step / (step @ step))
+def mean_parameters(mean: np.ndarray | None, here: np.ndarray, step: int) -> np.ndarray:
+    """With those of this step, counted from 1: over the last half of the run."""
+    return here if mean is None else mean + (here - mean) / min(max(step / 2, 4), step)
+
+
+def side(shape: tuple[int, ...]) -> int:
+    """Of all matrices that these axes make, the largest of the smaller sides; 1 of a vector."""
+    matrices = [np.zeros(shape).reshape(math.prod(shape[:i]), -1) for i in range(1, len(shape))]
+    return max([27, *(min(matrix.shape) for matrix in matrices)]) if matrices else 1
 
 
 def histogram(gradient: np.ndarray) -> np.ndarray:
@@ -71,13 +75,6 @@ class RunningReference:
         prior = self.memory.prior**2 * self.memory.decay ** len(self.entered)
         return math.sqrt(self.variance + self.memory.floor**2 + prior)
 
-    @property
-    def standard_error(self) -> float:
-        if not self.entered:
-            return self.std
-        shares = self._weights() / self._weights().sum()
-        return self.std * math.sqrt(np.square(shares).sum())
-
     def add(self, x: float | None) -> None:
         if x is None or not math.isfinite(x):
             return
@@ -91,6 +88,26 @@ class RunningReference:
         return self.memory.decay ** np.arange(len(self.entered))[::-1].astype(float)
 
 
+class OvershootReference:
+    """The mean cosine of about the last eighth of the run, and the deviation of one about it."""
+
+    def __init__(self):
+        self.mean = self.variance = self.last = 0.0
+
+    def add(self, cosine: float | None, t: int) -> None:
+        if cosine is None:
+            return
+        over = min(max(t * statistics.SPAN, statistics.LEAST_SPAN), max(t - 1, 1))
+        self.mean = self.mean * (1 - 1 / over) + cosine / over
+        halved = (cosine - self.last) ** 2 / 2
+        self.variance = 0.0 if t < 3 else self.variance * (1 - 1 / over) + halved / over
+        self.last = cosine
+
+    @property
+    def in_stds(self) -> float:
+        return self.mean / math.hypot(math.sqrt(self.variance), statistics.OVERSHOOT_FLOOR)
+
+
 # --- the law ----------------------------------------------------------------------------------
 
 
@@ -98,7 +115,7 @@ class RunningReference:
 class Signals:
     """What one step shows; None is a signal that could not be measured."""
 
-    gradient_norm: float | None = 1.0  # None: it overflows
+    gradient_norm: float | None = 1.0  # None: it is not finite
     overshoot: float | None = None
     relative_step: float | None = None
     loss: float | None = None
@@ -114,6 +131,7 @@ class Outcome(NamedTuple):
 
     skip: bool
     log_scale: float
+    log_applied: float
     regime: str
     action: str
     signal: str
@@ -128,6 +146,7 @@ class Outcome(NamedTuple):
     loss_excess: float
     grace: int
     rejected_share: float
+    age: int
 
 
 @dataclass
@@ -142,12 +161,14 @@ class LawReference:
 
     def __post_init__(self):
         self.gradient = RunningReference(statistics.GRADIENT)
-        self.overshoot = RunningReference(statistics.OVERSHOOT)
+        self.overshoot = OvershootReference()
         self.loss = RunningReference(statistics.LOSS)
         self.loss_slow = RunningReference(statistics.LOSS_SLOW)
         self.loss_start = RunningReference(statistics.LOSS)
         self.log_scale = self.turning_point = math.log(max(self.min_scale, control.FIRST_SCALE))
         self.started = self.settled = False
+        self.age, self.longest, self.jumps_in_a_row = 0, None, 0
+        self.gradient_norms: list[float] = []
         self.regime = "recovering"
         self.calm_steps = control.COOL_DOWN
         self.skips_in_a_row = self.skips = 0
@@ -191,28 +212,26 @@ class LawReference:
         start = self.loss_start.entered
         self.loss_before_start = self.loss_start.mean if start else None
         self._remember(seen)
+        limited = self._limits(seen)
         rejected = self._reject(seen)
         spike = self._loss_spikes(seen)
         thresholds = {"gradient_norm": self.gradient_threshold(), "loss": self.loss_threshold()}
-        fell = self._first_was_broken(seen)
-        self._absorb(seen, rejected)
-        overshoot = self.overshoot.mean / self.overshoot.standard_error
-        large = seen.relative_step is not None and control.STEP_WEIGHT * self._log_step(seen)
-        by_step = "relative_step" if large > max(overshoot, 0) else "overshoot"
-        signal = rejected or ("loss" if spike else by_step)
+        self._absorb(seen, bool(rejected) or limited)
+        overshoot = self.overshoot.in_stds
+        ceiling = control.CEILING * math.sqrt(self.age + 1)
         trouble = bool(rejected) or spike
         self.calm_steps = 0 if trouble else self.calm_steps + 1
-        if not rejected:
-            self._move(seen, overshoot)
-        if self.ceiling_steps > 0:
-            self.log_scale = self._bounded(min(self.log_scale, self.ceiling))
-            self.ceiling_steps -= 1
+        too_long = seen.relative_step is not None and seen.relative_step > ceiling
+        signal = "relative_step" if too_long else "overshoot"
+        signal = "loss" if spike else signal
+        signal = rejected or ("gradient_norm" if limited else signal)
+        applied = self._move(seen, overshoot, ceiling, bool(rejected))
         turned = self._turn(trouble)
-        action = "skip" if rejected else turned
+        action = "skip" if rejected else "clip" if limited else turned
         self._account(bool(rejected), action)
         action = self._held(action)
-        action, shared = self._rejecting(rejected, action)
-        self._assess(seen, rejected, fell)
+        action, shared = self._rejecting("gradient_norm" if limited else rejected, action)
+        self._assess(seen, rejected)
         values = vars(seen) | {
             "gradient_norm": self.last_norm,
             "loss": self.last_loss,
@@ -222,11 +241,13 @@ class LawReference:
         limits = {
             "gradient_norm": math.exp(thresholds["gradient_norm"]),
             "loss": thresholds["loss"] * unit,
-            "relative_step": control.KAPPA,
+            "overshoot": control.SET_POINT,
+            "relative_step": ceiling,
         }
         return Outcome(
             bool(rejected),
             self.log_scale,
+            applied,
             self.regime,
             action,
             shared or signal,
@@ -241,18 +262,24 @@ class LawReference:
             self.loss_excess,
             self.grace,
             self.rejected_share,
+            self.age,
         )
 
     def _first_was_broken(self, seen: Signals) -> bool:
-        """A hundredth of what the first one or two gradients were."""
-        if not 1 <= len(self.gradient.entered) <= divergence.FIRST_STEPS or not seen.gradient_norm:
+        """The first two gradients against the eight after them: a hundred times as long."""
+        first, after = divergence.FIRST_STEPS, divergence.NEXT_STEPS
+        if not seen.gradient_norm or len(self.gradient_norms) >= first + after:
             return False
-        least = self.gradient.mean - 2 * math.log(control.SPIKE_FACTOR)
-        return math.log(seen.gradient_norm) < least
+        self.gradient_norms.append(seen.gradient_norm)
+        if len(self.gradient_norms) < first + after:
+            return False
+        longest = max(self.gradient_norms[:first])
+        return longest > control.SPIKE_FACTOR**2 * max(self.gradient_norms[first:])
 
-    def _assess(self, seen: Signals, rejected: str | None, fell: bool) -> None:
+    def _assess(self, seen: Signals, rejected: str | None) -> None:
         """Whether to ask for a rollback; the first reason stays, but for a more certain one."""
         grace = self.grace > 0
+        broken = self._first_was_broken(seen)
         if rejected is None:
             self.inner_steps = 0
             self.grace = max(self.grace - 1, 0)
@@ -261,7 +288,7 @@ class LawReference:
         self._watch_loss(seen, grace)
         signs = {
             "parameters": seen.parameters_broken,
-            "inner_state": self.inner_steps >= divergence.INNER_STEPS or fell,
+            "inner_state": self.inner_steps >= divergence.INNER_STEPS or broken,
             "skips": not grace and self.skips_in_a_row >= divergence.SKIP_STEPS,
             "loss": self.loss_excess >= divergence.ENOUGH_EVIDENCE,
         }
@@ -364,16 +391,19 @@ class LawReference:
         """Of the loss over the size of the first one."""
         return self.loss.mean + control.SPIKE_STDS * self.loss.std
 
+    def _limits(self, seen: Signals) -> bool:
+        """Whether a finite gradient jumps, and nothing says that it is broken."""
+        if seen.nonfinite_gradients or seen.nonfinite_loss or seen.gradient_norm is None:
+            return False
+        known = bool(self.gradient.entered)
+        return known and _log(seen.gradient_norm) > self.gradient_threshold()
+
     def _reject(self, seen: Signals) -> str | None:
-        for name in ("nonfinite_gradients", "nonfinite_loss"):
+        if seen.nonfinite_gradients or seen.gradient_norm is None:
+            return "nonfinite_gradients"
+        for name in ("nonfinite_loss", "nonfinite_updates"):
             if getattr(seen, name):
                 return name
-        if seen.gradient_norm is None:
-            return "gradient_norm"
-        if self.gradient.entered and _log(seen.gradient_norm) > self.gradient_threshold():
-            return "gradient_norm"
-        if seen.nonfinite_updates:
-            return "nonfinite_updates"
         return "relative_step" if seen.updates_broken else None
 
     def _loss_spikes(self, seen: Signals) -> bool:
@@ -381,11 +411,11 @@ class LawReference:
             return False
         return self._relative(seen.loss) > self.loss_threshold()
 
-    def _absorb(self, seen: Signals, rejected: str | None) -> None:
+    def _absorb(self, seen: Signals, left_out: bool) -> None:
         if seen.gradient_norm is not None:
             self.gradient.add(_log(seen.gradient_norm))
-        if not rejected:
-            self.overshoot.add(seen.overshoot)
+        if not left_out:
+            self.overshoot.add(seen.overshoot, self.age + 1)
         if self._has_level(seen):
             relative = self._relative(seen.loss)
             self.loss.add(relative)
@@ -393,54 +423,78 @@ class LawReference:
             if len(self.loss_start.entered) < statistics.START_STEPS:
                 self.loss_start.add(relative)
 
-    def _log_step(self, seen: Signals) -> float:
-        return math.log(max(seen.relative_step, 1e-30) / control.KAPPA)
-
     def _alarm(self, seen: Signals, overshoot: float) -> float:
         """How much too large the scale is; 0 where nothing was measured."""
-        if seen.relative_step is None and seen.overshoot is None:
+        if seen.overshoot is None:
             return 0.0
-        credit = max(self._progress() - control.CREDIT_FROM, 0)
-        forgiven = credit + (control.TRUST if self._is_full() else 0)
-        if overshoot > 0:
-            overshoot = max(overshoot - forgiven, 0)
-        if seen.relative_step is None:
-            return overshoot
-        step = control.STEP_WEIGHT * self._log_step(seen)
-        if self._is_full() and seen.relative_step < control.TRUST_STEP * control.KAPPA:
-            step = min(step, 0)
-        if step > 0:
-            return max(overshoot, -1) + step
-        return overshoot - min(-step, credit)
+        excess = overshoot - control.SET_POINT
+        if self._is_full() and excess > 0:
+            excess = max(excess - control.TRUST, 0)
+        return min(max(excess, -1), 1)
 
     def _is_full(self) -> bool:
         return self.log_scale >= math.log(control.FULL)
 
-    def _progress(self) -> float:
-        """Of the loss since the start, in its own spreads; without a loss there is none."""
-        return max(self.loss_start.mean - self.loss.mean, 0) / self.loss.std
-
-    def _move(self, seen: Signals, overshoot: float) -> None:
-        """Bounded change; the first step that can be measured sets the scale instead."""
-        if seen.relative_step is not None and not self.started:
-            change = math.log(control.FIRST_STEP / control.KAPPA) - self._log_step(seen)
-            self.started = True
-            self.log_scale = self.turning_point = self._bounded(self.log_scale + change)
-            return
-        below = 0.0 if seen.relative_step is None else max(-self._log_step(seen), 0.0)
-        growth = min(control.GROWTH * (1 + below), control.MOST_GROWTH)
-        if self.calm_steps < control.COOL_DOWN:
-            growth = 0.0
+    def _move(self, seen: Signals, overshoot: float, ceiling: float, skip: bool) -> float:
+        """The scale of this step; that which lasts is `log_scale`."""
+        before, t = self.log_scale, self.age + 1
+        if skip:
+            applied = self._under_the_hosts(before)
+            self.log_scale = max(applied, before - control.MOST)
+            self.ceiling_steps = max(self.ceiling_steps - 1, 0)
+            return applied
         alarm = self._alarm(seen, overshoot)
-        quick = alarm < 0 and not self.settled
-        gain = control.GAIN * (1 + min(below, control.QUICK) if quick else 1)
-        change = -gain * alarm
-        self.settled = self.settled or (self.started and alarm > control.FIRST_ALARM)
-        change = min(max(change, -control.MOST_CUT), growth)
-        if seen.relative_step is not None and seen.relative_step > control.FAR * control.KAPPA:
-            excess = self._log_step(seen) - math.log(control.FAR)
-            change = min(change, -min(excess, math.log(control.AT_ONCE)))
-        self.log_scale = self._bounded(self.log_scale + change)
+        most = min((control.GROWTH if alarm < 0 else control.CUT) / t, control.MOST)
+        if alarm < 0 and not self.settled:
+            most = control.MOST
+        if alarm < 0 and self.calm_steps < control.COOL_DOWN:
+            most = 0.0
+        self.settled = self.settled or (t >= control.SETTLED_FROM and alarm > control.FIRST_ALARM)
+        wanted = self._bounded(before - most * alarm)
+        begins = seen.relative_step is not None and not self.started
+        if seen.relative_step is None:
+            applied = wanted
+            self.age = t
+        else:
+            # Of a step at full scale.
+            length = math.log(max(seen.relative_step, 1e-30)) - before
+            if begins:
+                self.started = True
+                wanted = self._bounded(math.log(control.FIRST_STEP) - length)
+            applied = min(wanted, math.log(ceiling) - length)
+            applied = self._jump(applied, length, t)
+        applied = self._under_the_hosts(applied)
+        if seen.relative_step is not None:
+            self._took(applied + length, t)
+        self.ceiling_steps = max(self.ceiling_steps - 1, 0)
+        lasting = applied if begins else max(applied, before - control.MOST)
+        self.log_scale = min(wanted, lasting)
+        if begins:
+            self.turning_point = self.log_scale
+        return applied
+
+    def _jump(self, applied: float, length: float, t: int) -> float:
+        """No step of more than twice the longest of late."""
+        self.jumping = False
+        if self.longest is None or t < control.JUMPS_FROM:
+            return applied
+        most = self.longest + math.log(control.JUMP)
+        self.jumping = applied + length > most
+        return min(applied, most - length)
+
+    def _took(self, log_step: float, t: int) -> None:
+        """The longest step of late is forgotten slowly; after three jumps all begins anew."""
+        faded = -math.inf if self.longest is None else self.longest - control.FORGOTTEN / t
+        self.longest = faded if self.jumping else max(faded, log_step)
+        self.jumps_in_a_row = self.jumps_in_a_row + 1 if self.jumping else 0
+        self.age = t
+        if self.jumps_in_a_row >= control.JUMP_STEPS:
+            self.age, self.longest, self.jumps_in_a_row = 0, None, 0
+
+    def _under_the_hosts(self, log_scale: float) -> float:
+        """For a while after a rollback the host sets a ceiling."""
+        host = self.ceiling if self.ceiling_steps > 0 else 0.0
+        return self._bounded(min(log_scale, host))
 
     def _bounded(self, log_scale: float) -> float:
         return min(max(log_scale, math.log(self.min_scale)), 0.0)

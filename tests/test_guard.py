@@ -143,7 +143,7 @@ def test_chained_guard_limits_a_gradient_that_jumps(factor):
             np.testing.assert_allclose(limited, whole * shown / norms[-1], rtol=2e-2)
             event = lbw_optax.events(state)[-1]
             assert (event.action, event.signal, event.step) == ("clip", "gradient_norm", 30)
-    assert int(guard_in(state).law.control.skips) == 1
+    assert int(guard_in(state).law.control.skips) == 0
 
 
 def test_chain_gives_the_guard_authority_over_what_follows():
@@ -218,7 +218,7 @@ def test_observing_leaves_every_bit_as_the_bare_optimizer_has_it(inner, placemen
     # It watched all the same, and no NaN of the run got into its own memory.
     assert int(guard_in(state).law.control.skips) >= 5
     # (Chained, the probe samples the parameters, which are NaN by now.)
-    probe = guard_in(state).probe._replace(last_step=None, parameters=None)
+    probe = guard_in(state).probe._replace(parameters=None)
     assert_all_finite(guard_in(state)._replace(inner_state=None, probe=probe))
     assert lbw_optax.events(state)[0].signal == "nonfinite_loss"
 
@@ -250,11 +250,11 @@ def test_without_inner_it_transforms_gradients():
 
 
 def test_the_state_is_small():
-    """Scalars and a probe: at most 1/64 of a large leaf twice, and never a copy of it."""
+    """Scalars and a probe: at most 1/64 of a large leaf, and never a copy of it."""
     params = {"w": jnp.zeros([1024, 1024])}
     state = lbw_guard(optax.sgd(0.1)).init(params)
     size = sum(leaf.size for leaf in jax.tree.leaves(state))
-    assert size < 2 * params["w"].size / 64 + 1000
+    assert size < params["w"].size / 64 + 1000
     assert sorted({leaf.ndim for leaf in jax.tree.leaves(state)}) == [0, 1]
 
 

@@ -59,7 +59,7 @@ def noisy(length=LENGTH, seed=0, **changes) -> list[Signals]:
     for t in range(length):
         healthy = {
             "gradient_norm": math.exp(rng.normal(0, 0.2)) * (1 + 4 / (1 + t)),
-            "overshoot": float(rng.normal(-0.01, 0.05)),
+            "overshoot": float(rng.normal(0.02, 0.05)),
             "relative_step": 0.004 * math.exp(rng.normal(0, 0.3)),
             "loss": 3 + 4 / (1 + t / 30) + float(rng.normal(0, 0.05)),
         }

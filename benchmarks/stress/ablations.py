@@ -5,33 +5,27 @@ import jax.numpy as jnp
 import optax
 
 from lbw_optax.guard import DEFAULTS, govern
-from lbw_optax.law import control
-from lbw_optax.law.control import Alarm
+from lbw_optax.law.control import RULES, Rules
 
 
-def soft_start_alone(overshoot: jax.Array, log_step: jax.Array, progress: jax.Array) -> jax.Array:
-    """No feedback but the immediate cut of steps above 3 kappa: the scale grows at its pace."""
-    return jnp.full_like(overshoot, -control.GROWTH / control.GAIN)
+def _always_grow(overshoot: jax.Array) -> jax.Array:
+    return jnp.full_like(overshoot, -1.0)
 
 
-def overshoot_alone(overshoot: jax.Array, log_step: jax.Array, progress: jax.Array) -> jax.Array:
-    return overshoot
+def _no_ceiling(age: jax.Array) -> jax.Array:
+    return jnp.full_like(age, 100.0, jnp.float32)
 
 
-def step_alone(overshoot: jax.Array, log_step: jax.Array, progress: jax.Array) -> jax.Array:
-    return control.STEP_WEIGHT * log_step
+SOFT_START_ALONE = Rules(_always_grow, _no_ceiling)
+CEILING_ALONE = RULES._replace(alarm=_always_grow)
+OVERSHOOT_ALONE = RULES._replace(log_ceiling=_no_ceiling)
 
 
-def without_progress(overshoot: jax.Array, log_step: jax.Array, progress: jax.Array) -> jax.Array:
-    """No credit, as in a run without a loss: overshoot always counts."""
-    return control.alarm(overshoot, log_step, jnp.zeros_like(progress))
+def guard_with(rules: Rules, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The guard around `inner`, with other equations for its scale.
 
-
-def guard_with(alarm: Alarm, inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The guard around `inner`, judging by another alarm.
-
-    >>> tx = guard_with(overshoot_alone, optax.sgd(0.1))
+    >>> tx = guard_with(OVERSHOOT_ALONE, optax.sgd(0.1))
     >>> params = jnp.ones(3)
     >>> _, state = tx.update(params, tx.init(params), params, value=1.0)
     """
-    return govern(inner, DEFAULTS, "govern", alarm)
+    return govern(inner, DEFAULTS, "govern", rules)

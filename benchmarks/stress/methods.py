@@ -117,8 +117,8 @@ def _finish(
     )
 
 
-def _ablation(alarm: ablations.Alarm, title: str) -> Method:
-    return Method(lambda r: ablations.guard_with(alarm, adamw(r)), title, guarded=True)
+def _ablation(rules: ablations.Rules, title: str) -> Method:
+    return Method(lambda r: ablations.guard_with(rules, adamw(r)), title, guarded=True)
 
 
 CONSTANT = ("lora", "full", "scratch")
@@ -157,10 +157,9 @@ METHODS = {
     "guard-observe": Method(
         lambda r: lbw_guard(adamw(r), mode="observe"), "guard, observing", guarded=True
     ),
-    "soft-start-alone": _ablation(ablations.soft_start_alone, "soft start without feedback"),
-    "overshoot-alone": _ablation(ablations.overshoot_alone, "guard, overshoot alone"),
-    "step-alone": _ablation(ablations.step_alone, "guard, relative step alone"),
-    "without-progress": _ablation(ablations.without_progress, "guard without progress"),
+    "soft-start-alone": _ablation(ablations.SOFT_START_ALONE, "soft start without feedback"),
+    "overshoot-alone": _ablation(ablations.OVERSHOOT_ALONE, "guard without a ceiling"),
+    "ceiling-alone": _ablation(ablations.CEILING_ALONE, "guard without overshoot"),
 }
 
 QUICK = ("adamw", "clip-1.0", "stable-spam", "prodigy", "guard")

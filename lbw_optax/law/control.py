@@ -20,7 +20,7 @@ from lbw_optax.law.telemetry import Telemetry
 # The version of all that decides: this module, `statistics`, `divergence` and the signals they
 # read. Records of benchmarks carry it. Whoever changes a decision raises it and runs the tables
 # again.
-LAW = "H"
+LAW = "I"
 
 
 class Regime(enum.IntEnum):
@@ -54,7 +54,7 @@ class Action(enum.IntEnum):
     CUT = 3  # the scale fell by a fifth
     RECOVER = 4  # it grows again
     ROLLBACK = 5  # the host's
-    CLIP = 6  # chained before an optimizer: a gradient that jumped was scaled back
+    CLIP = 6  # a gradient that jumped was scaled back
     HELD = 7  # the scale has come to rest well below 1
     REJECTING = 8  # a large share of the steps has been rejected for long
 
@@ -67,29 +67,28 @@ BROKEN_STATE = (Signal.NONFINITE_UPDATES, Signal.RELATIVE_STEP)
 SPIKE_STDS = 6.0
 # And for the gradient norm at least this factor: a quiet run's norm may well triple.
 SPIKE_FACTOR = 10.0
-# The relative step that is tolerated for good, whatever the progress.
-KAPPA = 0.01
-# Weight of log(r / kappa) against standard errors of the overshoot: an e-fold too long weighs as
-# much as an overshoot that is hardly chance.
-STEP_WEIGHT = 4.0
-# Progress beyond this many standard deviations of the loss earns credit: less may be noise.
-CREDIT_FROM = 3.0
-# Change of log(scale) a unit of alarm.
-GAIN = 0.05
-# Bounds of one step's change of log(scale): a cut, growth at kappa, growth far below it.
-MOST_CUT, GROWTH, MOST_GROWTH = 0.4, 0.1, 0.5
-# A step of more than FAR times kappa is cut to that at once, to a tenth of the scale at most: ten
-# such steps would ruin the run.
-FAR, AT_ONCE = 3.0, 10.0
+# The mean overshoot that is held, in standard deviations of one: below it steps are lengthened.
+SET_POINT = 1.0
+# Bounds of log(scale)'s change, over the age of the run: growth and cut as power laws of time.
+GROWTH, CUT = 2.0, 3.0
+# And in one step.
+MOST = 0.4
+# Until an alarm above this growth is that quick, for a soft start should not cost more steps than
+# it must; before this step nothing is known.
+FIRST_ALARM, SETTLED_FROM = 0.25, 4
+# The longest relative step, over the square root of the run's age.
+CEILING = 0.0015
 # From this scale on the learning rate is the user's own, and has the benefit of the doubt:
 FULL = 0.9
-# overshoot of this many standard errors is no reason to cut,
-TRUST = 3.0
-# nor is a step of this many times kappa.
-TRUST_STEP = 1.5
-# Growth gains up to this much more, e-fold by e-fold below kappa, until the first alarm of one
-# standard error: a soft start should not cost more steps than it must.
-QUICK, FIRST_ALARM = 2.0, 1.0
+# overshoot of so many standard deviations more is no reason to cut.
+TRUST = 2.0
+# A relative step of this many times the longest of late is not taken: as after a jump of the
+# learning rate. When so many in a row would be as long, the law begins anew.
+JUMP, JUMP_STEPS = 2.0, 3
+# Before this age steps lengthen as quickly as that in sound runs.
+JUMPS_FROM = 8
+# The longest of late is forgotten as age to the power of minus this.
+FORGOTTEN = 0.5
 # Soft start: the first step moves the parameters by this share of their length.
 FIRST_STEP = 0.001
 # The scale before anything could be measured.
@@ -103,8 +102,8 @@ EARNED = 0.1
 # A scale below this that has kept within a fifth for so many steps is reported, and again when it
 # has moved by as much as this and come to rest anew.
 LOW, REST_STEPS = 0.5, 20
-# The share of rejected steps is that of the last so many; above the bound, once so many were seen,
-# it is reported, and again when it had fallen to half of that.
+# The share of rejected and limited steps is that of the last so many; above the bound, once so many
+# were seen, it is reported, and again when it had fallen to half of that.
 LONG_RUN, REJECTED_BOUND, REJECTED_FROM = 1000, 0.05, 200
 
 
@@ -146,6 +145,9 @@ class Control(NamedTuple):
     exhausted: jax.Array  # bool, stays True until a person clears it
     pinned: jax.Array  # bool, a person holds the scale
     started: jax.Array  # bool, the soft start has set the first scale
+    age: jax.Array  # int32, steps taken since the law began
+    log_longest: jax.Array  # float32, of the relative steps taken of late; UNKNOWN before one
+    jumps_in_a_row: jax.Array  # int32, steps that would have been far longer than that
     settled: jax.Array  # bool, an alarm has been raised since: growth is no longer quick
     log_ceiling: jax.Array  # float32, of the scale for a while after a rollback
     ceiling_steps: jax.Array  # int32, steps to go under that ceiling
@@ -153,13 +155,23 @@ class Control(NamedTuple):
     rejections: Rejections
 
 
+class Arrival(NamedTuple):
+    """What is known of a step before the optimizer sees its gradient."""
+
+    rejected: jax.Array  # int32, a `Signal`: why it must be skipped, or NONE
+    limited: jax.Array  # bool, its gradient jumps, and is scaled back
+    factor: jax.Array  # float32, of the gradient, in (0, 1]
+
+
 class Evidence(NamedTuple):
     """What a step's signals amount to."""
 
     rejected: jax.Array  # int32, a `Signal`: why this step must be skipped, or NONE
+    limited: jax.Array  # bool, its gradient was scaled back
     spike: jax.Array  # bool, the loss jumped
-    alarm: jax.Array  # float32, > 0: the scale is too large
-    log_step: jax.Array  # float32, log(r / kappa); 0 if r could not be measured
+    alarm: jax.Array  # float32 in [-1, 1], > 0: the scale is too large
+    log_step: jax.Array  # float32, of the relative step at the scale before; 0 if there is none
+    log_ceiling: jax.Array  # float32, of the longest relative step that may be taken
     has_step: jax.Array  # bool, r could be measured
     signal: jax.Array  # int32, a `Signal`: what decided
     value: jax.Array  # float32, of that signal
@@ -179,8 +191,14 @@ class Decision(NamedTuple):
     threshold: jax.Array  # float32, for that signal
 
 
-Alarm = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""How much too large the scale is, of overshoot, log(r / kappa) and progress; see `alarm`."""
+class Rules(NamedTuple):
+    """The two equations that move the scale; others than the law's own are for experiments."""
+
+    alarm: Callable[[jax.Array], jax.Array]  # of the mean overshoot in standard deviations
+    log_ceiling: Callable[[jax.Array], jax.Array]  # of the age
+
+
+UNKNOWN = -100.0  # a logarithm of nothing
 
 
 def init(bounds: Bounds) -> Control:
@@ -198,6 +216,9 @@ def init(bounds: Bounds) -> Control:
         exhausted=jnp.array(False),
         pinned=jnp.array(False),
         started=jnp.array(False),
+        age=zero,
+        log_longest=jnp.float32(UNKNOWN),
+        jumps_in_a_row=zero,
         settled=jnp.array(False),
         log_ceiling=jnp.zeros([], jnp.float32),
         ceiling_steps=zero,
@@ -206,19 +227,35 @@ def init(bounds: Bounds) -> Control:
     )
 
 
-def reject(seen: Telemetry, before: Statistics) -> jax.Array:
+def arrive(seen: Telemetry, before: Statistics) -> Arrival:
+    """What is to be done about a gradient and a loss, before the optimizer sees them.
+
+    What is not finite is rejected. A norm that jumps, log |g| > m + max(6 s, log 10) with m and s
+    of the steps before, is scaled back to exp(m), the length that the run has shown: thrown away, a
+    source of data that is rare would never be learned from.
+    """
+    log_norm = jnp.log(seen.gradient_norm)
+    known = (before.gradient.weight > 0) & seen.has_gradient & (seen.gradient_norm > 0)
+    limited = known & (log_norm > _gradient_threshold(before))
+    rejected = first_of(
+        (seen.nonfinite_gradients > 0, Signal.NONFINITE_GRADIENTS),
+        (~seen.has_gradient, Signal.NONFINITE_GRADIENTS),
+        (seen.nonfinite_loss > 0, Signal.NONFINITE_LOSS),
+        otherwise=Signal.NONE,
+    )
+    limited = limited & (rejected == Signal.NONE)
+    factor = jnp.exp(jnp.where(limited, before.gradient.mean - log_norm, 0.0))
+    return Arrival(rejected, limited, factor)
+
+
+def reject(arrival: Arrival, seen: Telemetry) -> jax.Array:
     """Why this step must not be applied: int32, a `Signal`, NONE if it may.
 
-    Non-finite gradients, loss or updates; a gradient norm that overflows; one that jumps:
-    log |g| > m + max(6 s, log 10), with m and s of the steps before; and, though the gradients are
-    sound, updates that overflow or jump, as those of a corrupted moment do.
+    What was rejected as it arrived; and, though the gradients are sound, updates that are not
+    finite, or overflow or jump, as those of a corrupted moment do.
     """
-    jump = jnp.log(seen.gradient_norm) > _gradient_threshold(before)
-    jump = (jump & (before.gradient.weight > 0)) | ~seen.has_gradient
     return first_of(
-        (seen.nonfinite_gradients > 0, Signal.NONFINITE_GRADIENTS),
-        (seen.nonfinite_loss > 0, Signal.NONFINITE_LOSS),
-        (jump, Signal.GRADIENT_NORM),
+        (arrival.rejected > 0, arrival.rejected),
         (seen.nonfinite_updates > 0, Signal.NONFINITE_UPDATES),
         (seen.updates_broken, Signal.RELATIVE_STEP),
         otherwise=Signal.NONE,
@@ -230,20 +267,24 @@ def judge(
     seen: Telemetry,
     before: Statistics,
     after: Statistics,
-    rejected: jax.Array,
-    alarm: Alarm,
+    arrival: Arrival,
+    rules: "Rules",
 ) -> Evidence:
     """Weigh the signals of one step: thresholds of the steps before, mean overshoot with it."""
+    rejected = reject(arrival, seen)
     loss_threshold = before.loss.mean + SPIKE_STDS * stats.std(before.loss, stats.LOSS)
     spike = stats.has_level(seen) & (before.loss.weight > 0)
     spike = spike & (stats.relative_loss(before, seen) > loss_threshold)
-    overshoot = after.overshoot.mean / stats.standard_error(after.overshoot, stats.OVERSHOOT)
-    log_step = jnp.where(seen.has_step, jnp.log(jnp.maximum(seen.relative_step, 1e-30) / KAPPA), 0)
-    against = _without_doubt(control, overshoot, log_step)
-    measured = seen.has_step | seen.has_overshoot
-    by_step = STEP_WEIGHT * log_step > jnp.maximum(overshoot, 0)
+    overshoot = stats.in_stds(after.overshoot)
+    alarm = jnp.where(seen.has_overshoot, rules.alarm(_without_doubt(control, overshoot)), 0.0)
+    log_step = jnp.log(jnp.maximum(seen.relative_step, 1e-30))
+    has_step = seen.has_step & jnp.isfinite(log_step)
+    log_step = jnp.where(has_step, log_step, 0.0)
+    log_ceiling = rules.log_ceiling(control.age + 1)
+    by_step = has_step & (log_step > log_ceiling)
     signal = first_of(
         (rejected > 0, rejected),
+        (arrival.limited, Signal.GRADIENT_NORM),
         (spike, Signal.LOSS),
         (by_step, Signal.RELATIVE_STEP),
         otherwise=Signal.OVERSHOOT,
@@ -260,64 +301,45 @@ def judge(
     thresholds: dict[Signal, jax.Array | float] = {
         Signal.GRADIENT_NORM: jnp.exp(_gradient_threshold(before)),
         Signal.LOSS: loss_threshold * before.loss_unit,
-        Signal.RELATIVE_STEP: KAPPA,
+        Signal.OVERSHOOT: SET_POINT,
+        Signal.RELATIVE_STEP: jnp.exp(log_ceiling),
     }
     return Evidence(
         rejected=rejected,
+        limited=arrival.limited,
         spike=spike,
-        alarm=jnp.where(measured, alarm(*against, progress(after)), 0.0),
+        alarm=alarm,
         log_step=log_step,
-        has_step=seen.has_step,
+        log_ceiling=log_ceiling,
+        has_step=has_step,
         signal=signal,
         value=_pick(values, signal),
         threshold=_pick(thresholds, signal),
     )
 
 
-def alarm(overshoot: jax.Array, log_step: jax.Array, progress: jax.Array) -> jax.Array:
-    r"""How much too large the scale is, in standard errors of the overshoot; 0 holds it.
+def alarm(overshoot: jax.Array) -> jax.Array:
+    """How much too large the scale is: clip(z - 1, -1, 1), z the mean overshoot in deviations."""
+    return jnp.clip(overshoot - SET_POINT, -1.0, 1.0)
 
-    With z the mean overshoot in standard errors, r the relative step, P the progress, and the
-    credit C that progress earns,
 
-    .. math::
-      C &= \max(P - 3, 0), \qquad z' = z - \min(\max(z, 0), C) \\
-      a &= \begin{cases}
-        \max(z', -1) + 4 \log(r / \kappa) & r > \kappa \\
-        z' - \min(4 \log(\kappa / r),\ C) & r \le \kappa
-      \end{cases}
+def log_ceiling(age: jax.Array) -> jax.Array:
+    """Of the longest relative step: log(0.0015 sqrt(t)).
 
-    Overshoot alone holds a run that starts near its goal, as fine-tuning does. A run that has
-    come far learns best at the edge of stability, where overshoot is normal: its credit forgives
-    that, and lets steps grow to kappa, which alone holds them then.
+    A tuned run's steps lengthen as it leaves its start, and no overshoot tells a rate that is too
+    high before the damage of the first steps is done.
     """
-    credit = jnp.maximum(progress - CREDIT_FROM, 0.0)
-    overshoot = overshoot - jnp.clip(overshoot, 0.0, credit)
-    step = STEP_WEIGHT * log_step
-    small = overshoot + jnp.maximum(step, -credit)
-    return jnp.where(log_step > 0, jnp.maximum(overshoot, -1.0) + step, small)
+    return math.log(CEILING) + 0.5 * jnp.log(age.astype(jnp.float32))
 
 
-def progress(statistics: Statistics) -> jax.Array:
-    """How far the loss has come from its start, in standard deviations of the loss, at least 0.
-
-    Without a loss nothing is known, and nothing is granted.
-    """
-    gained = statistics.loss_start.mean - statistics.loss.mean
-    return jnp.maximum(gained / stats.std(statistics.loss, stats.LOSS), 0.0)
+RULES = Rules(alarm, log_ceiling)
 
 
-def _without_doubt(
-    control: Control, overshoot: jax.Array, log_step: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Near the full rate, s >= 0.9, the benefit of the doubt is the user's.
-
-    z is less by min(max(z, 0), 3) there, and r up to 1.5 kappa counts as at most kappa.
-    """
+def _without_doubt(control: Control, overshoot: jax.Array) -> jax.Array:
+    """Near the full rate, s >= 0.9, the benefit of the doubt is the user's: up to 2 above 1."""
     full = control.log_scale >= math.log(FULL)
-    trusted = full & (log_step < math.log(TRUST_STEP))
-    overshoot = overshoot - jnp.clip(overshoot, 0.0, jnp.where(full, TRUST, 0.0))
-    return overshoot, jnp.where(trusted, jnp.minimum(log_step, 0.0), log_step)
+    doubt = jnp.clip(overshoot - SET_POINT, 0.0, jnp.where(full, TRUST, 0.0))
+    return overshoot - doubt
 
 
 def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Control, Decision]:
@@ -325,23 +347,26 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
     skip = evidence.rejected > 0
     trouble = skip | evidence.spike
     calm = jnp.where(trouble, 0, optax.safe_increment(control.calm_steps))
-    log_scale = _next_scale(control, evidence, calm, bounds)
-    floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
-    ceiling = jnp.where(control.ceiling_steps > 0, jnp.maximum(control.log_ceiling, floor), 0.0)
-    log_scale = jnp.where(control.pinned, log_scale, jnp.minimum(log_scale, ceiling))
+    moved, begins = _next_scale(control, evidence, calm, bounds)
+    limit, control = _limit(control, evidence, moved, bounds)
+    # A step that is too long is cut to the limit at once; the scale, which lasts, by at most so
+    # much, since the next update may be as short as those before.
+    least = jnp.where(begins, limit, control.log_scale - MOST)
+    log_scale = jnp.minimum(moved, jnp.maximum(limit, least))
     # The soft start sets a scale; it does not turn one.
-    begins = evidence.has_step & ~control.started & ~skip
     turning_point = jnp.where(begins, log_scale, control.turning_point)
     control = control._replace(turning_point=turning_point)
     regime, turning_point = _next_regime(control, log_scale, trouble, calm)
-    action = _action(control.regime, regime, skip)
+    action = _action(control.regime, regime, skip, evidence.limited)
     action, rest = _report_rest(control, log_scale, calm, action)
-    action, rejections = _report_rejections(control.rejections, evidence.rejected, action)
+    left_out = jnp.where(evidence.limited, Signal.GRADIENT_NORM, evidence.rejected)
+    action, rejections = _report_rejections(control.rejections, left_out, action)
     intervened = (action == Action.SKIP) | (action == Action.CUT) | (action == Action.HOLD)
     outstanding = control.outstanding + jnp.where(intervened, 1.0, -EARNED)
     in_a_row = jnp.where(skip, optax.safe_increment(control.skips_in_a_row), 0)
     spent = (in_a_row >= bounds.max_skips) | (outstanding > bounds.max_interventions)
-    new = Control(
+    alarmed = (control.age + 1 >= SETTLED_FROM) & (evidence.alarm > FIRST_ALARM)
+    new = control._replace(
         log_scale=log_scale,
         turning_point=turning_point,
         regime=regime,
@@ -350,10 +375,8 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
         skips=jnp.where(skip, optax.safe_increment(control.skips), control.skips),
         outstanding=jnp.clip(outstanding, 0.0, bounds.max_interventions).astype(jnp.float32),
         exhausted=control.exhausted | spent,
-        pinned=control.pinned,
         started=control.started | begins,
-        settled=control.settled | (control.started & ~skip & (evidence.alarm > FIRST_ALARM)),
-        log_ceiling=control.log_ceiling,
+        settled=control.settled | (alarmed & ~skip),
         ceiling_steps=jnp.maximum(control.ceiling_steps - 1, 0),
         rest=rest,
         rejections=rejections,
@@ -361,7 +384,7 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
     is_share = action == Action.REJECTING
     return new, Decision(
         skip=skip,
-        scale=jnp.exp(log_scale),
+        scale=jnp.exp(limit),
         scale_before=jnp.exp(control.log_scale),
         regime=regime,
         action=action,
@@ -371,27 +394,72 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
     )
 
 
-def _next_scale(control: Control, evidence: Evidence, calm: jax.Array, bounds: Bounds) -> jax.Array:
-    """Bounded change of the log-scale; none on a skipped step, no growth until calm.
+def _next_scale(
+    control: Control, evidence: Evidence, calm: jax.Array, bounds: Bounds
+) -> tuple[jax.Array, jax.Array]:
+    r"""The log-scale that the alarm asks for, and whether the soft start sets it in this step.
 
-    Growth is quick far below kappa and slow near it: at most GROWTH (1 + log(kappa / r)), and until
-    the first alarm with a gain of GAIN (1 + min(log(kappa / r), QUICK)). The first step that can be
-    measured sets the scale by its relative step. Later, one that is far above kappa, as after a
-    jump of the learning rate, is cut at once: ten such steps would ruin the run.
+    .. math:: \log s_t = \log s_{t-1} - a_t \min(0.4,\ (2 \text{ if } a_t < 0 \text{ else } 3) / t)
+
+    No change on a skipped step, no growth until calm, and growth by 0.4 until the first alarm. The
+    first step that can be measured sets the scale by its relative step.
     """
-    far_below = jnp.maximum(-evidence.log_step, 0.0)
-    most = jnp.clip(GROWTH * (1 + far_below), GROWTH, MOST_GROWTH)
-    quick = (evidence.alarm < 0) & ~control.settled
-    gain = GAIN * jnp.where(quick, 1 + jnp.minimum(far_below, QUICK), 1.0)
-    change = jnp.clip(-gain * evidence.alarm, -MOST_CUT, jnp.where(calm < COOL_DOWN, 0.0, most))
-    excess = jnp.clip(evidence.log_step - math.log(FAR), 0.0, math.log(AT_ONCE))
-    change = jnp.where(excess > 0, jnp.minimum(change, -excess), change)
-    first = jnp.log(FIRST_STEP / KAPPA) - evidence.log_step
-    change = jnp.where(evidence.has_step & ~control.started, first, change)
-    change = jnp.where((evidence.rejected > 0) | ~jnp.isfinite(change), 0.0, change)
+    age = (control.age + 1).astype(jnp.float32)
+    grows = evidence.alarm < 0
+    most = jnp.minimum(jnp.where(grows, GROWTH, CUT) / age, MOST)
+    most = jnp.where(grows & ~control.settled, MOST, most)
+    change = -most * jnp.clip(evidence.alarm, -1.0, 1.0)
+    change = jnp.where((calm < COOL_DOWN) & (change > 0), 0.0, change)
+    skip = evidence.rejected > 0
+    begins = evidence.has_step & ~control.started & ~skip
+    change = jnp.where(begins, math.log(FIRST_STEP) - evidence.log_step, change)
+    change = jnp.where(skip | control.pinned | ~jnp.isfinite(change), 0.0, change)
     floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
-    moved = jnp.clip(control.log_scale + change, floor, 0.0)
-    return jnp.where(control.pinned, control.log_scale, moved)
+    moved = jnp.where(control.pinned, control.log_scale, control.log_scale + change)
+    return jnp.clip(moved, floor, 0.0), begins
+
+
+def _limit(
+    control: Control, evidence: Evidence, moved: jax.Array, bounds: Bounds
+) -> tuple[jax.Array, Control]:
+    """The log-scale that this step may have at most, and what is remembered of steps' lengths.
+
+    By the ceiling, by the longest step of late, and for a while after a rollback by what the host
+    set. A rate that has jumped for good is found by several steps in a row that are cut for it: the
+    run is another one from there, and the law begins anew.
+    """
+    skip, age = evidence.rejected > 0, (control.age + 1).astype(jnp.float32)
+    measured = evidence.has_step & ~skip
+    at_full = evidence.log_step - control.log_scale  # the relative step at scale 1
+    allowed = jnp.minimum(moved, evidence.log_ceiling - at_full)
+    longest = control.log_longest + math.log(JUMP)
+    jumps = measured & (control.log_longest > UNKNOWN) & (age >= JUMPS_FROM)
+    jumps = jumps & (allowed + at_full > longest)
+    allowed = jnp.where(jumps, longest - at_full, allowed)
+    allowed = jnp.where(measured & jnp.isfinite(allowed), allowed, moved)
+    floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
+    by_host = jnp.where(control.ceiling_steps > 0, control.log_ceiling, 0.0)
+    limit = jnp.maximum(jnp.minimum(allowed, by_host), floor)
+    limit = jnp.where(control.pinned, moved, limit)
+    return limit, _remember_length(control, limit + at_full, measured, jumps, skip)
+
+
+def _remember_length(
+    control: Control, log_step: jax.Array, measured: jax.Array, jumps: jax.Array, skip: jax.Array
+) -> Control:
+    """The longest step of late, and whether the law begins anew after this one."""
+    faded = control.log_longest - FORGOTTEN / (control.age + 1)
+    longest = jnp.where(jumps, faded, jnp.maximum(faded, log_step))
+    longest = jnp.where(measured, jnp.maximum(longest, UNKNOWN), control.log_longest)
+    in_a_row = jnp.where(jumps, control.jumps_in_a_row + 1, 0)
+    in_a_row = jnp.where(measured, in_a_row, control.jumps_in_a_row)
+    anew = in_a_row >= JUMP_STEPS
+    age = jnp.where(skip, control.age, optax.safe_increment(control.age))
+    return control._replace(
+        age=jnp.where(anew, 0, age),
+        log_longest=jnp.where(anew, UNKNOWN, longest),
+        jumps_in_a_row=jnp.where(anew, 0, in_a_row),
+    )
 
 
 def _next_regime(
@@ -420,11 +488,12 @@ def _next_regime(
     return regime, jnp.where(restart, log_scale, followed)
 
 
-def _action(was: jax.Array, regime: jax.Array, skip: jax.Array) -> jax.Array:
-    """What to report: every skip, and every change of regime but the return to nominal."""
+def _action(was: jax.Array, regime: jax.Array, skip: jax.Array, limited: jax.Array) -> jax.Array:
+    """What to report: every skip and clip, and every change of regime but the return to nominal."""
     entered = regime != was
     return first_of(
         (skip, Action.SKIP),
+        (limited, Action.CLIP),
         (entered & (regime == Regime.UNSTABLE), Action.HOLD),
         (entered & (regime == Regime.STRESSED), Action.CUT),
         (entered & (regime == Regime.RECOVERING), Action.RECOVER),

@@ -40,9 +40,10 @@ INNER_STEPS = 2
 # has come to what a rollback costs, the state is suspected. A lasting shift of level is accepted
 # after 18.
 SKIP_STEPS = 20
-# A broken first gradient cannot be told from a sound one, and an inner state remembers it: it is
-# known by the norm of the next ones, as many as this, that falls by the square of SPIKE_FACTOR.
-FIRST_STEPS = 2
+# A broken first gradient cannot be told from a sound one, and an inner state remembers it: the
+# longest of so many first ones is known by the longest of so many next ones, which is shorter by
+# the square of SPIKE_FACTOR. One shorter gradient alone says nothing where batches' weights differ.
+FIRST_STEPS, NEXT_STEPS = 2, 8
 # The loss (see `_watch_loss`): margin above its lowest mean, in standard deviations,
 MARGIN_STDS = 3.0
 # which are at least this share of its level and of how far it has fallen,
@@ -77,6 +78,8 @@ TOLERANCE = 5.0
 RETURN_WITHIN, SUDDEN, OFTEN = 300, 5, 2
 # Least standard deviation at all, over the size of the first loss.
 TINY = 1e-12
+# Log of a gradient norm before there was one.
+SHORTEST = -100.0
 # The newest losses, in which the risen level shows: share of the newest.
 RECENT_SHARE = 0.5
 
@@ -101,6 +104,15 @@ class Divergence(NamedTuple):
     left_times: jax.Array  # int32, rollbacks for the loss in a row
     steps_since: jax.Array  # int32, losses since then, up to `RETURN_WITHIN`
     rising_steps: jax.Array  # int32, losses since the evidence was none
+    first_gradients: "FirstGradients"
+
+
+class FirstGradients(NamedTuple):
+    """How long the first gradients of a run are: scalars."""
+
+    seen: jax.Array  # int32, up to FIRST_STEPS + NEXT_STEPS
+    first: jax.Array  # float32, log of the longest of the first ones
+    next: jax.Array  # float32, log of the longest of the next ones
 
 
 def init() -> Divergence:
@@ -125,6 +137,7 @@ def init() -> Divergence:
         left_times=whole,
         steps_since=whole,
         rising_steps=whole,
+        first_gradients=FirstGradients(whole, jnp.float32(SHORTEST), jnp.float32(SHORTEST)),
     )
 
 
@@ -143,6 +156,7 @@ def after_rollback(divergence: Divergence, left: "Left | None" = None) -> Diverg
         left_lowest=left.lowest,
         left_recent=left.recent,
         left_times=left.times,
+        first_gradients=divergence.first_gradients,
     )
 
 
@@ -194,9 +208,10 @@ def assess(
     inner = jnp.where(broken, optax.safe_increment(divergence.inner_steps), divergence.inner_steps)
     inner = jnp.where(sound, 0, inner)
     watched = _watch_loss(divergence, seen, before, in_grace)
+    first_gradients, first_was_broken = _compare_first(divergence.first_gradients, seen)
     sign = first_of(
         (seen.parameters_broken, Reason.PARAMETERS),
-        ((inner >= INNER_STEPS) | _first_was_broken(seen, before), Reason.INNER_STATE),
+        ((inner >= INNER_STEPS) | first_was_broken, Reason.INNER_STATE),
         (~in_grace & (skips_in_a_row >= SKIP_STEPS), Reason.SKIPS),
         (watched.loss_excess >= ENOUGH_EVIDENCE, Reason.LOSS),
         otherwise=Reason.NONE,
@@ -208,15 +223,22 @@ def assess(
         rollback_asked=jnp.where(stays, asked, sign),
         inner_steps=inner,
         grace=jnp.where(in_grace & sound, divergence.grace - 1, divergence.grace),
+        first_gradients=first_gradients,
     )
 
 
-def _first_was_broken(seen: Telemetry, before: Statistics) -> jax.Array:
-    """In the first steps, each of which is small, log |g| falls below m - 2 log 10."""
-    few = before.gradient.weight < 1 - stats.GRADIENT.decay ** (FIRST_STEPS + 0.5)
-    few = few & (before.gradient.weight > 0) & seen.has_gradient & (seen.gradient_norm > 0)
-    log_norm = jnp.log(jnp.where(few, seen.gradient_norm, 1.0))
-    return few & (log_norm < before.gradient.mean - 2 * math.log(SPIKE_FACTOR))
+def _compare_first(before: FirstGradients, seen: Telemetry) -> tuple[FirstGradients, jax.Array]:
+    """The longest of the first gradients and of the next ones, and whether the first was broken."""
+    counts = seen.has_gradient & (seen.gradient_norm > 0) & (before.seen < FIRST_STEPS + NEXT_STEPS)
+    log_norm = jnp.log(jnp.where(counts, seen.gradient_norm, 1.0))
+    is_first = before.seen < FIRST_STEPS
+    after = FirstGradients(
+        before.seen + counts,
+        jnp.where(counts & is_first, jnp.maximum(before.first, log_norm), before.first),
+        jnp.where(counts & ~is_first, jnp.maximum(before.next, log_norm), before.next),
+    )
+    told = counts & (after.seen == FIRST_STEPS + NEXT_STEPS)
+    return after, told & (after.first - after.next > 2 * math.log(SPIKE_FACTOR))
 
 
 def _watch_loss(

@@ -32,9 +32,13 @@ class Memory(NamedTuple):
 
 
 GRADIENT = Memory(decay=0.95, floor=0.1, prior=1.0)  # log |g|
-OVERSHOOT = Memory(decay=0.8, floor=0.01, prior=0.1)  # cosine
 LOSS = Memory(decay=0.9, floor=0.02, prior=1.0)  # loss over the first one
 LOSS_SLOW = Memory(decay=0.97, floor=0.02, prior=1.0)  # loss over the first one
+# The mean overshoot is over this share of the run, and over so many steps at least: a run's age is
+# the only measure of time that a short and a long one share.
+SPAN, LEAST_SPAN = 1 / 8, 4
+# Least standard deviation of an overshoot, which without noise has none.
+OVERSHOOT_FLOOR = 1e-5
 # The loss at the start is the mean of this many first ones: fewer are one batch's luck.
 START_STEPS = 10
 
@@ -53,13 +57,28 @@ class Running(NamedTuple):
     weight: jax.Array
 
 
+class Overshoot(NamedTuple):
+    """Mean of the overshoot over about the last eighth of the run: scalars, float32.
+
+    Attributes:
+      mean: of the cosine.
+      variance: of one cosine about its mean, from the differences of neighbours: a mean that moves
+        adds nothing to it.
+      last: the newest cosine.
+    """
+
+    mean: jax.Array
+    variance: jax.Array
+    last: jax.Array
+
+
 class Statistics(NamedTuple):
     """All that the guard remembers of this run's signals."""
 
     gradient: Running  # of log |g|
-    overshoot: Running  # of the cosine
+    overshoot: Overshoot
     loss: Running  # of loss / loss_unit, fast
-    loss_slow: Running  # of loss / loss_unit, slow
+    loss_slow: Running  # of loss / loss_unit, slow: reported, and nothing decides by it
     loss_start: Running  # of loss / loss_unit, the first ones only
     loss_unit: jax.Array  # float32, |loss| of the first one that is not 0; 0 before it
 
@@ -68,14 +87,24 @@ def init() -> Statistics:
     """Statistics that have seen nothing."""
     zero = jnp.zeros([], jnp.float32)
     nothing = Running(zero, zero, zero)
-    return Statistics(nothing, nothing, nothing, nothing, nothing, zero)
+    overshoot = Overshoot(zero, zero, zero)
+    return Statistics(nothing, overshoot, nothing, nothing, nothing, zero)
 
 
-def absorb(statistics: Statistics, seen: Telemetry, rejected: jax.Array) -> Statistics:
+def absorb(
+    statistics: Statistics, seen: Telemetry, left_out: jax.Array, age: jax.Array
+) -> Statistics:
     """Take the signals of one step in.
 
-    A rejected step says nothing of the last one, so its overshoot stays out; its gradient norm
-    and loss enter, winsorised, so that a lasting shift of level is accepted in the end.
+    The gradient of a step that is rejected, or limited, says nothing of the way, so its overshoot
+    stays out; its norm and loss enter, winsorised, so that a lasting shift of level is accepted in
+    the end.
+
+    Args:
+      statistics: of the steps before.
+      seen: what this step showed.
+      left_out: bool, the overshoot stays out.
+      age: int32, steps taken since the law began, this one not counted.
     """
     loss, teaches = relative_loss(statistics, seen), has_level(seen)
     starting = statistics.loss_start.weight < 1 - LOSS.decay ** (START_STEPS - 0.5)
@@ -83,8 +112,8 @@ def absorb(statistics: Statistics, seen: Telemetry, rejected: jax.Array) -> Stat
         gradient=update(
             statistics.gradient, jnp.log(seen.gradient_norm), seen.has_gradient, GRADIENT
         ),
-        overshoot=update(
-            statistics.overshoot, seen.overshoot, seen.has_overshoot & ~rejected, OVERSHOOT
+        overshoot=_absorb_overshoot(
+            statistics.overshoot, seen.overshoot, seen.has_overshoot & ~left_out, age
         ),
         loss=update(statistics.loss, loss, teaches, LOSS),
         loss_slow=update(statistics.loss_slow, loss, teaches, LOSS_SLOW),
@@ -156,18 +185,39 @@ def update(running: Running, x: jax.Array, keep: jax.Array, memory: Memory) -> R
     return jax.tree.map(lambda new, old: jnp.where(keep, new, old), updated, running)
 
 
+def _absorb_overshoot(
+    before: Overshoot, cosine: jax.Array, keep: jax.Array, age: jax.Array
+) -> Overshoot:
+    r"""Take one cosine in.
+
+    With t = age + 1 and n the number of steps that a mean is over,
+
+    .. math::
+      n &= \min(\max(t / 8, 4), \max(t - 1, 1)) \\
+      m_t &= m_{t-1} + (c_t - m_{t-1}) / n, \qquad
+      v_t = v_{t-1} + (\tfrac12 (c_t - c_{t-1})^2 - v_{t-1}) / n
+
+    and v = 0 until two have been seen.
+    """
+    steps = (age + 1).astype(jnp.float32)
+    span = jnp.minimum(jnp.maximum(SPAN * steps, LEAST_SPAN), jnp.maximum(steps - 1, 1))
+    keep = keep & jnp.isfinite(cosine)
+    cosine = jnp.where(keep, jnp.clip(cosine, -1.0, 1.0), before.last)
+    change = 0.5 * jnp.square(cosine - before.last) - before.variance
+    updated = Overshoot(
+        mean=before.mean + (cosine - before.mean) / span,
+        variance=jnp.where(steps < 3, 0.0, before.variance + change / span),
+        last=cosine,
+    )
+    return jax.tree.map(lambda new, old: jnp.where(keep, new, old), updated, before)
+
+
+def in_stds(overshoot: Overshoot) -> jax.Array:
+    """The mean overshoot over the standard deviation of one: m / sqrt(v + floor^2)."""
+    return overshoot.mean / jnp.sqrt(overshoot.variance + OVERSHOOT_FLOOR**2)
+
+
 def std(running: Running, memory: Memory) -> jax.Array:
     """Standard deviation for thresholds: sqrt(v + floor^2 + prior^2 (1 - w))."""
     fading = memory.prior**2 * (1 - running.weight)
     return jnp.sqrt(running.variance + memory.floor**2 + fading)
-
-
-def standard_error(running: Running, memory: Memory) -> jax.Array:
-    r"""Standard error of the mean, for independent values.
-
-    The weights of an exponential mean of n values have
-    sum w_i^2 = (1 - b) / (1 + b) * (1 + b^n) / (1 - b^n), and b^n = 1 - w.
-    """
-    weight = jnp.maximum(running.weight, 1 - memory.decay)
-    squares = (1 - memory.decay) / (1 + memory.decay) * (2 - weight) / weight
-    return std(running, memory) * jnp.sqrt(squares)

@@ -1,9 +1,9 @@
-"""One step of the law: reject, absorb, judge, decide, assess."""
+"""One step of the law: arrive, absorb, judge, decide, assess."""
 
 from typing import NamedTuple
 
 from lbw_optax.law import control, divergence, statistics
-from lbw_optax.law.control import Alarm, Bounds, Control, Decision, Signal
+from lbw_optax.law.control import RULES, Bounds, Control, Decision, Rules, Signal
 from lbw_optax.law.divergence import Divergence
 from lbw_optax.law.statistics import Statistics
 from lbw_optax.law.telemetry import Telemetry
@@ -22,20 +22,20 @@ def init(bounds: Bounds) -> Law:
     return Law(statistics.init(), control.init(bounds), divergence.init())
 
 
-def step(
-    law: Law, seen: Telemetry, bounds: Bounds, alarm: Alarm = control.alarm
-) -> tuple[Law, Decision]:
+def step(law: Law, seen: Telemetry, bounds: Bounds, rules: Rules = RULES) -> tuple[Law, Decision]:
     """What to do about one step, from what it showed and from the steps before it.
 
     Args:
       law: the state after the step before.
       seen: what this step showed.
       bounds: the user's limits.
-      alarm: how much too large the scale is; another than the law's own is for experiments.
+      rules: what moves the scale; others than the law's own are for experiments.
     """
-    rejected = control.reject(seen, law.statistics)
-    remembered = statistics.absorb(law.statistics, seen, rejected != Signal.NONE)
-    evidence = control.judge(law.control, seen, law.statistics, remembered, rejected, alarm)
+    arrival = control.arrive(seen, law.statistics)
+    rejected = control.reject(arrival, seen)
+    left_out = (rejected != Signal.NONE) | arrival.limited
+    remembered = statistics.absorb(law.statistics, seen, left_out, law.control.age)
+    evidence = control.judge(law.control, seen, law.statistics, remembered, arrival, rules)
     held, decision = control.decide(law.control, evidence, bounds)
     diverging = divergence.assess(
         law.divergence, seen, law.statistics, rejected, held.skips_in_a_row

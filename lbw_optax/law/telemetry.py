@@ -4,6 +4,7 @@
 whole pytrees and return float32 scalars; no decision is taken here.
 """
 
+import functools
 import math
 import warnings
 from typing import Any, NamedTuple
@@ -11,13 +12,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lbw_optax.types import Loss, PyTree
 
+# At most this many leaves are probed, drawn by size: a compiler chokes on operations for each leaf.
+PROBE_LEAVES = 64
 # A leaf contributes this share of its coordinates to the probe, within these bounds.
 PROBE_SHARE, PROBE_LEAST, PROBE_MOST = 128, 1024, 16384
+# The mean of the parameters is over this share of the run, and over so many steps at least.
+HORIZON, LEAST_HORIZON = 1 / 2, 4
+# The side of a matrix at which an update counts as it is, and the least that counts: an adapter's
+# rank says little of the stable rank of its update.
+SIDE, LEAST_SIDE = 96.0, 27
 # Corruption of memory, no step of an optimizer: updates this many times as long as the last and
 # longer than the parameters; parameters this many times as long as before.
 UPDATE_JUMP, PARAMETER_JUMP = 1000.0, 2.0
@@ -36,32 +43,31 @@ class Telemetry(NamedTuple):
     gradient_norm: jax.Array  # |g|
     update_norm: jax.Array  # s |u|, at the scale held before this step
     parameter_norm: jax.Array  # |p|, before the step
-    relative_step: jax.Array  # s |u| / |p| sqrt(nonzero_fraction)
-    overshoot: jax.Array  # cos(g_t, u_{t-1}) on the probe; > 0: the last step went too far
-    curvature: jax.Array  # <g_t - g_{t-1}, u_{t-1}> / |u_{t-1}|^2 on the probe
+    relative_step: jax.Array  # s |u| / |p|, each leaf's u by the side of its matrix
+    overshoot: jax.Array  # cos(g, p - mean of p) on the probe; > 0: the way was too far
     loss: jax.Array
-    nonfinite_gradients: jax.Array  # int32, elements
-    nonfinite_updates: jax.Array  # int32, elements
+    nonfinite_gradients: jax.Array  # int32, leaves
+    nonfinite_updates: jax.Array  # int32, leaves
     nonfinite_loss: jax.Array  # int32, 0 or 1
     updates_broken: jax.Array  # bool, |u| overflows, or jumps beyond |p| and what came before
     parameters_broken: jax.Array  # bool, |p| is not finite, or jumps beyond what a step can do
     has_gradient: jax.Array  # bool
     has_step: jax.Array  # bool, relative_step is new
-    has_overshoot: jax.Array  # bool, overshoot and curvature are new
+    has_overshoot: jax.Array  # bool, overshoot is new
     has_loss: jax.Array  # bool
     histogram: jax.Array  # int32[16], log2 |g| on the probe
-    nonzero_fraction: jax.Array  # share of the coordinates in leaves that were not zero at first
+    from_zero: jax.Array  # bool, all parameters were zero at first: no step is long for them
 
 
 class Probe(NamedTuple):
-    """A fixed sample of coordinates, remembered from one step to the next; float32[n] each.
+    """What is remembered of the parameters at a fixed sample of coordinates; float32[n] each.
 
-    Leaf l with n_l coordinates gives m_l of them, weighted by sqrt(n_l / m_l), so that inner
-    products of probes estimate those of whole pytrees without bias.
+    Of at most 64 leaves, drawn by size; leaf l with n_l coordinates, drawn with probability q_l,
+    gives m_l of them, weighted by sqrt(n_l / (m_l q_l)), so that inner products of probes estimate
+    those of whole pytrees without bias.
     """
 
-    last_step: jax.Array  # u_{t-1}, as it was applied
-    gradient: jax.Array  # g_{t-1}
+    mean_parameters: jax.Array  # over about half of the run
     parameters: jax.Array | None  # p_{t-1}; None where the guard sees the steps themselves
 
 
@@ -74,7 +80,6 @@ def init(params: PyTree) -> Telemetry:
         parameter_norm=real,
         relative_step=real,
         overshoot=real,
-        curvature=real,
         loss=real,
         nonfinite_gradients=whole,
         nonfinite_updates=whole,
@@ -86,7 +91,7 @@ def init(params: PyTree) -> Telemetry:
         has_overshoot=no,
         has_loss=no,
         histogram=jnp.zeros([len(HISTOGRAM_EDGES)], jnp.int32),
-        nonzero_fraction=_nonzero_fraction(params),
+        from_zero=_is_zero(params),
     )
 
 
@@ -94,7 +99,7 @@ def take_loss(value: Loss, extra_args: dict[str, Any]) -> tuple[Any, dict[str, A
     """The loss among what `update` was given, and what the inner optimizer is given.
 
     It is `value`, or else `loss`. Without one the guard sees neither a loss that is not finite nor
-    how far the run has come: that is a warning, when the step is traced.
+    one that rises: that is a warning, when the step is traced.
     """
     value = extra_args.get("loss") if value is None else value
     if value is not None:
@@ -103,7 +108,7 @@ def take_loss(value: Loss, extra_args: dict[str, Any]) -> tuple[Any, dict[str, A
     hint = f" (is it {' or '.join(scalars)}, which it ignores?)" if scalars else ""
     warnings.warn(
         f"lbw_guard is given no loss{hint}: call update(grads, state, params, value=loss), or it "
-        "cannot tell a loss that is not finite, nor how far the run has come.",
+        "cannot tell a loss that is not finite, nor one that rises.",
         UserWarning,
         stacklevel=3,
     )
@@ -111,127 +116,148 @@ def take_loss(value: Loss, extra_args: dict[str, Any]) -> tuple[Any, dict[str, A
 
 
 def observe_gradients(
-    before: Telemetry, probe: Probe, gradients: PyTree, value: Loss
+    before: Telemetry,
+    probe: Probe,
+    gradients: PyTree,
+    params: PyTree,
+    value: Loss,
+    age: jax.Array,
 ) -> tuple[Telemetry, Probe]:
-    """Measure what arrives: gradients, loss, and how the last step turned out.
+    r"""Measure what arrives: gradients, loss, and whether the way of late was worth going.
 
-    overshoot = <g_t, u_{t-1}> / (|g_t| |u_{t-1}|) and
-    curvature = <g_t - g_{t-1}, u_{t-1}> / |u_{t-1}|^2, both on the probe.
+    On the probe, with t = age + 1,
+
+    .. math::
+      c_t = \cos(g_t,\ p_t - \bar p_{t-1}), \qquad
+      \bar p_t = \bar p_{t-1} + (p_t - \bar p_{t-1}) / \min(\max(t / 2, 4), t).
+
+    While c is negative the loss still falls along the way from the run's own mean, and longer steps
+    would have been better; above zero the mean is better than where the run stands, as it is where
+    steps swing across a valley.
+
+    Args:
+      before: the telemetry of the step before.
+      probe: what is remembered of the parameters.
+      gradients: as they arrive.
+      params: before the step; None where they are not known.
+      value: the loss, or None.
+      age: int32, steps taken since the law began, this one not counted.
 
     Returns:
-      The telemetry, and the probe with these gradients in it.
+      The telemetry, and the probe with these parameters in its mean.
     """
-    norm, nonfinite = norm_and_nonfinite(gradients)
+    squares = _squares(gradients)
+    norm, nonfinite = jnp.sqrt(jnp.sum(squares)), _nonfinite(squares)
     has_gradient = jnp.isfinite(norm)
-    sampled, last_step = sample(gradients), probe.last_step
-    _require_same_leaves(sampled, last_step)
-    slope = jnp.vdot(sampled, last_step)
-    product, step_square = _length(sampled) * _length(last_step), jnp.vdot(last_step, last_step)
-    has_overshoot = has_gradient & jnp.isfinite(slope) & jnp.isfinite(product) & (product > 0)
-    has_curvature = has_overshoot & (_length(probe.gradient) > 0)
-    change = slope - jnp.vdot(probe.gradient, last_step)
+    drawn = _draw(gradients)
+    gradient = _weighted(drawn)
+    here = jnp.zeros_like(gradient) if params is None else sample(params)
+    _require_same_leaves(gradient, probe.mean_parameters)
+    way = here - probe.mean_parameters
+    product = _length(gradient) * _length(way)
+    has_overshoot = has_gradient & jnp.isfinite(product) & (product > 0) & (age > 0)
+    steps = (age + 1).astype(jnp.float32)
+    horizon = jnp.minimum(jnp.maximum(HORIZON * steps, LEAST_HORIZON), steps)
+    mean = probe.mean_parameters + jnp.where(jnp.isfinite(way), way, 0.0) / horizon
     loss, has_loss, nonfinite_loss = _loss(value)
     seen = before._replace(
         gradient_norm=jnp.where(has_gradient, norm, before.gradient_norm),
-        overshoot=_ratio(slope, product, has_overshoot, before.overshoot),
-        curvature=_ratio(change, step_square, has_curvature, before.curvature),
+        overshoot=_ratio(jnp.vdot(gradient, way), product, has_overshoot, before.overshoot),
         loss=jnp.where(has_loss, loss, before.loss),
         nonfinite_gradients=nonfinite,
         nonfinite_loss=nonfinite_loss,
         has_gradient=has_gradient,
         has_overshoot=has_overshoot,
         has_loss=has_loss,
-        histogram=_histogram(gradients),
+        histogram=_histogram(drawn),
     )
-    return seen, probe._replace(gradient=sampled)
+    return seen, probe._replace(mean_parameters=mean)
 
 
-def observe_step(seen: Telemetry, updates: PyTree, params: PyTree, scale: jax.Array) -> Telemetry:
-    """Measure the step that the inner optimizer proposes, at the scale held so far.
+def observe_step(
+    seen: Telemetry, updates: PyTree, params: PyTree, scale: jax.Array, refused: jax.Array
+) -> Telemetry:
+    r"""Measure the step that the inner optimizer proposes, at the scale held so far.
 
-    relative_step = scale |u| / |p| sqrt(nonzero_fraction), root mean squares of the step over all
-    coordinates and of the parameters over those that started with a size: LoRA's zero-initialised
-    factor moves, and has no length to be compared with. It is missing where the parameters are, or
-    are all zero.
+    .. math::
+      r = \frac{s}{|p|} \sqrt{\sum_l \frac{d_l}{96} |u_l|^2}
+
+    d is the side of a leaf, min(rows, columns) of its most balanced shape as a matrix, at least 27;
+    1 of a vector. An update has a stable rank of a few whatever the width, a fresh matrix one that
+    goes with it, so the tuned |u| / |p| goes as 1 / sqrt(width), and r does not (the spectral
+    condition, arXiv:2310.17813). It is missing where the parameters are, or are or were all zero.
     By the triangle inequality |p_t| <= |p_{t-1}| + |u_{t-1}|; more than twice that is corruption.
+    Where the gradient was `refused` there is no step, whatever the optimizer made of the zeros.
     """
-    norm, nonfinite = norm_and_nonfinite(updates)
-    norm = scale * norm
-    length = jnp.float32(0) if params is None else norm_and_nonfinite(params)[0]
+    squares = _squares(updates)
+    norm = scale * jnp.sqrt(jnp.sum(squares))
+    by_side = scale * jnp.sqrt(jnp.sum(squares * (np.array(_sides(updates)) / SIDE)))
+    length = jnp.float32(0) if params is None else jnp.sqrt(jnp.sum(_squares(params)))
     finite = jnp.isfinite(norm)
     has_step = finite & jnp.isfinite(length) & (norm > 0) & (length > 0)
+    has_step = has_step & ~seen.from_zero & ~refused
     known, reach = seen.parameter_norm > 0, seen.parameter_norm + 2 * seen.update_norm
     # Nothing is known of a jump from no step at all, as accumulation makes them.
     jumps = (norm > length) & (norm > UPDATE_JUMP * seen.update_norm) & (seen.update_norm > 0)
     return seen._replace(
         updates_broken=~finite | (known & (length > 0) & jumps),
         parameters_broken=~jnp.isfinite(length) | (known & (length > PARAMETER_JUMP * reach)),
-        update_norm=jnp.where(finite, norm, seen.update_norm),
+        update_norm=jnp.where(finite & ~refused, norm, seen.update_norm),
         parameter_norm=jnp.where(has_step, length, seen.parameter_norm),
-        relative_step=_relative(seen, norm, length, has_step),
-        nonfinite_updates=nonfinite,
+        relative_step=_ratio(by_side, length, has_step, seen.relative_step),
+        nonfinite_updates=_nonfinite(squares),
         has_step=has_step,
     )
 
 
-def observe_moved(seen: Telemetry, probe: Probe, here: jax.Array, scale: jax.Array) -> Telemetry:
+def observe_moved(
+    seen: Telemetry, last_step: jax.Array, params: PyTree, scale: jax.Array
+) -> Telemetry:
     """As `observe_step`, for a guard that does not see the optimizer's step: the last one, probed.
 
-    relative_step = scale |p_t - p_{t-1}| / |p_t| sqrt(nonzero_fraction) on the probe, where `here`
-    samples p_t.
+    Args:
+      seen: what the gradients showed.
+      last_step: p_t - p_{t-1} on the probe.
+      params: p_t; None where they are not known.
+      scale: that the law holds.
     """
-    norm, length = scale * _length(probe.last_step), _length(here)
+    if params is None:
+        return seen._replace(has_step=jnp.array(False))
+    norm, length = scale * _length(last_step), _length(sample(params))
+    by_side = scale * _length(last_step * np.sqrt(_sides_on_the_probe(params) / SIDE))
     has_step = jnp.isfinite(norm) & jnp.isfinite(length) & (norm > 0) & (length > 0)
+    has_step = has_step & ~seen.from_zero
     return seen._replace(
         parameters_broken=~jnp.isfinite(length),
         update_norm=jnp.where(has_step, norm, seen.update_norm),
         parameter_norm=jnp.where(has_step, length, seen.parameter_norm),
-        relative_step=_relative(seen, norm, length, has_step),
+        relative_step=_ratio(by_side, length, has_step, seen.relative_step),
         has_step=has_step,
     )
 
 
-def forget(probe: Probe) -> Probe:
-    """The probe after a rejected step: no step was taken, and its gradient is not compared with."""
-    nothing = jnp.zeros_like(probe.gradient)
-    return probe._replace(last_step=nothing, gradient=nothing)
+def follow(probe: Probe, updates: PyTree) -> Probe:
+    """The probe where parameters are not given: as seen from them, their mean has moved back."""
+    return probe._replace(mean_parameters=probe.mean_parameters - sample(updates))
 
 
-def sample(tree: PyTree, like: PyTree = None) -> jax.Array:
+def sample(tree: PyTree) -> jax.Array:
     """A pytree at its fixed coordinates: float32[n], replicated over devices.
 
-    A complex leaf counts as its real and its imaginary part, one of integers not at all. With
-    `like` it is that tree's numbers that tell: updates may be floats where gradients are integers.
+    A complex leaf counts as its real and its imaginary part, one of integers not at all.
     """
-    return _concatenate([_sample(leaf) * _weight(leaf) for leaf in _sampled_leaves(tree, like)])
+    return _weighted(_draw(tree))
 
 
 def sample_of_zeros(tree: PyTree) -> jax.Array:
     """The sample of a tree of zeros in these shapes, which may be abstract."""
-    sizes = [_sample_size(x) * (1 + _is_complex(x)) for x in _leaves(tree, jnp.inexact)]
-    return jnp.zeros([sum(sizes)], jnp.float32)
+    parts = _parts(_leaves(tree, jnp.inexact))
+    return jnp.zeros([sum(_sample_size(part.leaf) for part in parts)], jnp.float32)
 
 
 def is_abstract(tree: PyTree) -> bool:
     """Whether it holds shapes instead of arrays, as ``init`` is given by who wants shapes only."""
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
-
-
-def norm_and_nonfinite(tree: PyTree) -> tuple[jax.Array, jax.Array]:
-    """Global norm, reduced in float32, and the number of non-finite elements (int32).
-
-    The elements are counted only where the norm says that there are any: the common path reads
-    the tree once.
-    """
-    leaves = _leaves(tree, jnp.inexact)
-    wide = [leaf.astype(wide_type(leaf.dtype)) for leaf in leaves]
-    norm = jnp.asarray(optax.tree.norm(wide), jnp.float32)
-
-    def count() -> jax.Array:
-        counts = [jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in leaves]
-        return sum(counts, jnp.int32(0))
-
-    return norm, jax.lax.cond(jnp.isfinite(norm), lambda: jnp.int32(0), count)
 
 
 def _is_real_scalar(x: Any) -> bool:
@@ -256,18 +282,104 @@ def _leaves(tree: PyTree, kind: Any) -> list[Any]:
     return [leaf for leaf in leaves if leaf.size]
 
 
-def _sampled_leaves(tree: PyTree, like: PyTree) -> list[jax.Array]:
-    if like is not None:
-        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
-        tree = [x for x, y in pairs if jnp.issubdtype(jnp.result_type(y), jnp.inexact)]
-    parts = []
-    for leaf in _leaves(tree, jnp.inexact):
-        parts += [leaf.real, leaf.imag] if _is_complex(leaf) else [leaf]
-    return parts
+def _squares(tree: PyTree) -> jax.Array:
+    """The sum of squares of each leaf, reduced in float32 at least: float32[leaves]."""
+    leaves = [leaf.astype(wide_type(leaf.dtype)) for leaf in _leaves(tree, jnp.inexact)]
+    sums = [jnp.sum(jnp.real(leaf * jnp.conj(leaf))).astype(jnp.float32) for leaf in leaves]
+    return jnp.stack(sums) if sums else jnp.zeros([0], jnp.float32)
 
 
-def _is_complex(leaf: Any) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jnp.complexfloating))
+def _nonfinite(squares: jax.Array) -> jax.Array:
+    """How many leaves hold an element that is not finite, or whose square is none: int32."""
+    return jnp.sum(~jnp.isfinite(squares), dtype=jnp.int32)
+
+
+def _sides(tree: PyTree) -> list[float]:
+    return [_side(leaf.shape) for leaf in _leaves(tree, jnp.inexact)]
+
+
+def _side(shape: tuple[int, ...]) -> float:
+    """The smaller side of the most balanced matrix that these axes, in their order, make.
+
+    >>> _side((512, 8, 64)), _side((3, 3, 64, 128)), _side((512, 8)), _side((512,))
+    (512.0, 128.0, 27.0, 1.0)
+    """
+    splits = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]
+    return float(max(LEAST_SIDE, max(min(split) for split in splits))) if splits else 1.0
+
+
+class _Part(NamedTuple):
+    """What the probe takes of one leaf, or of its real or imaginary part."""
+
+    leaf: Any
+    weight: float
+
+
+def _draw(tree: PyTree) -> list[tuple[jax.Array, float]]:
+    """The probed coordinates of each probed leaf, as they are, and their weight."""
+    parts = _parts(_leaves(tree, jnp.inexact))
+    return [(_sample(part.leaf), part.weight) for part in parts]
+
+
+def _weighted(drawn: list[tuple[jax.Array, float]]) -> jax.Array:
+    return _concatenate([x * weight for x, weight in drawn])
+
+
+def _parts(leaves: list[Any]) -> list[_Part]:
+    """The probed leaves, a complex one twice."""
+    drawn = _drawn_by_size([leaf.size for leaf in leaves])
+    found = []
+    for index, chance in drawn:
+        leaf = leaves[index]
+        weight = math.sqrt(leaf.size / _sample_size(leaf) / chance)
+        for part in _real_parts(leaf):
+            found.append(_Part(part, weight))
+    return found
+
+
+def _real_parts(leaf: Any) -> list[Any]:
+    if not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        return [leaf]
+    return [leaf] * 2 if isinstance(leaf, jax.ShapeDtypeStruct) else [leaf.real, leaf.imag]
+
+
+def _drawn_by_size(sizes: list[int]) -> list[tuple[int, float]]:
+    """At most `PROBE_LEAVES` leaves and the probability with which each is drawn.
+
+    Systematic sampling: a leaf of more than its share of all coordinates is taken for certain, and
+    of the others those in which the coordinates at even distances lie.
+
+    >>> _drawn_by_size([10, 10]), _drawn_by_size([1] * 128)[:2]
+    ([(0, 1.0), (1, 1.0)], [(0, 0.5), (2, 0.5)])
+    >>> len(_drawn_by_size([1] * 500 + [1000]))
+    64
+    """
+    places = PROBE_LEAVES
+    if len(sizes) <= places:
+        return [(i, 1.0) for i in range(len(sizes))]
+    certain: set[int] = set()
+    rest = sum(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if sizes[i] * places < rest:
+            break
+        certain.add(i)
+        places, rest = places - 1, rest - sizes[i]
+    drawn, passed = [], 0
+    for i, size in enumerate(sizes):
+        if i in certain:
+            drawn.append((i, 1.0))
+            continue
+        # Whether a multiple of rest / places lies within this leaf's coordinates.
+        if -(-passed * places // rest) * rest < (passed + size) * places:
+            drawn.append((i, size * places / rest))
+        passed += size
+    return drawn
+
+
+def _sides_on_the_probe(params: PyTree) -> np.ndarray:
+    parts = _parts(_leaves(params, jnp.inexact))
+    sides = [np.full(_sample_size(part.leaf), _side(part.leaf.shape)) for part in parts]
+    return np.concatenate(sides).astype(np.float32) if sides else np.zeros(0, np.float32)
 
 
 def _require_same_leaves(sampled: jax.Array, before: jax.Array) -> None:
@@ -284,24 +396,12 @@ def _length(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.vdot(x, x))
 
 
-def _nonzero_fraction(params: PyTree) -> jax.Array:
-    """Share of the coordinates in leaves that are not all zero; 1 if there are none."""
+def _is_zero(params: PyTree) -> jax.Array:
+    """Whether all of them are zero; of abstract ones that is not known, and taken not to be so."""
     leaves = _leaves(params, jnp.inexact)
-    sizes = [jnp.where(_has_size(leaf), float(leaf.size), 0.0) for leaf in leaves]
-    # As a float: an int beyond 2^31 is none that JAX can take.
-    share = sum(sizes, jnp.float32(0)) / float(max(sum(leaf.size for leaf in leaves), 1))
-    return jnp.where(share > 0, share, 1.0)
-
-
-def _has_size(leaf: Any) -> jax.Array:
-    """Whether it is not all zero; of an abstract leaf that is not known, and taken for granted."""
-    return jnp.array(True) if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.any(leaf != 0)
-
-
-def _relative(
-    seen: Telemetry, norm: jax.Array, length: jax.Array, has_step: jax.Array
-) -> jax.Array:
-    return _ratio(norm * jnp.sqrt(seen.nonzero_fraction), length, has_step, seen.relative_step)
+    if not leaves or is_abstract(params):
+        return jnp.array(False)
+    return jnp.sum(_squares(leaves)) == 0
 
 
 def _ratio(top: jax.Array, bottom: jax.Array, valid: jax.Array, otherwise: jax.Array) -> jax.Array:
@@ -323,8 +423,8 @@ def _loss(value: Loss) -> tuple[jax.Array, jax.Array, jax.Array]:
     return loss, finite, (~finite).astype(jnp.int32)
 
 
-def _histogram(gradients: PyTree) -> jax.Array:
-    values = _concatenate([_sample(leaf) for leaf in _sampled_leaves(gradients, None)])
+def _histogram(drawn: list[tuple[jax.Array, float]]) -> jax.Array:
+    values = _concatenate([x for x, _ in drawn])
     finite = jnp.isfinite(values)
     _, exponent = jnp.frexp(jnp.where(finite, values, 0.0))
     bucket = jnp.where(values == 0, 0, (exponent - 1 - HISTOGRAM_EDGES[0]) // 2)
@@ -338,40 +438,48 @@ def _concatenate(parts: list[jax.Array]) -> jax.Array:
 
 
 def _sample_size(leaf: Any) -> int:
-    return min(leaf.size, max(PROBE_LEAST, min(PROBE_MOST, leaf.size // PROBE_SHARE)))
-
-
-def _weight(leaf: jax.Array) -> float:
-    return math.sqrt(leaf.size / _sample_size(leaf))
+    strides = _strides(leaf.shape)
+    return math.prod(
+        -(-length // stride) for length, stride in zip(leaf.shape, strides, strict=True)
+    )
 
 
 def _sample(leaf: jax.Array) -> jax.Array:
-    taken = leaf.reshape(1) if leaf.ndim == 0 else _gather(leaf, _sample_size(leaf))
-    return taken.astype(jnp.float32)
+    sharding, strides = jax.typeof(leaf).sharding, _strides(leaf.shape)
+    if AxisType.Explicit in sharding.mesh.axis_types:  # there a slice must divide into shards
+        grid = np.ix_(*(np.arange(0, n, k) for n, k in zip(leaf.shape, strides, strict=True)))
+        replicated = NamedSharding(sharding.mesh, PartitionSpec())
+        taken = leaf.at[grid].get(mode="promise_in_bounds", out_sharding=replicated)
+    else:
+        taken = leaf[tuple(slice(None, None, stride) for stride in strides)]
+    return taken.reshape(-1).astype(jnp.float32)
 
 
-def _gather(leaf: jax.Array, size: int) -> jax.Array:
-    sharding = jax.typeof(leaf).sharding
-    explicit = AxisType.Explicit in sharding.mesh.axis_types
-    replicated = NamedSharding(sharding.mesh, PartitionSpec()) if explicit else None
-    index = _coordinates(leaf.shape, size)
-    return leaf.at[index].get(mode="promise_in_bounds", out_sharding=replicated)
+@functools.cache
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A grid over all axes, of about the wanted number of coordinates.
 
+    The strides are primes, so that no structure in the axes, as of heads or of pairs, is met at
+    the same place again and again. At least eight positions of an axis are on the grid.
 
-def _coordinates(shape: tuple[int, ...], size: int) -> tuple[jax.Array, ...]:
-    """Distinct positions, spread evenly over rows and columns, without a flat index.
-
-    Rows go evenly from the first to the last; columns step by about the golden ratio, coprime to
-    their number. No product passes 2^32, however large the leaf.
+    >>> _strides((4096, 4096)), _strides((24, 96, 384)), _strides((7,))
+    ((37, 37), (3, 7, 7), (1,))
     """
-    columns, rows = shape[-1], math.prod(shape[:-1])
-    stride = max(1, min(round(0.618 * columns), 2**17))
-    while math.gcd(stride, columns) != 1:
-        stride -= 1
-    k = jnp.arange(size, dtype=jnp.uint32)
-    row = k * (rows // size) + k * (rows % size) // size
-    index = [k * stride % columns]
-    for length in reversed(shape[:-1]):
-        index.append(row % length)
-        row = row // length
-    return tuple(part.astype(jnp.int32) for part in reversed(index))
+    size = math.prod(shape)
+    excess = size / max(PROBE_LEAST, min(PROBE_MOST, size // PROBE_SHARE))
+    strides = [1] * len(shape)
+    order = sorted(range(len(shape)), key=lambda axis: shape[axis])
+    for place, axis in enumerate(order):
+        wanted = min(excess ** (1 / (len(order) - place)), shape[axis] / 8)
+        if wanted > 1:
+            strides[axis] = _prime_from(wanted)
+            excess /= strides[axis]
+    return tuple(strides)
+
+
+def _prime_from(least: float) -> int:
+    """The smallest prime that is no less."""
+    number = max(2, math.ceil(least))
+    while any(number % k == 0 for k in range(2, math.isqrt(number) + 1)):
+        number += 1
+    return number

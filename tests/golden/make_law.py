@@ -18,7 +18,7 @@ sys.path.insert(0, str(FILE.parent.parent))
 
 from trajectories import BOUNDS, DISTRESSED, batch, scan  # noqa: E402
 
-from lbw_optax.law import control, divergence, statistics  # noqa: E402
+from lbw_optax.law import control, divergence, statistics, telemetry  # noqa: E402
 from lbw_optax.law.telemetry import Telemetry  # noqa: E402
 
 SIGNALS = (
@@ -28,18 +28,30 @@ SIGNALS = (
     *("has_gradient", "has_step", "has_overshoot", "has_loss"),
 )
 CONSTANTS = {
+    telemetry: (
+        *("PROBE_LEAVES", "PROBE_SHARE", "PROBE_LEAST", "PROBE_MOST", "HORIZON", "LEAST_HORIZON"),
+        *("SIDE", "LEAST_SIDE", "UPDATE_JUMP", "PARAMETER_JUMP"),
+    ),
     control: (
-        *("SPIKE_STDS", "SPIKE_FACTOR", "KAPPA", "STEP_WEIGHT", "CREDIT_FROM", "GAIN"),
-        *("MOST_CUT", "GROWTH", "MOST_GROWTH", "FAR", "AT_ONCE", "FULL", "TRUST", "TRUST_STEP"),
-        *("QUICK", "FIRST_ALARM", "FIRST_STEP", "FIRST_SCALE", "TURN", "COOL_DOWN", "EARNED"),
+        *("SPIKE_STDS", "SPIKE_FACTOR", "SET_POINT", "GROWTH", "CUT", "MOST", "FIRST_ALARM"),
+        *("SETTLED_FROM", "CEILING", "FULL", "TRUST", "JUMP", "JUMP_STEPS", "JUMPS_FROM"),
+        *("FORGOTTEN", "FIRST_STEP", "FIRST_SCALE", "TURN", "COOL_DOWN", "EARNED"),
         *("LOW", "REST_STEPS", "LONG_RUN", "REJECTED_BOUND", "REJECTED_FROM"),
     ),
     statistics: (
-        *("WINSOR", "LARGEST", "GRADIENT", "OVERSHOOT", "LOSS", "LOSS_SLOW", "START_STEPS"),
+        *("WINSOR", "LARGEST", "GRADIENT", "SPAN", "LEAST_SPAN", "OVERSHOOT_FLOOR"),
+        *("LOSS", "LOSS_SLOW", "START_STEPS"),
     ),
     divergence: (
-        *("INNER_STEPS", "SKIP_STEPS", "FIRST_STEPS", "MARGIN_STDS", "MOST_EVIDENCE"),
-        *("ENOUGH_EVIDENCE", "AUTOCORRELATION_SHARE", "FARTHEST", "MOST_AUTOCORRELATION", "GRACE"),
+        *("INNER_STEPS", "SKIP_STEPS", "FIRST_STEPS", "NEXT_STEPS", "MARGIN_STDS"),
+        *(
+            "MOST_EVIDENCE",
+            "ENOUGH_EVIDENCE",
+            "AUTOCORRELATION_SHARE",
+            "FARTHEST",
+            "MOST_AUTOCORRELATION",
+            "GRACE",
+        ),
         *("LEAST_STD", "FORGOTTEN", "RETURN_STEPS", "TOLERANCE", "RECENT_SHARE", "TINY"),
         *("RETURN_WITHIN", "SUDDEN", "OFTEN"),
     ),
@@ -73,6 +85,7 @@ def _outputs(seen: Telemetry) -> dict[str, np.ndarray]:
     (_, held, asking), decision = jax.device_get(scan(seen, BOUNDS))
     return {
         "log_scale": held.log_scale,
+        "log_applied": np.log(decision.scale),
         "outstanding": held.outstanding,
         "loss_excess": asking.loss_excess,
         "regime": decision.regime.astype(np.int8),
