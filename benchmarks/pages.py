@@ -39,7 +39,6 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "attempts over ten seeds": partial(research.attempts, "seeds 10 to 19,"),
         "attempts on a base that knows the text": partial(research.attempts, "known text,"),
         "generality": research.generality,
-        "signals": research.signals,
         "sensitivity": research.sensitivity,
     },
 }

@@ -24,6 +24,7 @@ def scaled(tree: PyTree, scale: jax.Array, skip: jax.Array) -> PyTree:
             return jnp.where(skip, jnp.zeros_like(x), x)
         wide = wide_type(x.dtype)
         y = (x.astype(wide) * scale.astype(wide)).astype(x.dtype)
+        y = jnp.where(scale == 1, x, y)  # arithmetic flushes subnormals on some devices
         # Adding -0.0 leaves every float as it is; adding 0.0 would turn -0.0 into 0.0.
         return jnp.where(skip, jnp.full_like(x, -0.0), y)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import flat
+from reference import flat, side
 from support import (
     assert_all_finite,
     assert_same_bits,
@@ -103,7 +103,8 @@ def test_wrapped_guard_applies_the_scaled_updates_of_the_inner_optimizer(inner):
         chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-9)
         chex.assert_trees_all_close(state.inner_state, inner_state, rtol=1e-6)
         if len(scales) == 1:
-            moved, length = (np.linalg.norm(flat(jax.tree.leaves(t))) for t in (updates, params))
+            sides = [np.sqrt(side(u.shape) / 96) * u for u in jax.tree.leaves(updates)]
+            moved, length = (np.linalg.norm(flat(t)) for t in (sides, jax.tree.leaves(params)))
             np.testing.assert_allclose(moved / length, control.FIRST_STEP, rtol=1e-4)
     assert len(set(scales)) > 5
 
@@ -216,7 +217,7 @@ def test_observing_leaves_every_bit_as_the_bare_optimizer_has_it(inner, placemen
         params = optax.apply_updates(params, updates)
         bare_params = optax.apply_updates(bare_params, expected)
     # It watched all the same, and no NaN of the run got into its own memory.
-    assert int(guard_in(state).law.control.skips) >= 5
+    assert int(guard_in(state).law.control.skips) >= 4
     # (Chained, the probe samples the parameters, which are NaN by now.)
     probe = guard_in(state).probe._replace(parameters=None)
     assert_all_finite(guard_in(state)._replace(inner_state=None, probe=probe))

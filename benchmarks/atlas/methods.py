@@ -14,7 +14,6 @@ import optax
 
 from benchmarks import peers
 from benchmarks.atlas.draw import Task
-from benchmarks.atlas.horizon import horizon_guard
 from benchmarks.stress import methods as stress
 from benchmarks.stress.regimes import Factory, Recipe
 from lbw_optax import lbw_guard
@@ -28,7 +27,6 @@ class Method(NamedTuple):
     takes_lr: bool = True
     guarded: bool = False
     applies: Callable[[Task], bool] = lambda task: True
-    candidate: bool = False  # a law under study, which is no peer
 
 
 def own(recipe: Recipe) -> optax.GradientTransformation:
@@ -63,9 +61,6 @@ def _is_unclipped(task: Task) -> bool:
 METHODS = {
     OWN: Method(own, "own optimizer"),
     "guard": Method(lambda r: lbw_guard(own(r)), "guard", guarded=True),
-    "horizon": Method(
-        lambda r: horizon_guard(own(r)), "law under study (attempt 31)", candidate=True
-    ),
     "clip-1.0": Method(lambda r: own(r._replace(clip=1.0)), "clip 1.0", applies=_is_unclipped),
     "prodigy": Method(stress.prodigy, "Prodigy", takes_lr=False),
     "dadapt-adamw": Method(stress.dadapt_adamw, "D-Adapt AdamW", takes_lr=False),

@@ -7,11 +7,7 @@ from benchmarks.atlas.methods import METHODS, OWN
 from benchmarks.stress.targets import Target
 
 ABOVE = (3, 10, 30, 100)
-PEERS = [
-    name
-    for name, method in METHODS.items()
-    if not (method.guarded or method.candidate) and name != OWN
-]
+PEERS = [name for name, method in METHODS.items() if not method.guarded and name != OWN]
 
 
 def targets(grid: Grid, half: str) -> list[Target]:

@@ -1,8 +1,7 @@
-"""What the research log shows: attempts at the law, more seeds, other models, signals, knobs."""
+"""What the research log shows: attempts at the law, more seeds, other models, knobs."""
 
 import math
 import statistics
-from collections.abc import Iterable
 from typing import Any
 
 from benchmarks import generality as generality_run
@@ -104,42 +103,6 @@ def _is_cell(record: dict[str, Any], guarded: bool, lr: float) -> bool:
 def _median(losses: list[float | None]) -> str:
     middle = statistics.median(math.inf if loss is None else loss for loss in losses)
     return "diverged" if math.isinf(middle) else f"{middle:.3f}"
-
-
-def signals() -> str:
-    """Each candidate signal of bare AdamW, median over seeds, and whether one threshold does."""
-    records = read(FOLDER / "signals.jsonl")
-    titles = {
-        "relative_step": "relative step, in κ",
-        "median_leaf": "the same, median leaf",
-        "largest_leaf": "the same, largest leaf",
-        "overshoot": "overshoot, standard errors",
-        "secant": "secant curvature",
-        "norm_growth": "growth of the norm, 10⁻⁴ a step",
-    }
-    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for r in records:
-        runs.setdefault((r["regime"], r["multiple"]), []).append(r)
-    medians = {
-        column: [statistics.median(r[name] for r in found) for name in titles]
-        for column, found in runs.items()
-    }
-    rows = [
-        [f"{regime} ×{multiple}", *(f"{x:.2f}" for x in values)]
-        for (regime, multiple), values in medians.items()
-    ]
-
-    def at(multiple: int) -> Iterable[tuple[float, ...]]:
-        """A signal's medians in all regimes, one signal after the other."""
-        return zip(*(values for (_, k), values in medians.items() if k == multiple), strict=True)
-
-    rows.append(["**largest at ×1**", *(f"**{max(values):.2f}**" for values in at(1))])
-    rows.append(["**smallest at ×10**", *(f"**{min(values):.2f}**" for values in at(10))])
-    note = (
-        "Bare AdamW, steps 20 to 79, median of three seeds "
-        f"(`python -m benchmarks.signals`, {made_at(records)})."
-    )
-    return f"{table(['', *titles.values()], rows)}\n\n{note}"
 
 
 def sensitivity() -> str:

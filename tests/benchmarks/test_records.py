@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import generality, records, sensitivity, signals
+from benchmarks import generality, records, sensitivity
 from benchmarks.faults import cells as faults
 from benchmarks.runner import Book
 from benchmarks.stress import run as stress
@@ -154,10 +154,9 @@ class Steps:
     size = SIZES["default"]
 
 
-@pytest.mark.parametrize("benchmark", [sensitivity, signals])
-def test_small_grids_in_git_are_found(benchmark, in_git):
-    book = in_git(benchmark.RESULTS.name, *SHAPE, "size")
-    cells = benchmark.plan(Steps)
+def test_the_sensitivity_grid_in_git_is_found(in_git):
+    book = in_git(sensitivity.RESULTS.name, *SHAPE, "size")
+    cells = sensitivity.plan(Steps)
     assert [cell for cell in cells if book.find(cell) is None] == []
 
 
