@@ -38,7 +38,7 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
         nothing = telemetry.sample_of_zeros(params)
         here = nothing if telemetry.is_abstract(params) else telemetry.sample(params)
         probe = Probe(mean_parameters=nothing, parameters=here)
-        return states.init(params, probe, bounds, mode)._replace(inner_state=optax.EmptyState())
+        return states.init(probe, bounds, mode)._replace(inner_state=optax.EmptyState())
 
     def update_fn(
         updates: PyTree,

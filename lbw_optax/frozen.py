@@ -39,12 +39,7 @@ class Frozen:
     ) -> list[Any]:
         """Gradients and params, with zeros for the leaves that are never updated."""
         frozen = self._find(gradients, inner_state, params, extra_args)
-        return [_where(frozen, jnp.zeros_like, tree) for tree in (gradients, params)]
-
-    def updated(self, params: PyTree, inner_state: PyTree) -> PyTree:
-        """The parameters without them."""
-        frozen = self._find(params, inner_state, params, {"value": 0.0})
-        return _where(frozen, lambda x: None, params)
+        return [_zeroed(frozen, tree) for tree in (gradients, params)]
 
     def _find(
         self, gradients: PyTree, inner_state: PyTree, params: PyTree, extra_args: dict[str, Any]
@@ -61,11 +56,11 @@ class Frozen:
         return self._known[key]
 
 
-def _where(frozen: list[bool], change: Callable[[Any], Any], tree: PyTree) -> PyTree:
+def _zeroed(frozen: list[bool], tree: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(tree)
     if not any(frozen) or len(leaves) != len(frozen):
         return tree
-    changed = [change(x) if f else x for x, f in zip(leaves, frozen, strict=True)]
+    changed = [jnp.zeros_like(x) if f else x for x, f in zip(leaves, frozen, strict=True)]
     return jax.tree.unflatten(structure, changed)
 
 

@@ -37,9 +37,9 @@ def lbw_guard(
     the guard applies
 
     .. math::
-      s_t\, u_t, \qquad
-      \log s_t = \log s_{t-1} - a_t \min\big(0.4,\ (2 \text{ if } a_t < 0 \text{ else } 3) / t\big),
-      \qquad r_t \le 0.0015 \sqrt{t}, \qquad s_t \in [s_{\min}, 1].
+      s_t\, u_t, \qquad \log s_t = \log s_{t-1}
+      - a_t \min\big(0.4,\ (2 \text{ if } a_t < 0 \text{ else } 1.5) / t\big), \qquad r_t
+      \le 0.0015 \sqrt{t}, \qquad s_t \in [s_{\min}, 1].
 
     The alarm a_t in [-1, 1] is the mean overshoot in standard deviations, less 1: the cosine of g_t
     with the way from the mean of the parameters over about half of the run. The relative step r_t
@@ -148,8 +148,7 @@ def govern(
         probe = Probe(telemetry.sample_of_zeros(params), parameters=None)
         inner_state = inner.init(params)
         _refuse_to_and_fro(inner_state)
-        trained = frozen.updated(params, inner_state)
-        return states.init(trained, probe, bounds, mode)._replace(inner_state=inner_state)
+        return states.init(probe, bounds, mode)._replace(inner_state=inner_state)
 
     def update_fn(
         updates: PyTree,

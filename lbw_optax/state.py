@@ -50,13 +50,13 @@ class GuardState(NamedTuple):
     events: Ring
 
 
-def init(params: PyTree, probe: Probe, bounds: Bounds, mode: str) -> GuardState:
+def init(probe: Probe, bounds: Bounds, mode: str) -> GuardState:
     """Before the first step, without an inner state; every leaf is an array of its own."""
     state = GuardState(
         inner_state=None,
         guard_steps=jnp.zeros([], jnp.int32),
         mode=jnp.asarray(MODES.index(mode), jnp.int32),
-        telemetry=telemetry.init(params),
+        telemetry=telemetry.init(),
         probe=probe,
         law=law.init(bounds),
         events=events.init(),
@@ -277,4 +277,4 @@ def _child(node: PyTree, name: str) -> Any:
 def _skeleton() -> GuardState:
     nothing = jnp.zeros([0], jnp.float32)
     probe = Probe(nothing, nothing)
-    return jax.eval_shape(lambda: init(None, probe, Bounds(), MODES[Mode.GOVERN]))
+    return jax.eval_shape(lambda: init(probe, Bounds(), MODES[Mode.GOVERN]))

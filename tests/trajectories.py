@@ -31,7 +31,7 @@ def run_law(seen, bounds=BOUNDS) -> tuple[Control, Decision]:
 
 
 def nothing_seen(steps: int) -> telemetry.Telemetry:
-    return jax.tree.map(lambda x: np.zeros([steps, *x.shape], x.dtype), telemetry.init(None))
+    return jax.tree.map(lambda x: np.zeros([steps, *x.shape], x.dtype), telemetry.init())
 
 
 def batch(steps: list[Signals]) -> telemetry.Telemetry:

@@ -70,7 +70,7 @@ SPIKE_FACTOR = 10.0
 # The mean overshoot that is held, in standard deviations of one: below it steps are lengthened.
 SET_POINT = 1.0
 # Bounds of log(scale)'s change, over the age of the run: growth and cut as power laws of time.
-GROWTH, CUT = 2.0, 3.0
+GROWTH, CUT = 2.0, 1.5
 # And in one step.
 MOST = 0.4
 # Until an alarm above this growth is that quick, for a soft start should not cost more steps than
@@ -399,7 +399,8 @@ def _next_scale(
 ) -> tuple[jax.Array, jax.Array]:
     r"""The log-scale that the alarm asks for, and whether the soft start sets it in this step.
 
-    .. math:: \log s_t = \log s_{t-1} - a_t \min(0.4,\ (2 \text{ if } a_t < 0 \text{ else } 3) / t)
+    .. math::
+      \log s_t = \log s_{t-1} - a_t \min(0.4,\ (2 \text{ if } a_t < 0 \text{ else } 1.5) / t)
 
     No change on a skipped step, no growth until calm, and growth by 0.4 until the first alarm. The
     first step that can be measured sets the scale by its relative step.

@@ -36,7 +36,7 @@ LOSS = Memory(decay=0.9, floor=0.02, prior=1.0)  # loss over the first one
 LOSS_SLOW = Memory(decay=0.97, floor=0.02, prior=1.0)  # loss over the first one
 # The mean overshoot is over this share of the run, and over so many steps at least: a run's age is
 # the only measure of time that a short and a long one share.
-SPAN, LEAST_SPAN = 1 / 8, 4
+SPAN, LEAST_SPAN = 1 / 8, 8
 # Least standard deviation of an overshoot, which without noise has none.
 OVERSHOOT_FLOOR = 1e-5
 # The loss at the start is the mean of this many first ones: fewer are one batch's luck.
@@ -193,7 +193,7 @@ def _absorb_overshoot(
     With t = age + 1 and n the number of steps that a mean is over,
 
     .. math::
-      n &= \min(\max(t / 8, 4), \max(t - 1, 1)) \\
+      n &= \min(\max(t / 8, 8), \max(t - 1, 1)) \\
       m_t &= m_{t-1} + (c_t - m_{t-1}) / n, \qquad
       v_t = v_{t-1} + (\tfrac12 (c_t - c_{t-1})^2 - v_{t-1}) / n
 

@@ -71,7 +71,7 @@ class Probe(NamedTuple):
     parameters: jax.Array | None  # p_{t-1}; None where the guard sees the steps themselves
 
 
-def init(params: PyTree) -> Telemetry:
+def init() -> Telemetry:
     """Telemetry before the first step: zeros, nothing measured."""
     real, whole, no = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32), jnp.array(False)
     return Telemetry(
@@ -91,7 +91,7 @@ def init(params: PyTree) -> Telemetry:
         has_overshoot=no,
         has_loss=no,
         histogram=jnp.zeros([len(HISTOGRAM_EDGES)], jnp.int32),
-        from_zero=_is_zero(params),
+        from_zero=no,
     )
 
 
@@ -193,9 +193,9 @@ def observe_step(
     norm = scale * jnp.sqrt(jnp.sum(squares))
     by_side = scale * jnp.sqrt(jnp.sum(squares * (np.array(_sides(updates)) / SIDE)))
     length = jnp.float32(0) if params is None else jnp.sqrt(jnp.sum(_squares(params)))
-    finite = jnp.isfinite(norm)
+    finite, from_zero = jnp.isfinite(norm), _from_zero(seen, length)
     has_step = finite & jnp.isfinite(length) & (norm > 0) & (length > 0)
-    has_step = has_step & ~seen.from_zero & ~refused
+    has_step = has_step & ~from_zero & ~refused
     known, reach = seen.parameter_norm > 0, seen.parameter_norm + 2 * seen.update_norm
     # Nothing is known of a jump from no step at all, as accumulation makes them.
     jumps = (norm > length) & (norm > UPDATE_JUMP * seen.update_norm) & (seen.update_norm > 0)
@@ -207,6 +207,7 @@ def observe_step(
         relative_step=_ratio(by_side, length, has_step, seen.relative_step),
         nonfinite_updates=_nonfinite(squares),
         has_step=has_step,
+        from_zero=from_zero,
     )
 
 
@@ -225,15 +226,21 @@ def observe_moved(
         return seen._replace(has_step=jnp.array(False))
     norm, length = scale * _length(last_step), _length(sample(params))
     by_side = scale * _length(last_step * np.sqrt(_sides_on_the_probe(params) / SIDE))
-    has_step = jnp.isfinite(norm) & jnp.isfinite(length) & (norm > 0) & (length > 0)
-    has_step = has_step & ~seen.from_zero
+    from_zero = _from_zero(seen, length)
+    has_step = jnp.isfinite(norm) & jnp.isfinite(length) & (norm > 0) & (length > 0) & ~from_zero
     return seen._replace(
         parameters_broken=~jnp.isfinite(length),
         update_norm=jnp.where(has_step, norm, seen.update_norm),
         parameter_norm=jnp.where(has_step, length, seen.parameter_norm),
         relative_step=_ratio(by_side, length, has_step, seen.relative_step),
         has_step=has_step,
+        from_zero=from_zero,
     )
+
+
+def _from_zero(seen: Telemetry, length: jax.Array) -> jax.Array:
+    """Whether the parameters were all zero before any of their steps was measured."""
+    return seen.from_zero | ((seen.parameter_norm == 0) & (length == 0))
 
 
 def follow(probe: Probe, updates: PyTree) -> Probe:
@@ -394,14 +401,6 @@ def _require_same_leaves(sampled: jax.Array, before: jax.Array) -> None:
 
 def _length(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.vdot(x, x))
-
-
-def _is_zero(params: PyTree) -> jax.Array:
-    """Whether all of them are zero; of abstract ones that is not known, and taken not to be so."""
-    leaves = _leaves(params, jnp.inexact)
-    if not leaves or is_abstract(params):
-        return jnp.array(False)
-    return jnp.sum(_squares(leaves)) == 0
 
 
 def _ratio(top: jax.Array, bottom: jax.Array, valid: jax.Array, otherwise: jax.Array) -> jax.Array:

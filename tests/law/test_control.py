@@ -146,7 +146,7 @@ def _decide_all(evidence: Evidence, bounds: Bounds):
 
 def quiet_evidence() -> Evidence:
     """Nothing seen: as the law makes it of telemetry before the first step."""
-    seen, nothing = telemetry.init(None), statistics.init()
+    seen, nothing = telemetry.init(), statistics.init()
     arrival = control.Arrival(jnp.int32(0), jnp.array(False), jnp.float32(1))
     start = control.init(BOUNDS)
     return control.judge(start, seen, nothing, nothing, arrival, control.RULES)
@@ -384,7 +384,7 @@ def test_a_gradient_that_jumps_is_scaled_back_to_what_the_run_has_shown(factor):
     rng = np.random.default_rng(0)
     before = statistics.init()
     for norm in rng.lognormal(0, 0.3, 60):
-        seen = telemetry.init(None)._replace(
+        seen = telemetry.init()._replace(
             gradient_norm=jnp.float32(norm), has_gradient=jnp.array(True)
         )
         before = statistics.absorb(before, seen, jnp.array(False), jnp.int32(1))

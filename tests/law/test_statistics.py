@@ -169,7 +169,7 @@ def test_statistics_stay_finite_for_ever_at_the_extremes():
 
 def _seen(**signals) -> telemetry.Telemetry:
     flags = {"has_gradient", "has_overshoot", "has_loss"}
-    return telemetry.init(None)._replace(
+    return telemetry.init()._replace(
         **{name: jnp.float32(x) for name, x in signals.items()},
         **{flag: jnp.array(True) for flag in flags},
     )
@@ -179,7 +179,7 @@ def _seen(**signals) -> telemetry.Telemetry:
 def _overshoot(cosines: jax.Array, keep: jax.Array) -> statistics.Overshoot:
     def step(carry, one):
         law, age = carry
-        seen = telemetry.init(None)._replace(overshoot=one[0], has_overshoot=one[1])
+        seen = telemetry.init()._replace(overshoot=one[0], has_overshoot=one[1])
         law = statistics.absorb(law, seen, jnp.array(False), age)
         return (law, age + 1), law.overshoot
 
@@ -188,7 +188,7 @@ def _overshoot(cosines: jax.Array, keep: jax.Array) -> statistics.Overshoot:
 
 
 def test_mean_overshoot_is_that_of_an_eighth_of_the_run():
-    """Of four until the run is 32 steps old; a level that shifts is followed in an eighth of it."""
+    """Of eight until the run is 64 steps old; a level that shifts is followed as fast."""
     cosines = np.where(np.arange(800) < 400, -0.3, 0.5).astype(np.float32)
     found = _overshoot(cosines, np.ones(800, bool))
     assert (found.mean[:400] == np.float32(-0.3)).all()

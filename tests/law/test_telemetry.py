@@ -223,7 +223,7 @@ NORMS = {
 def test_norm_and_nonfinite(tree, norm, nonfinite):
     def measure(tree):
         nothing = telemetry.Probe(telemetry.sample_of_zeros(tree), None)
-        before = telemetry.init(tree)
+        before = telemetry.init()
         return telemetry.observe_gradients(before, nothing, tree, None, None, jnp.int32(0))[0]
 
     seen = jax.jit(measure)(tree)
@@ -261,13 +261,15 @@ def test_signals_that_are_missing_keep_their_last_value():
     assert_all_finite(state)
 
 
-@pytest.mark.parametrize(
-    ("params", "from_zero"),
-    [(None, False), ({}, False), (jnp.zeros(3), True), ({"a": jnp.zeros(3), "b": 1.0}, False)],
-    ids=["none", "empty", "zeros", "one that is not"],
-)
-def test_where_all_start_at_zero_no_step_is_long_for_them(params, from_zero):
-    assert bool(telemetry.init(params).from_zero) == from_zero
+@pytest.mark.parametrize("placement", [guarded, chained])
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_where_all_start_at_zero_no_step_is_long_for_them(placement, start):
+    run, params = placement("sgd_momentum"), {"w": jnp.full((4, 4), start), "b": jnp.zeros(4)}
+    state = run.init(params)
+    for _ in range(4):
+        params, state = run.step(params, state, jax.tree.map(jnp.ones_like, params), np.float32(1))
+    assert bool(guard_in(state).telemetry.from_zero) == (start == 0)
+    assert bool(guard_in(state).telemetry.has_step) == (start != 0)
 
 
 @pytest.mark.parametrize(
