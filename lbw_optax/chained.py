@@ -61,7 +61,7 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
         new_law, decision = law.step(state.law, seen, bounds)
 
         governing = state.mode == Mode.GOVERN
-        factor = jnp.where(governing, arrival.factor, 1.0)
+        factor = jnp.exp(jnp.where(governing, arrival.log_factor, 0.0))
         return scaled(updates, factor, governing & decision.skip), GuardState(
             inner_state=state.inner_state,
             guard_steps=optax.safe_increment(state.guard_steps),

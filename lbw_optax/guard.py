@@ -169,7 +169,7 @@ def govern(
         refused = governing & (arrival.rejected != Signal.NONE)
         # Known before the optimizer runs, so that what keeps its state as it was is part of its own
         # element-wise operations, and no second copy of that state is held.
-        limited = scaled(updates, jnp.where(governing, arrival.factor, 1.0), refused)
+        limited = scaled(updates, jnp.exp(jnp.where(governing, arrival.log_factor, 0.0)), refused)
         proposed, inner_state = inner.update(limited, state.inner_state, params, **extra_args)
         scale_before = jnp.exp(state.law.control.log_scale)
         seen = telemetry.observe_step(seen, proposed, trained, scale_before, refused)

@@ -169,6 +169,7 @@ class LawReference:
         self.started = self.settled = False
         self.age, self.longest, self.jumps_in_a_row = 0, None, 0
         self.gradient_norms: list[float] = []
+        self.jumps, self.in_a_jump, self.longest_given = 0, False, statistics.UNKNOWN
         self.regime = "recovering"
         self.calm_steps = control.COOL_DOWN
         self.skips_in_a_row = self.skips = 0
@@ -197,6 +198,8 @@ class LawReference:
         `left` is the lowest and the last loss of the run that was left for its loss.
         """
         self.left_times = left_times
+        if grace:  # the first gradients ask once
+            self.gradient_norms = [1.0] * (divergence.FIRST_STEPS + divergence.NEXT_STEPS)
         self.left, self.steps_since, self.rising_steps = left, 0, 0
         self.level = RunningReference(statistics.LOSS)
         self.innovation = RunningReference(statistics.LOSS)
@@ -212,7 +215,8 @@ class LawReference:
         start = self.loss_start.entered
         self.loss_before_start = self.loss_start.mean if start else None
         self._remember(seen)
-        limited = self._limits(seen)
+        jumped, log_given = self._arrives(seen)
+        limited = jumped and log_given < _log(seen.gradient_norm)
         rejected = self._reject(seen)
         spike = self._loss_spikes(seen)
         thresholds = {"gradient_norm": self.gradient_threshold(), "loss": self.loss_threshold()}
@@ -391,12 +395,24 @@ class LawReference:
         """Of the loss over the size of the first one."""
         return self.loss.mean + control.SPIKE_STDS * self.loss.std
 
-    def _limits(self, seen: Signals) -> bool:
-        """Whether a finite gradient jumps, and nothing says that it is broken."""
-        if seen.nonfinite_gradients or seen.nonfinite_loss or seen.gradient_norm is None:
-            return False
-        known = bool(self.gradient.entered)
-        return known and _log(seen.gradient_norm) > self.gradient_threshold()
+    def _arrives(self, seen: Signals) -> tuple[bool, float]:
+        """Whether a finite gradient jumps, and log |g| as the optimizer is given it."""
+        if not seen.gradient_norm:
+            return False, -math.inf
+        log_norm, given = _log(seen.gradient_norm), _log(seen.gradient_norm)
+        bad = seen.nonfinite_gradients or seen.nonfinite_loss or not self.gradient.entered
+        jumped = not bad and log_norm > self.gradient_threshold()
+        first = jumped and not self.in_a_jump
+        again = self.jumps > self.in_a_jump
+        if jumped:
+            allowed = max(self.gradient.mean, self.longest_given) if again else self.gradient.mean
+            given = min(allowed, log_norm)
+        wider = self.longest_given + (math.log(statistics.WIDENED) if first and again else 0.0)
+        self.longest_given = max(self.longest_given, given)
+        if log_norm > wider:
+            self.longest_given = max(self.longest_given, wider)
+        self.jumps, self.in_a_jump = self.jumps + first, jumped
+        return jumped, given
 
     def _reject(self, seen: Signals) -> str | None:
         if seen.nonfinite_gradients or seen.gradient_norm is None:

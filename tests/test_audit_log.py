@@ -62,7 +62,7 @@ def test_audit_log_writes_each_intervention_once(tmp_path):
         "step": 0,
         "regime": "unstable",
         "signal": "nonfinite_gradients",
-        "value": 16.0,
+        "value": 3.0,
         "threshold": 0.0,
         "action": "skip",
         "scale_before": pytest.approx(control.FIRST_SCALE),

@@ -159,8 +159,13 @@ class Arrival(NamedTuple):
     """What is known of a step before the optimizer sees its gradient."""
 
     rejected: jax.Array  # int32, a `Signal`: why it must be skipped, or NONE
-    limited: jax.Array  # bool, its gradient jumps, and is scaled back
-    factor: jax.Array  # float32, of the gradient, in (0, 1]
+    jumped: jax.Array  # bool, its gradient is far longer than the run has shown
+    log_factor: jax.Array  # float32, by which it is scaled back, at most 0
+
+    @property
+    def limited(self) -> jax.Array:
+        """Whether anything is taken from the gradient."""
+        return self.log_factor < 0
 
 
 class Evidence(NamedTuple):
@@ -198,9 +203,6 @@ class Rules(NamedTuple):
     log_ceiling: Callable[[jax.Array], jax.Array]  # of the age
 
 
-UNKNOWN = -100.0  # a logarithm of nothing
-
-
 def init(bounds: Bounds) -> Control:
     """Before the soft start: a small scale, and the regime is `recovering`."""
     first = jnp.log(jnp.maximum(jnp.asarray(bounds.min_scale, jnp.float32), FIRST_SCALE))
@@ -217,7 +219,7 @@ def init(bounds: Bounds) -> Control:
         pinned=jnp.array(False),
         started=jnp.array(False),
         age=zero,
-        log_longest=jnp.float32(UNKNOWN),
+        log_longest=jnp.float32(stats.UNKNOWN),
         jumps_in_a_row=zero,
         settled=jnp.array(False),
         log_ceiling=jnp.zeros([], jnp.float32),
@@ -232,20 +234,22 @@ def arrive(seen: Telemetry, before: Statistics) -> Arrival:
 
     What is not finite is rejected. A norm that jumps, log |g| > m + max(6 s, log 10) with m and s
     of the steps before, is scaled back to exp(m), the length that the run has shown: thrown away, a
-    source of data that is rare would never be learned from.
+    source of data that is rare would never be learned from. When jumps have come again they are the
+    data's, and scaled back to the longest gradient so far, which each of them may double.
     """
-    log_norm = jnp.log(seen.gradient_norm)
+    log_norm, jumps = jnp.log(seen.gradient_norm), before.jumps
     known = (before.gradient.weight > 0) & seen.has_gradient & (seen.gradient_norm > 0)
-    limited = known & (log_norm > _gradient_threshold(before))
     rejected = first_of(
         (seen.nonfinite_gradients > 0, Signal.NONFINITE_GRADIENTS),
         (~seen.has_gradient, Signal.NONFINITE_GRADIENTS),
         (seen.nonfinite_loss > 0, Signal.NONFINITE_LOSS),
         otherwise=Signal.NONE,
     )
-    limited = limited & (rejected == Signal.NONE)
-    factor = jnp.exp(jnp.where(limited, before.gradient.mean - log_norm, 0.0))
-    return Arrival(rejected, limited, factor)
+    jumped = known & (log_norm > _gradient_threshold(before)) & (rejected == Signal.NONE)
+    shown = before.gradient.mean
+    allowed = jnp.where(stats.recur(jumps), jnp.maximum(shown, jumps.log_longest), shown)
+    log_factor = jnp.where(jumped, jnp.minimum(allowed - log_norm, 0.0), 0.0)
+    return Arrival(rejected, jumped, log_factor)
 
 
 def reject(arrival: Arrival, seen: Telemetry) -> jax.Array:
@@ -414,10 +418,10 @@ def _next_scale(
     skip = evidence.rejected > 0
     begins = evidence.has_step & ~control.started & ~skip
     change = jnp.where(begins, math.log(FIRST_STEP) - evidence.log_step, change)
-    change = jnp.where(skip | control.pinned | ~jnp.isfinite(change), 0.0, change)
+    change = jnp.where(skip | ~jnp.isfinite(change), 0.0, change)
     floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
-    moved = jnp.where(control.pinned, control.log_scale, control.log_scale + change)
-    return jnp.clip(moved, floor, 0.0), begins
+    moved = jnp.clip(control.log_scale + change, floor, 0.0)
+    return jnp.where(control.pinned, control.log_scale, moved), begins
 
 
 def _limit(
@@ -434,7 +438,7 @@ def _limit(
     at_full = evidence.log_step - control.log_scale  # the relative step at scale 1
     allowed = jnp.minimum(moved, evidence.log_ceiling - at_full)
     longest = control.log_longest + math.log(JUMP)
-    jumps = measured & (control.log_longest > UNKNOWN) & (age >= JUMPS_FROM)
+    jumps = measured & (control.log_longest > stats.UNKNOWN) & (age >= JUMPS_FROM)
     jumps = jumps & (allowed + at_full > longest)
     allowed = jnp.where(jumps, longest - at_full, allowed)
     allowed = jnp.where(measured & jnp.isfinite(allowed), allowed, moved)
@@ -451,14 +455,14 @@ def _remember_length(
     """The longest step of late, and whether the law begins anew after this one."""
     faded = control.log_longest - FORGOTTEN / (control.age + 1)
     longest = jnp.where(jumps, faded, jnp.maximum(faded, log_step))
-    longest = jnp.where(measured, jnp.maximum(longest, UNKNOWN), control.log_longest)
+    longest = jnp.where(measured, jnp.maximum(longest, stats.UNKNOWN), control.log_longest)
     in_a_row = jnp.where(jumps, control.jumps_in_a_row + 1, 0)
     in_a_row = jnp.where(measured, in_a_row, control.jumps_in_a_row)
     anew = in_a_row >= JUMP_STEPS
     age = jnp.where(skip, control.age, optax.safe_increment(control.age))
     return control._replace(
         age=jnp.where(anew, 0, age),
-        log_longest=jnp.where(anew, UNKNOWN, longest),
+        log_longest=jnp.where(anew, stats.UNKNOWN, longest),
         jumps_in_a_row=jnp.where(anew, 0, in_a_row),
     )
 

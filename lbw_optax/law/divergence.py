@@ -78,8 +78,6 @@ TOLERANCE = 5.0
 RETURN_WITHIN, SUDDEN, OFTEN = 300, 5, 2
 # Least standard deviation at all, over the size of the first loss.
 TINY = 1e-12
-# Log of a gradient norm before there was one.
-SHORTEST = -100.0
 # The newest losses, in which the risen level shows: share of the newest.
 RECENT_SHARE = 0.5
 
@@ -137,7 +135,9 @@ def init() -> Divergence:
         left_times=whole,
         steps_since=whole,
         rising_steps=whole,
-        first_gradients=FirstGradients(whole, jnp.float32(SHORTEST), jnp.float32(SHORTEST)),
+        first_gradients=FirstGradients(
+            whole, jnp.float32(stats.UNKNOWN), jnp.float32(stats.UNKNOWN)
+        ),
     )
 
 
@@ -156,7 +156,9 @@ def after_rollback(divergence: Divergence, left: "Left | None" = None) -> Diverg
         left_lowest=left.lowest,
         left_recent=left.recent,
         left_times=left.times,
-        first_gradients=divergence.first_gradients,
+        first_gradients=divergence.first_gradients._replace(
+            seen=jnp.int32(FIRST_STEPS + NEXT_STEPS)
+        ),
     )
 
 
@@ -227,6 +229,13 @@ def assess(
     )
 
 
+def is_suspected(divergence: Divergence) -> jax.Array:
+    """Whether something speaks against the state, if not enough to ask for another."""
+    first, after, fewest = divergence.first_gradients, FIRST_STEPS + NEXT_STEPS, FIRST_STEPS
+    pending = (first.seen > fewest) & (first.seen < after)
+    return (divergence.loss_excess > 0) | (pending & _fell(first))
+
+
 def _compare_first(before: FirstGradients, seen: Telemetry) -> tuple[FirstGradients, jax.Array]:
     """The longest of the first gradients and of the next ones, and whether the first was broken."""
     counts = seen.has_gradient & (seen.gradient_norm > 0) & (before.seen < FIRST_STEPS + NEXT_STEPS)
@@ -238,7 +247,11 @@ def _compare_first(before: FirstGradients, seen: Telemetry) -> tuple[FirstGradie
         jnp.where(counts & ~is_first, jnp.maximum(before.next, log_norm), before.next),
     )
     told = counts & (after.seen == FIRST_STEPS + NEXT_STEPS)
-    return after, told & (after.first - after.next > 2 * math.log(SPIKE_FACTOR))
+    return after, told & _fell(after)
+
+
+def _fell(gradients: FirstGradients) -> jax.Array:
+    return gradients.first - gradients.next > 2 * math.log(SPIKE_FACTOR)
 
 
 def _watch_loss(

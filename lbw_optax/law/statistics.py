@@ -3,10 +3,12 @@
 A threshold here is `mean + k * std`. Everything is float32 and scalar.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lbw_optax.law.telemetry import Telemetry
 
@@ -37,6 +39,10 @@ LOSS_SLOW = Memory(decay=0.97, floor=0.02, prior=1.0)  # loss over the first one
 # The mean overshoot is over this share of the run, and over so many steps at least: a run's age is
 # the only measure of time that a short and a long one share.
 SPAN, LEAST_SPAN = 1 / 8, 8
+# A logarithm of nothing.
+UNKNOWN = -100.0
+# By so much every later episode of jumps lets longer gradients through, if they come again longer.
+WIDENED = 2.0
 # Least standard deviation of an overshoot, which without noise has none.
 OVERSHOOT_FLOOR = 1e-5
 # The loss at the start is the mean of this many first ones: fewer are one batch's luck.
@@ -72,10 +78,19 @@ class Overshoot(NamedTuple):
     last: jax.Array
 
 
+class Jumps(NamedTuple):
+    """Gradients that jumped, and the longest that was let through: scalars."""
+
+    log_longest: jax.Array  # float32, log |g| as the optimizer was given it; UNKNOWN before one
+    episodes: jax.Array  # int32, rows of gradients that jumped
+    in_one: jax.Array  # bool, the last gradient jumped
+
+
 class Statistics(NamedTuple):
     """All that the guard remembers of this run's signals."""
 
     gradient: Running  # of log |g|
+    jumps: Jumps
     overshoot: Overshoot
     loss: Running  # of loss / loss_unit, fast
     loss_slow: Running  # of loss / loss_unit, slow: reported, and nothing decides by it
@@ -87,12 +102,18 @@ def init() -> Statistics:
     """Statistics that have seen nothing."""
     zero = jnp.zeros([], jnp.float32)
     nothing = Running(zero, zero, zero)
+    jumps = Jumps(jnp.float32(UNKNOWN), jnp.zeros([], jnp.int32), jnp.array(False))
     overshoot = Overshoot(zero, zero, zero)
-    return Statistics(nothing, overshoot, nothing, nothing, nothing, zero)
+    return Statistics(nothing, jumps, overshoot, nothing, nothing, nothing, zero)
 
 
 def absorb(
-    statistics: Statistics, seen: Telemetry, left_out: jax.Array, age: jax.Array
+    statistics: Statistics,
+    seen: Telemetry,
+    jumped: jax.Array,
+    log_factor: jax.Array,
+    left_out: jax.Array,
+    age: jax.Array,
 ) -> Statistics:
     """Take the signals of one step in.
 
@@ -103,14 +124,18 @@ def absorb(
     Args:
       statistics: of the steps before.
       seen: what this step showed.
+      jumped: bool, its gradient is far longer than the run has shown.
+      log_factor: float32, by which the gradient was scaled back, at most 0.
       left_out: bool, the overshoot stays out.
       age: int32, steps taken since the law began, this one not counted.
     """
     loss, teaches = relative_loss(statistics, seen), has_level(seen)
     starting = statistics.loss_start.weight < 1 - LOSS.decay ** (START_STEPS - 0.5)
+    log_norm = jnp.log(seen.gradient_norm)
     return Statistics(
-        gradient=update(
-            statistics.gradient, jnp.log(seen.gradient_norm), seen.has_gradient, GRADIENT
+        gradient=update(statistics.gradient, log_norm, seen.has_gradient, GRADIENT),
+        jumps=_absorb_jump(
+            statistics.jumps, log_norm, jumped, log_norm + log_factor, seen.has_gradient
         ),
         overshoot=_absorb_overshoot(
             statistics.overshoot, seen.overshoot, seen.has_overshoot & ~left_out, age
@@ -183,6 +208,36 @@ def update(running: Running, x: jax.Array, keep: jax.Array, memory: Memory) -> R
         weight=weight,
     )
     return jax.tree.map(lambda new, old: jnp.where(keep, new, old), updated, running)
+
+
+def _absorb_jump(
+    jumps: Jumps, log_norm: jax.Array, jumped: jax.Array, log_given: jax.Array, keep: jax.Array
+) -> Jumps:
+    """Take one gradient in.
+
+    Args:
+      jumps: of the steps before.
+      log_norm: log |g| as it arrived.
+      jumped: bool, it is above the threshold.
+      log_given: log |g| as the optimizer was given it.
+      keep: bool; False leaves all as it is.
+    """
+    begins = jumped & ~jumps.in_one
+    wider = jumps.log_longest + jnp.where(begins & recur(jumps), math.log(WIDENED), 0.0)
+    longest = jnp.maximum(jumps.log_longest, log_given)
+    longest = jnp.where(log_norm > wider, jnp.maximum(longest, wider), longest)
+    updated = Jumps(
+        log_longest=longest,
+        episodes=jnp.where(begins, optax.safe_increment(jumps.episodes), jumps.episodes),
+        in_one=jumped,
+    )
+    keep = keep & jnp.isfinite(log_norm) & jnp.isfinite(log_given)
+    return jax.tree.map(lambda new, old: jnp.where(keep, new, old), updated, jumps)
+
+
+def recur(jumps: Jumps) -> jax.Array:
+    """Whether jumps have come again: what does so is the data's."""
+    return jumps.episodes > jumps.in_one
 
 
 def _absorb_overshoot(

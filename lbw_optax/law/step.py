@@ -34,7 +34,9 @@ def step(law: Law, seen: Telemetry, bounds: Bounds, rules: Rules = RULES) -> tup
     arrival = control.arrive(seen, law.statistics)
     rejected = control.reject(arrival, seen)
     left_out = (rejected != Signal.NONE) | arrival.limited
-    remembered = statistics.absorb(law.statistics, seen, left_out, law.control.age)
+    remembered = statistics.absorb(
+        law.statistics, seen, arrival.jumped, arrival.log_factor, left_out, law.control.age
+    )
     evidence = control.judge(law.control, seen, law.statistics, remembered, arrival, rules)
     held, decision = control.decide(law.control, evidence, bounds)
     diverging = divergence.assess(

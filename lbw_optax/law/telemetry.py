@@ -191,7 +191,8 @@ def observe_step(
     """
     squares = _squares(updates)
     norm = scale * jnp.sqrt(jnp.sum(squares))
-    by_side = scale * jnp.sqrt(jnp.sum(squares * (np.array(_sides(updates)) / SIDE)))
+    sides = jnp.asarray(_sides(updates), jnp.float32)
+    by_side = scale * jnp.sqrt(jnp.sum(squares * sides / SIDE))
     length = jnp.float32(0) if params is None else jnp.sqrt(jnp.sum(_squares(params)))
     finite, from_zero = jnp.isfinite(norm), _from_zero(seen, length)
     has_step = finite & jnp.isfinite(length) & (norm > 0) & (length > 0)
@@ -459,7 +460,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A grid over all axes, of about the wanted number of coordinates.
 
     The strides are primes, so that no structure in the axes, as of heads or of pairs, is met at
-    the same place again and again. At least eight positions of an axis are on the grid.
+    the same place again and again. Six or more positions of an axis are on the grid, or all.
 
     >>> _strides((4096, 4096)), _strides((24, 96, 384)), _strides((7,))
     ((37, 37), (3, 7, 7), (1,))

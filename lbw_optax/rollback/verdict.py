@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbw_optax.law.divergence import Reason
+from lbw_optax.law.divergence import Reason, is_suspected
 from lbw_optax.rollback.agreement import largest
 from lbw_optax.state import GuardState, Mode, find_all
 from lbw_optax.types import PyTree
@@ -148,7 +148,7 @@ def _parts(guard: GuardState) -> dict[str, jax.Array]:
         "asked": guard.law.divergence.rollback_asked,
         "guard_steps": guard.guard_steps,
         "calm_steps": guard.law.control.calm_steps,
-        "loss_excess": guard.law.divergence.loss_excess,
+        "suspected": is_suspected(guard.law.divergence),
         "broken": guard.telemetry.parameters_broken,
         "exhausted": guard.law.control.exhausted,
         "mode": guard.mode,
@@ -169,7 +169,7 @@ def _pack(guards: list[dict[str, jax.Array]], call: jax.Array) -> jax.Array:
         asked=jnp.where(seen["asked"] > 0, len(Reason) - seen["asked"], 0).max(),
         guard_steps=seen["guard_steps"].max(),
         calm_steps=seen["calm_steps"].min(),
-        suspected=(seen["loss_excess"] > 0).any(),
+        suspected=seen["suspected"].any(),
         broken=seen["broken"].any(),
         exhausted=(seen["exhausted"] & governs).any(),
         governs=governs.any(),

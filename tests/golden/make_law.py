@@ -39,7 +39,7 @@ CONSTANTS = {
         *("LOW", "REST_STEPS", "LONG_RUN", "REJECTED_BOUND", "REJECTED_FROM"),
     ),
     statistics: (
-        *("WINSOR", "LARGEST", "GRADIENT", "SPAN", "LEAST_SPAN", "OVERSHOOT_FLOOR"),
+        *("WINSOR", "LARGEST", "GRADIENT", "SPAN", "LEAST_SPAN", "OVERSHOOT_FLOOR", "WIDENED"),
         *("LOSS", "LOSS_SLOW", "START_STEPS"),
     ),
     divergence: (

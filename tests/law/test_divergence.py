@@ -171,7 +171,12 @@ def _after_rollback(steps: list[Signals], grace: int, **left: float) -> list[str
     def one(state, seen_why):
         (state, remembered), (seen, why, skips) = state, seen_why
         state = divergence.assess(state, seen, remembered, why, skips)
-        return (state, statistics.absorb(remembered, seen, why > 0, jnp.int32(1))), state
+        return (
+            state,
+            statistics.absorb(
+                remembered, seen, jnp.array(False), jnp.float32(0), why > 0, jnp.int32(1)
+            ),
+        ), state
 
     bad = np.array([bool(s.nonfinite_gradients or s.nonfinite_loss) for s in steps])
     why = np.where(bad, np.int32(1), np.int32(0))

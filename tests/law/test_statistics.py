@@ -23,6 +23,8 @@ MEMORIES = {
 NOTHING = Running(*[jnp.zeros([], jnp.float32)] * 3)
 ANY_FLOAT = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)
 LENGTH = 24
+# Of a gradient that did not jump.
+GIVEN = jnp.array(False), jnp.float32(0)
 
 
 @jax.jit
@@ -180,7 +182,7 @@ def _overshoot(cosines: jax.Array, keep: jax.Array) -> statistics.Overshoot:
     def step(carry, one):
         law, age = carry
         seen = telemetry.init()._replace(overshoot=one[0], has_overshoot=one[1])
-        law = statistics.absorb(law, seen, jnp.array(False), age)
+        law = statistics.absorb(law, seen, *GIVEN, jnp.array(False), age)
         return (law, age + 1), law.overshoot
 
     start = statistics.init(), jnp.int32(0)
@@ -216,12 +218,12 @@ def test_a_missing_overshoot_changes_nothing():
 def test_absorb_takes_logs_and_keeps_a_rejected_overshoot_out():
     """A rejected gradient says nothing of the way; its norm and loss still count."""
     seen = _seen(gradient_norm=20.0, overshoot=0.3, loss=-4.0)
-    healthy = statistics.absorb(statistics.init(), seen, jnp.array(False), jnp.int32(1))
+    healthy = statistics.absorb(statistics.init(), seen, *GIVEN, jnp.array(False), jnp.int32(1))
     np.testing.assert_allclose(healthy.gradient.mean, math.log(20.0), rtol=1e-6)
     np.testing.assert_allclose(healthy.overshoot.mean, 0.3, rtol=1e-6)
     np.testing.assert_allclose(
         [healthy.loss.mean, healthy.loss_slow.mean, healthy.loss_unit], [-1, -1, 4]
     )
-    rejected = statistics.absorb(statistics.init(), seen, jnp.array(True), jnp.int32(1))
+    rejected = statistics.absorb(statistics.init(), seen, *GIVEN, jnp.array(True), jnp.int32(1))
     assert rejected.overshoot.mean == 0
     np.testing.assert_allclose(rejected.gradient.mean, math.log(20.0), rtol=1e-6)

@@ -187,9 +187,9 @@ def test_the_grid_is_bounded_and_spread_over_every_axis(shape):
     strides, size = telemetry._strides(shape), math.prod(shape)
     wanted = max(telemetry.PROBE_LEAST, min(telemetry.PROBE_MOST, size // telemetry.PROBE_SHARE))
     counts = [-(-length // stride) for length, stride in zip(shape, strides, strict=True)]
-    assert min(wanted, size) / 3 <= math.prod(counts) <= max(wanted, 8 ** len(shape))
+    assert min(wanted, size) / 3 <= math.prod(counts) <= 1.25 * max(wanted, 8 ** len(shape))
     for length, stride, count in zip(shape, strides, counts, strict=True):
-        assert count >= min(length, 7)
+        assert count >= min(length, 6)
         assert length - (count - 1) * stride <= stride  # to the end of the axis
         assert stride == 1 or all(stride % k for k in range(2, stride))
 
