@@ -170,6 +170,7 @@ class LawReference:
         self.age, self.longest, self.jumps_in_a_row = 0, None, 0
         self.gradient_norms: list[float] = []
         self.jumps, self.in_a_jump, self.longest_given = 0, False, statistics.UNKNOWN
+        self.row, self.loss_bound = 0, 0.0
         self.regime = "recovering"
         self.calm_steps = control.COOL_DOWN
         self.skips_in_a_row = self.skips = 0
@@ -215,10 +216,9 @@ class LawReference:
         start = self.loss_start.entered
         self.loss_before_start = self.loss_start.mean if start else None
         self._remember(seen)
-        jumped, log_given = self._arrives(seen)
-        limited = jumped and log_given < _log(seen.gradient_norm)
         rejected = self._reject(seen)
         spike = self._loss_spikes(seen)
+        jumped, limited = self._arrives(seen, spike)
         thresholds = {"gradient_norm": self.gradient_threshold(), "loss": self.loss_threshold()}
         self._absorb(seen, bool(rejected) or limited)
         overshoot = self.overshoot.in_stds
@@ -228,13 +228,13 @@ class LawReference:
         too_long = seen.relative_step is not None and seen.relative_step > ceiling
         signal = "relative_step" if too_long else "overshoot"
         signal = "loss" if spike else signal
-        signal = rejected or ("gradient_norm" if limited else signal)
+        signal = rejected or ("gradient_norm" if jumped and limited else signal)
         applied = self._move(seen, overshoot, ceiling, bool(rejected))
         turned = self._turn(trouble)
         action = "skip" if rejected else "clip" if limited else turned
         self._account(bool(rejected), action)
         action = self._held(action)
-        action, shared = self._rejecting("gradient_norm" if limited else rejected, action)
+        action, shared = self._rejecting(signal if limited else rejected, action)
         self._assess(seen, rejected)
         values = vars(seen) | {
             "gradient_norm": self.last_norm,
@@ -278,7 +278,7 @@ class LawReference:
         if len(self.gradient_norms) < first + after:
             return False
         longest = max(self.gradient_norms[:first])
-        return longest > control.SPIKE_FACTOR**2 * max(self.gradient_norms[first:])
+        return longest > statistics.SPIKE_FACTOR**2 * max(self.gradient_norms[first:])
 
     def _assess(self, seen: Signals, rejected: str | None) -> None:
         """Whether to ask for a rollback; the first reason stays, but for a more certain one."""
@@ -388,31 +388,36 @@ class LawReference:
 
     def gradient_threshold(self) -> float:
         """Of log |g|."""
-        width = control.SPIKE_STDS * self.gradient.std
-        return self.gradient.mean + max(width, math.log(control.SPIKE_FACTOR))
+        width = statistics.SPIKE_STDS * self.gradient.std
+        return self.gradient.mean + max(width, math.log(statistics.SPIKE_FACTOR))
 
     def loss_threshold(self) -> float:
-        """Of the loss over the size of the first one."""
-        return self.loss.mean + control.SPIKE_STDS * self.loss.std
+        """Of the loss over the size of the first one; in a row of jumps as it was before."""
+        now = self.loss.mean + statistics.SPIKE_STDS * self.loss.std
+        in_row = self.in_a_jump and self.row < statistics.LONGEST_ROW
+        return min(self.loss_bound, now) if in_row else now
 
-    def _arrives(self, seen: Signals) -> tuple[bool, float]:
-        """Whether a finite gradient jumps, and log |g| as the optimizer is given it."""
-        if not seen.gradient_norm:
-            return False, -math.inf
-        log_norm, given = _log(seen.gradient_norm), _log(seen.gradient_norm)
-        bad = seen.nonfinite_gradients or seen.nonfinite_loss or not self.gradient.entered
-        jumped = not bad and log_norm > self.gradient_threshold()
-        first = jumped and not self.in_a_jump
-        again = self.jumps > self.in_a_jump
+    def _arrives(self, seen: Signals, spike: bool) -> tuple[bool, bool]:
+        """Whether a sound gradient jumps, and whether anything is taken from it."""
+        bad = seen.nonfinite_gradients or seen.nonfinite_loss or seen.gradient_norm is None
+        norm = _log(seen.gradient_norm) if seen.gradient_norm else -math.inf
+        jumped = bool(not bad and self.gradient.entered and norm > self.gradient_threshold())
+        again, given = self.jumps > self.in_a_jump, norm
         if jumped:
-            allowed = max(self.gradient.mean, self.longest_given) if again else self.gradient.mean
-            given = min(allowed, log_norm)
-        wider = self.longest_given + (math.log(statistics.WIDENED) if first and again else 0.0)
-        self.longest_given = max(self.longest_given, given)
-        if log_norm > wider:
-            self.longest_given = max(self.longest_given, wider)
-        self.jumps, self.in_a_jump = self.jumps + first, jumped
-        return jumped, given
+            usual = self.gradient.mean
+            given = min(max(usual, self.longest_given) if again else usual, given)
+        if spike and not bad and not again:
+            given = min(given, norm - math.log(statistics.SPIKE_FACTOR))
+        if seen.gradient_norm:
+            self.longest_given = max(self.longest_given, given)
+            either = jumped or (spike and not bad)
+            if either and not self.in_a_jump:
+                self.loss_bound = self.loss_threshold()
+                self.jumps += 1
+                self.row = 0
+            self.row += 1
+            self.in_a_jump = either
+        return jumped, given < norm
 
     def _reject(self, seen: Signals) -> str | None:
         if seen.nonfinite_gradients or seen.gradient_norm is None:

@@ -54,7 +54,7 @@ class Action(enum.IntEnum):
     CUT = 3  # the scale fell by a fifth
     RECOVER = 4  # it grows again
     ROLLBACK = 5  # the host's
-    CLIP = 6  # a gradient that jumped was scaled back
+    CLIP = 6  # a gradient was scaled back, for its length or its loss jumped
     HELD = 7  # the scale has come to rest well below 1
     REJECTING = 8  # a large share of the steps has been rejected for long
 
@@ -63,10 +63,6 @@ REGIMES = tuple(regime.name.lower() for regime in Regime)
 # Rejected for one of these: sound gradients made broken updates.
 BROKEN_STATE = (Signal.NONFINITE_UPDATES, Signal.RELATIVE_STEP)
 
-# A spike of the loss or of log |g|: this many standard deviations above the mean.
-SPIKE_STDS = 6.0
-# And for the gradient norm at least this factor: a quiet run's norm may well triple.
-SPIKE_FACTOR = 10.0
 # The mean overshoot that is held, in standard deviations of one: below it steps are lengthened.
 SET_POINT = 1.0
 # Bounds of log(scale)'s change, over the age of the run: growth and cut as power laws of time.
@@ -159,8 +155,9 @@ class Arrival(NamedTuple):
     """What is known of a step before the optimizer sees its gradient."""
 
     rejected: jax.Array  # int32, a `Signal`: why it must be skipped, or NONE
-    jumped: jax.Array  # bool, its gradient is far longer than the run has shown
-    log_factor: jax.Array  # float32, by which it is scaled back, at most 0
+    jumps: jax.Array  # bool, its gradient is far longer than the run has shown
+    spikes: jax.Array  # bool, its loss is far higher than the run has shown
+    log_factor: jax.Array  # float32, by which the gradient is scaled back, at most 0
 
     @property
     def limited(self) -> jax.Array:
@@ -233,23 +230,32 @@ def arrive(seen: Telemetry, before: Statistics) -> Arrival:
     """What is to be done about a gradient and a loss, before the optimizer sees them.
 
     What is not finite is rejected. A norm that jumps, log |g| > m + max(6 s, log 10) with m and s
-    of the steps before, is scaled back to exp(m), the length that the run has shown: thrown away, a
-    source of data that is rare would never be learned from. When jumps have come again they are the
-    data's, and scaled back to the longest gradient so far, which each of them may double.
+    of the steps before, is scaled back to exp(m), the length that the run has shown; and to a tenth
+    of its length the gradient of a loss that jumps, y > m + 6 s, until it is back. Nothing finite
+    is thrown away, or a source of data that is rare would never be learned from. Once jumps have
+    come again they are the data's: from then on a gradient is only scaled back to the longest one
+    so far.
     """
-    log_norm, jumps = jnp.log(seen.gradient_norm), before.jumps
-    known = (before.gradient.weight > 0) & seen.has_gradient & (seen.gradient_norm > 0)
     rejected = first_of(
         (seen.nonfinite_gradients > 0, Signal.NONFINITE_GRADIENTS),
         (~seen.has_gradient, Signal.NONFINITE_GRADIENTS),
         (seen.nonfinite_loss > 0, Signal.NONFINITE_LOSS),
         otherwise=Signal.NONE,
     )
-    jumped = known & (log_norm > _gradient_threshold(before)) & (rejected == Signal.NONE)
-    shown = before.gradient.mean
-    allowed = jnp.where(stats.recur(jumps), jnp.maximum(shown, jumps.log_longest), shown)
-    log_factor = jnp.where(jumped, jnp.minimum(allowed - log_norm, 0.0), 0.0)
-    return Arrival(rejected, jumped, log_factor)
+    log_norm, gradient, sound = (
+        jnp.log(seen.gradient_norm),
+        before.gradient,
+        rejected == Signal.NONE,
+    )
+    known = sound & (gradient.weight > 0) & (seen.gradient_norm > 0)
+    jumps = known & (log_norm > stats.gradient_threshold(before))
+    spikes = sound & stats.has_level(seen) & (before.loss.weight > 0)
+    spikes = spikes & (stats.relative_loss(before, seen) > stats.loss_threshold(before))
+    again = stats.recur(before.jumps)
+    allowed = jnp.maximum(gradient.mean, jnp.where(again, before.jumps.log_longest, gradient.mean))
+    log_factor = jnp.where(jumps, jnp.minimum(allowed - log_norm, 0.0), 0.0)
+    tenth = jnp.where(spikes & ~again, -math.log(stats.SPIKE_FACTOR), 0.0)
+    return Arrival(rejected, jumps, spikes, jnp.minimum(log_factor, tenth))
 
 
 def reject(arrival: Arrival, seen: Telemetry) -> jax.Array:
@@ -276,9 +282,6 @@ def judge(
 ) -> Evidence:
     """Weigh the signals of one step: thresholds of the steps before, mean overshoot with it."""
     rejected = reject(arrival, seen)
-    loss_threshold = before.loss.mean + SPIKE_STDS * stats.std(before.loss, stats.LOSS)
-    spike = stats.has_level(seen) & (before.loss.weight > 0)
-    spike = spike & (stats.relative_loss(before, seen) > loss_threshold)
     overshoot = stats.in_stds(after.overshoot)
     alarm = jnp.where(seen.has_overshoot, rules.alarm(_without_doubt(control, overshoot)), 0.0)
     log_step = jnp.log(jnp.maximum(seen.relative_step, 1e-30))
@@ -288,8 +291,8 @@ def judge(
     by_step = has_step & (log_step > log_ceiling)
     signal = first_of(
         (rejected > 0, rejected),
-        (arrival.limited, Signal.GRADIENT_NORM),
-        (spike, Signal.LOSS),
+        (arrival.jumps & arrival.limited, Signal.GRADIENT_NORM),
+        (arrival.spikes, Signal.LOSS),
         (by_step, Signal.RELATIVE_STEP),
         otherwise=Signal.OVERSHOOT,
     )
@@ -303,15 +306,15 @@ def judge(
         Signal.RELATIVE_STEP: seen.relative_step,
     }
     thresholds: dict[Signal, jax.Array | float] = {
-        Signal.GRADIENT_NORM: jnp.exp(_gradient_threshold(before)),
-        Signal.LOSS: loss_threshold * before.loss_unit,
+        Signal.GRADIENT_NORM: jnp.exp(stats.gradient_threshold(before)),
+        Signal.LOSS: stats.loss_threshold(before) * before.loss_unit,
         Signal.OVERSHOOT: SET_POINT,
         Signal.RELATIVE_STEP: jnp.exp(log_ceiling),
     }
     return Evidence(
         rejected=rejected,
         limited=arrival.limited,
-        spike=spike,
+        spike=arrival.spikes,
         alarm=alarm,
         log_step=log_step,
         log_ceiling=log_ceiling,
@@ -363,7 +366,7 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
     regime, turning_point = _next_regime(control, log_scale, trouble, calm)
     action = _action(control.regime, regime, skip, evidence.limited)
     action, rest = _report_rest(control, log_scale, calm, action)
-    left_out = jnp.where(evidence.limited, Signal.GRADIENT_NORM, evidence.rejected)
+    left_out = jnp.where(skip | evidence.limited, evidence.signal, Signal.NONE)
     action, rejections = _report_rejections(control.rejections, left_out, action)
     intervened = (action == Action.SKIP) | (action == Action.CUT) | (action == Action.HOLD)
     outstanding = control.outstanding + jnp.where(intervened, 1.0, -EARNED)
@@ -545,11 +548,6 @@ def _report_rejections(
         newest=jnp.where(rejected > 0, rejected, before.newest),
         reported=(before.reported | reports) & (share > REJECTED_BOUND / 2),
     )
-
-
-def _gradient_threshold(before: Statistics) -> jax.Array:
-    width = SPIKE_STDS * stats.std(before.gradient, stats.GRADIENT)
-    return before.gradient.mean + jnp.maximum(width, jnp.log(jnp.float32(SPIKE_FACTOR)))
 
 
 def first_of(*rules: tuple[jax.Array, int | jax.Array], otherwise: int | jax.Array) -> jax.Array:

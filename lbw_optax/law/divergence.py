@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from lbw_optax.law import statistics as stats
-from lbw_optax.law.control import BROKEN_STATE, SPIKE_FACTOR, Signal, first_of
+from lbw_optax.law.control import BROKEN_STATE, Signal, first_of
 from lbw_optax.law.statistics import Running, Statistics
 from lbw_optax.law.telemetry import Telemetry
 
@@ -251,7 +251,7 @@ def _compare_first(before: FirstGradients, seen: Telemetry) -> tuple[FirstGradie
 
 
 def _fell(gradients: FirstGradients) -> jax.Array:
-    return gradients.first - gradients.next > 2 * math.log(SPIKE_FACTOR)
+    return gradients.first - gradients.next > 2 * math.log(stats.SPIKE_FACTOR)
 
 
 def _watch_loss(

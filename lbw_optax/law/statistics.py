@@ -19,6 +19,15 @@ WINSOR = 3.0
 LARGEST = 1e18
 
 
+# A spike of the loss or of log |g|: this many standard deviations above the mean.
+SPIKE_STDS = 6.0
+# And for the gradient norm at least this factor: a quiet run's norm may well triple.
+SPIKE_FACTOR = 10.0
+# A row of spikes is over when the loss is back under the threshold that it had before; or after so
+# many, when the level is taken as the data's.
+LONGEST_ROW = 50
+
+
 class Memory(NamedTuple):
     """How one quantity is remembered: Python floats, fixed for each quantity.
 
@@ -41,8 +50,6 @@ LOSS_SLOW = Memory(decay=0.97, floor=0.02, prior=1.0)  # loss over the first one
 SPAN, LEAST_SPAN = 1 / 8, 8
 # A logarithm of nothing.
 UNKNOWN = -100.0
-# By so much every later episode of jumps lets longer gradients through, if they come again longer.
-WIDENED = 2.0
 # Least standard deviation of an overshoot, which without noise has none.
 OVERSHOOT_FLOOR = 1e-5
 # The loss at the start is the mean of this many first ones: fewer are one batch's luck.
@@ -79,11 +86,13 @@ class Overshoot(NamedTuple):
 
 
 class Jumps(NamedTuple):
-    """Gradients that jumped, and the longest that was let through: scalars."""
+    """Steps whose gradient or loss jumped: scalars."""
 
     log_longest: jax.Array  # float32, log |g| as the optimizer was given it; UNKNOWN before one
-    episodes: jax.Array  # int32, rows of gradients that jumped
-    in_one: jax.Array  # bool, the last gradient jumped
+    episodes: jax.Array  # int32, rows of them
+    in_one: jax.Array  # bool, the last one was among them
+    row: jax.Array  # int32, how many there are in this row
+    loss_bound: jax.Array  # float32, threshold of loss / loss_unit when it began
 
 
 class Statistics(NamedTuple):
@@ -102,7 +111,8 @@ def init() -> Statistics:
     """Statistics that have seen nothing."""
     zero = jnp.zeros([], jnp.float32)
     nothing = Running(zero, zero, zero)
-    jumps = Jumps(jnp.float32(UNKNOWN), jnp.zeros([], jnp.int32), jnp.array(False))
+    whole = jnp.zeros([], jnp.int32)
+    jumps = Jumps(jnp.float32(UNKNOWN), whole, jnp.array(False), whole, zero)
     overshoot = Overshoot(zero, zero, zero)
     return Statistics(nothing, jumps, overshoot, nothing, nothing, nothing, zero)
 
@@ -124,7 +134,7 @@ def absorb(
     Args:
       statistics: of the steps before.
       seen: what this step showed.
-      jumped: bool, its gradient is far longer than the run has shown.
+      jumped: bool, its gradient or its loss is far above what the run has shown.
       log_factor: float32, by which the gradient was scaled back, at most 0.
       left_out: bool, the overshoot stays out.
       age: int32, steps taken since the law began, this one not counted.
@@ -134,9 +144,7 @@ def absorb(
     log_norm = jnp.log(seen.gradient_norm)
     return Statistics(
         gradient=update(statistics.gradient, log_norm, seen.has_gradient, GRADIENT),
-        jumps=_absorb_jump(
-            statistics.jumps, log_norm, jumped, log_norm + log_factor, seen.has_gradient
-        ),
+        jumps=_absorb_jump(statistics, jumped, log_norm + log_factor, seen.has_gradient),
         overshoot=_absorb_overshoot(
             statistics.overshoot, seen.overshoot, seen.has_overshoot & ~left_out, age
         ),
@@ -210,28 +218,33 @@ def update(running: Running, x: jax.Array, keep: jax.Array, memory: Memory) -> R
     return jax.tree.map(lambda new, old: jnp.where(keep, new, old), updated, running)
 
 
-def _absorb_jump(
-    jumps: Jumps, log_norm: jax.Array, jumped: jax.Array, log_given: jax.Array, keep: jax.Array
-) -> Jumps:
-    """Take one gradient in.
+def gradient_threshold(statistics: Statistics) -> jax.Array:
+    """Of log |g|: m + max(6 s, log 10)."""
+    width = SPIKE_STDS * std(statistics.gradient, GRADIENT)
+    return statistics.gradient.mean + jnp.maximum(width, math.log(SPIKE_FACTOR))
 
-    Args:
-      jumps: of the steps before.
-      log_norm: log |g| as it arrived.
-      jumped: bool, it is above the threshold.
-      log_given: log |g| as the optimizer was given it.
-      keep: bool; False leaves all as it is.
-    """
+
+def loss_threshold(statistics: Statistics) -> jax.Array:
+    """Of loss / loss_unit: m + 6 s, or in a row of spikes what that was before the row."""
+    now = statistics.loss.mean + SPIKE_STDS * std(statistics.loss, LOSS)
+    jumps = statistics.jumps
+    in_row = jumps.in_one & (jumps.row < LONGEST_ROW)
+    return jnp.where(in_row, jnp.minimum(jumps.loss_bound, now), now)
+
+
+def _absorb_jump(
+    before: Statistics, jumped: jax.Array, log_given: jax.Array, keep: jax.Array
+) -> Jumps:
+    jumps = before.jumps
     begins = jumped & ~jumps.in_one
-    wider = jumps.log_longest + jnp.where(begins & recur(jumps), math.log(WIDENED), 0.0)
-    longest = jnp.maximum(jumps.log_longest, log_given)
-    longest = jnp.where(log_norm > wider, jnp.maximum(longest, wider), longest)
     updated = Jumps(
-        log_longest=longest,
+        log_longest=jnp.maximum(jumps.log_longest, log_given),
         episodes=jnp.where(begins, optax.safe_increment(jumps.episodes), jumps.episodes),
         in_one=jumped,
+        row=jnp.where(jumped & ~begins, optax.safe_increment(jumps.row), jumped),
+        loss_bound=jnp.where(begins, loss_threshold(before), jumps.loss_bound),
     )
-    keep = keep & jnp.isfinite(log_norm) & jnp.isfinite(log_given)
+    keep = keep & jnp.isfinite(log_given)
     return jax.tree.map(lambda new, old: jnp.where(keep, new, old), updated, jumps)
 
 

@@ -35,7 +35,12 @@ def step(law: Law, seen: Telemetry, bounds: Bounds, rules: Rules = RULES) -> tup
     rejected = control.reject(arrival, seen)
     left_out = (rejected != Signal.NONE) | arrival.limited
     remembered = statistics.absorb(
-        law.statistics, seen, arrival.jumped, arrival.log_factor, left_out, law.control.age
+        law.statistics,
+        seen,
+        arrival.jumps | arrival.spikes,
+        arrival.log_factor,
+        left_out,
+        law.control.age,
     )
     evidence = control.judge(law.control, seen, law.statistics, remembered, arrival, rules)
     held, decision = control.decide(law.control, evidence, bounds)

@@ -33,13 +33,14 @@ CONSTANTS = {
         *("SIDE", "LEAST_SIDE", "UPDATE_JUMP", "PARAMETER_JUMP"),
     ),
     control: (
-        *("SPIKE_STDS", "SPIKE_FACTOR", "SET_POINT", "GROWTH", "CUT", "MOST", "FIRST_ALARM"),
+        *("SET_POINT", "GROWTH", "CUT", "MOST", "FIRST_ALARM"),
         *("SETTLED_FROM", "CEILING", "FULL", "TRUST", "JUMP", "JUMP_STEPS", "JUMPS_FROM"),
         *("FORGOTTEN", "FIRST_STEP", "FIRST_SCALE", "TURN", "COOL_DOWN", "EARNED"),
         *("LOW", "REST_STEPS", "LONG_RUN", "REJECTED_BOUND", "REJECTED_FROM"),
     ),
     statistics: (
-        *("WINSOR", "LARGEST", "GRADIENT", "SPAN", "LEAST_SPAN", "OVERSHOOT_FLOOR", "WIDENED"),
+        *("WINSOR", "LARGEST", "GRADIENT", "SPAN", "LEAST_SPAN", "OVERSHOOT_FLOOR"),
+        *("SPIKE_STDS", "SPIKE_FACTOR", "LONGEST_ROW"),
         *("LOSS", "LOSS_SLOW", "START_STEPS"),
     ),
     divergence: (

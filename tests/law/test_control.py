@@ -147,7 +147,8 @@ def _decide_all(evidence: Evidence, bounds: Bounds):
 def quiet_evidence() -> Evidence:
     """Nothing seen: as the law makes it of telemetry before the first step."""
     seen, nothing = telemetry.init(), statistics.init()
-    arrival = control.Arrival(jnp.int32(0), jnp.array(False), jnp.float32(0))
+    no = jnp.array(False)
+    arrival = control.Arrival(jnp.int32(0), no, no, jnp.float32(0))
     start = control.init(BOUNDS)
     return control.judge(start, seen, nothing, nothing, arrival, control.RULES)
 
@@ -374,7 +375,7 @@ def test_a_jump_is_limited_and_a_climb_to_the_same_norm_is_not(climb):
 def test_less_than_the_spike_factor_is_never_limited():
     """However quiet the run was, up to ten times the usual norm passes."""
     for factor, limited in ((0.95, False), (1.05, True)):
-        norms = [1.0] * 200 + [factor * control.SPIKE_FACTOR]
+        norms = [1.0] * 200 + [factor * statistics.SPIKE_FACTOR]
         _, decision = run_law(batch([Signals(gradient_norm=x) for x in norms]))
         assert (decision.action[-1] == Action.CLIP) == limited
 
@@ -390,7 +391,7 @@ def _arrivals(norms) -> list[float]:
         given.append(norm * math.exp(float(arrival.log_factor)))
         no = jnp.array(False)
         remembered = statistics.absorb(
-            remembered, seen, arrival.jumped, arrival.log_factor, no, jnp.int32(1)
+            remembered, seen, arrival.jumps, arrival.log_factor, no, jnp.int32(1)
         )
     return given
 
@@ -405,12 +406,25 @@ def test_a_gradient_that_jumps_is_scaled_back_to_what_the_run_has_shown(factor):
 
 
 def test_jumps_that_come_again_are_let_through():
-    """As from a source of data that is rare: up to the longest so far, which each may double."""
+    """As from a source of data that is rare: up to the longest so far."""
     norms = np.full(400, 1.0)
-    norms[0], norms[60::40] = 3.0, 500.0
-    given = _arrivals(norms)
-    jumps = np.array(given[60::40])
-    np.testing.assert_allclose(jumps, [1.0, 3, 6, 12, 24, 48, 96, 192, 384], rtol=0.1)
+    norms[0], norms[60::40] = 300.0, 500.0
+    np.testing.assert_allclose(_arrivals(norms)[60::40], [1.0] + 8 * [300.0], rtol=0.2)
+
+
+def test_the_gradient_of_a_loss_that_jumps_is_scaled_to_a_tenth():
+    """In its first row; after that it is the data's."""
+    steps = change(noisy(), [*range(100, 103), *range(200, 203)], loss=60.0)
+    _, decision = run_law(batch(steps))
+    told = [names_of(Action, decision.action[i : i + 3]) for i in (100, 200)]
+    assert told == [["clip"] * 3, ["hold", "none", "none"]]
+    seen, remembered = batch(steps), statistics.init()
+    remembered = remembered._replace(
+        loss=statistics.Running(jnp.float32(1), jnp.float32(0), jnp.float32(1)),
+        loss_unit=jnp.float32(5),
+    )
+    arrival = control.arrive(jax.tree.map(lambda x: jnp.asarray(x[100]), seen), remembered)
+    np.testing.assert_allclose(np.exp(arrival.log_factor), 0.1, rtol=1e-5)
 
 
 def test_first_step_is_judged_by_nothing():

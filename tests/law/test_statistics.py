@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from reference import RunningReference
 from support import assert_same_bits
 
-from lbw_optax.law import control, statistics, telemetry
+from lbw_optax.law import statistics, telemetry
 from lbw_optax.law.statistics import Memory, Running
 
 MEMORIES = {
@@ -116,8 +116,8 @@ def test_one_outlier_moves_mean_and_threshold_by_less_than_stated(memory, outlie
     values = np.append(_noise(history), outlier)
     running, spreads = trajectory(values, memory)
     rate = (1 - memory.decay) / running.weight[-1]
-    most_mean, most_threshold = outlier_bound(rate, control.SPIKE_STDS)
-    threshold = running.mean + control.SPIKE_STDS * spreads
+    most_mean, most_threshold = outlier_bound(rate, statistics.SPIKE_STDS)
+    threshold = running.mean + statistics.SPIKE_STDS * spreads
     moved_mean, moved = np.diff(running.mean)[-1], np.diff(threshold)[-1]
     assert abs(moved_mean) <= most_mean * spreads[-2] * (1 + 1e-5) + 1e-6
     assert moved <= most_threshold * spreads[-2] * (1 + 1e-5) + 1e-6
@@ -133,10 +133,10 @@ def test_one_outlier_moves_mean_and_threshold_by_less_than_stated(memory, outlie
 def test_outlier_bounds_that_the_docstring_states(memory, mean, threshold):
     """Once warm, one outlier of any size moves the mean and the threshold by so many spreads."""
     running, spreads = trajectory(np.append(_noise(400), 1e30), memory)
-    moved = running.mean + control.SPIKE_STDS * spreads
+    moved = running.mean + statistics.SPIKE_STDS * spreads
     assert np.diff(running.mean)[-1] / spreads[-2] <= mean * (1 + 1e-3)
     assert np.diff(moved)[-1] / spreads[-2] <= threshold
-    assert outlier_bound(1 - memory.decay, control.SPIKE_STDS)[1] <= threshold
+    assert outlier_bound(1 - memory.decay, statistics.SPIKE_STDS)[1] <= threshold
 
 
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
