@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lbw_optax.law.divergence import Reason
 from lbw_optax.report import sampling, words
 from lbw_optax.report.reading import Run, kept, steps
-from lbw_optax.sentences import logged
+from lbw_optax.sentences import ASKS, CAUSES, logged
 
 WIDTH, LEFT, RIGHT = 1000, 62, 960
 TOP, HEIGHT, BELOW = 14, 150, 22
@@ -22,6 +23,8 @@ TOP, HEIGHT, BELOW = 14, 150, 22
 BUCKETS, SMOOTH_POINTS = 450, 150
 # So many marks a run are drawn at most: beyond it neighbours become one.
 MARKS = 240
+# Up to so many points of a curve are drawn as dots as well.
+FEW = 40
 STYLES = 6  # of runs; the page's style sheet has them
 
 
@@ -68,6 +71,7 @@ class Line(NamedTuple):
     value: np.ndarray  # infinite where it was not finite
     undone: list[tuple[np.ndarray, np.ndarray]]  # what was made again: steps and values
     threshold: tuple[np.ndarray, np.ndarray]  # where one was recorded
+    is_sparse: bool = False  # known at interventions only: what is between the dots is not
 
 
 class Frame(NamedTuple):
@@ -98,8 +102,8 @@ def extent(runs: Sequence[Run]) -> tuple[float, float]:
     return low, max(high, low + 1)
 
 
-def curves(chart: Chart, runs: Sequence[Run], x: tuple[float, float]) -> str:
-    """The chart as SVG; "" where no run has anything for it."""
+def curves(chart: Chart, runs: Sequence[Run], x: tuple[float, float], detail: float = 1.0) -> str:
+    """The chart as SVG; "" where no run has anything for it. `detail` is a share of `BUCKETS`."""
     lines = [line for i, run in enumerate(runs) for line in _lines(chart, run, i, len(runs))]
     finite = [line.value[np.isfinite(line.value)] for line in lines]
     finite += [y[np.isfinite(y)] for line in lines for _, y in line.undone]
@@ -109,7 +113,7 @@ def curves(chart: Chart, runs: Sequence[Run], x: tuple[float, float]) -> str:
         return ""
     low, high, is_log = _range(every, chart.is_log)
     frame = Frame(*x, low, high, is_log)
-    buckets = max(BUCKETS // max(len(lines) - 1, 1), 60)
+    buckets = max(int(detail * BUCKETS) // max(len(lines) - 1, 1), 60)
     parts = [_axes(frame, chart.title)]
     parts += [_curve(line, frame, chart, buckets, len(lines)) for line in lines]
     if chart.column == "loss":
@@ -167,7 +171,7 @@ def _told(chart: Chart, run: Run, style: int) -> list[Line]:
     stays = kept(step)
     nothing = np.zeros(0), np.zeros(0)
     name = f"{run.name}, at interventions"
-    return [Line(name, style, step[stays], value[stays], [], nothing)]
+    return [Line(name, style, step[stays], value[stays], [], nothing, True)]
 
 
 def _undone(
@@ -258,7 +262,7 @@ def _curve(line: Line, frame: Frame, chart: Chart, buckets: int, lines: int) -> 
     parts += [_threshold(line, frame, style)]
     finite = np.isfinite(line.value)
     is_smooth = chart.is_noisy and finite.sum() > 60
-    raw = "raw" if is_smooth else "line"
+    raw = "raw" if is_smooth else "undone" if line.is_sparse else "line"
     path = _path(line.step, line.value, frame, buckets)
     name = escape(line.name)
     parts.append(f'<path class="{raw} read {style}" data-n="{name}" d="{path}"/>')
@@ -272,7 +276,12 @@ def _curve(line: Line, frame: Frame, chart: Chart, buckets: int, lines: int) -> 
         parts.append(f'<path class="line {style}" d="{_joined(step, value, frame)}"/>')
     else:
         step, value = line.step[finite], line.value[finite]
-    if lines > 1 and len(step):
+    if 0 < len(step) <= FEW:
+        dots = "".join(
+            f"M{x:.1f} {y:.1f}h.1" for x, y in zip(frame.x(step), frame.y(value), strict=True)
+        )
+        parts.append(f'<path class="dots {style}" d="{dots}"/>')
+    elif lines > 1 and len(step):
         parts.append(_shapes(step, value, frame, line.style))
     parts += _not_finite(line, frame, style)
     return "".join(parts)
@@ -406,6 +415,8 @@ LANES = {
     "hold": ("growth held back", "M{0:.1f} {1}m-4-4h8v8h-8z"),
     "held": ("scale rests, low", "M{0:.1f} {1}m0-5l5 5l-5 5l-5-5z"),
     "rejecting": ("many rejected", "M{0:.1f} {1}m-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0m2 0h6"),
+    "asked": ("would have gone back", "M{0:.1f} {1}m5-5l-9 5l9 5z"),
+    "seen": ("stands out", "M{0:.1f} {1}m-4-4l8 8m0-8l-8 8"),
     "recover": ("grows again", "M{0:.1f} {1}m-5 4h10l-5-9z"),
 }
 _LANE, _STRIP = 18, 16
@@ -413,11 +424,25 @@ _LANE, _STRIP = 18, 16
 _REGIMES = ("unstable", "stressed", "recovering", "nominal")
 
 
-def time_line(run: Run, style: int, x: tuple[float, float]) -> str:
-    """Regimes as a strip, and a lane of marks for each kind of intervention; "" without any."""
+def time_line(
+    run: Run,
+    marks: Sequence[dict[str, Any]],
+    style: int,
+    x: tuple[float, float],
+    detail: float = 1.0,
+) -> str:
+    """Regimes as a strip, and a lane for each kind of mark; "" without any.
+
+    Args:
+      run: for its regimes.
+      marks: lines of its audit log, or of what a guard would have seen.
+      style: of the run.
+      x: first and last step.
+      detail: a share of `MARKS`.
+    """
     stretches = _regimes(run, x)
     lanes = {
-        action: [line for line in run.audit if line["action"] == action and "step" in line]
+        action: [line for line in marks if line["action"] == action and "step" in line]
         for action in LANES
     }
     lanes = {action: lines for action, lines in lanes.items() if lines}
@@ -436,7 +461,7 @@ def time_line(run: Run, style: int, x: tuple[float, float]) -> str:
             if width > 70:
                 parts.append(f'<text class="name" x="{at + 4:.1f}" y="{y + 12}">{regime}</text>')
         y += _STRIP + 6
-    buckets = _bucket_count(lanes, x)
+    buckets = _bucket_count(lanes, x, int(detail * MARKS))
     for action, lines in lanes.items():
         parts.append(_lane(run, action, lines, frame, y + _LANE / 2, buckets))
         y += _LANE
@@ -457,17 +482,17 @@ def _regimes(run: Run, x: tuple[float, float]) -> list[tuple[float, float, str]]
     good = kept(step) & (names != "")
     step, names = step[good], names[good]
     rank = np.array([len(_REGIMES) - _REGIMES.index(name) for name in names.tolist()])
-    pick = sampling.worst(step, rank, *x, BUCKETS)
+    pick = sampling.worst(step, rank, *x, BUCKETS // 2)
     return sampling.runs_of(step[pick], names[pick])
 
 
-def _bucket_count(lanes: dict[str, list[dict[str, Any]]], x: tuple[float, float]) -> int:
-    """As many places along the picture as leave at most `MARKS` marks in all lanes."""
+def _bucket_count(lanes: dict[str, list[dict[str, Any]]], x: tuple[float, float], most: int) -> int:
+    """As many places along the picture as leave at most so many marks in all lanes."""
     places = [np.array([line["step"] for line in lines], np.float64) for lines in lanes.values()]
     buckets = 150
     while buckets > 10:
         used = sum(len(np.unique(sampling.bucket_of(at, *x, buckets))) for at in places)
-        if used <= MARKS:
+        if used <= most:
             break
         buckets = buckets * 3 // 4
     return buckets
@@ -491,7 +516,7 @@ def _lane(
     )
 
 
-_SHORT = {"rollback": "back", "rejecting": "rejects"}
+_SHORT = {"rollback": "back", "asked": "back?", "seen": "jump", "rejecting": "rejects"}
 
 
 def _mark(lines: list[dict[str, Any]], shape: str, frame: Frame, y: float) -> str:
@@ -517,6 +542,12 @@ def _mark(lines: list[dict[str, Any]], shape: str, frame: Frame, y: float) -> st
 
 def said_of(line: dict[str, Any]) -> str:
     """An intervention in a sentence; of a line that lacks something, what it has."""
+    if line["action"] == "asked":
+        why = ASKS.get(Reason[line["reason"].upper()], line["reason"])
+        return f"Step {line['step']}: the guard would have asked to go back: {why}."
+    if line["action"] == "seen":
+        row = f", {line['count']} times to step {line['last_step']}" if "count" in line else ""
+        return f"Step {line['step']}: {CAUSES[line['signal']]}{row}."
     try:
         return logged(line)[1]
     except (KeyError, TypeError, ValueError):

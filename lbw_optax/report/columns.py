@@ -34,6 +34,7 @@ _NAMES = {
     "scale": ("guard/scale",),
     "regime": ("guard/regime",),
 }
+_STEPS = ("step", *_NAMES["step"])
 # So many complaints about one file are told; the others are counted.
 _TOLD = 5
 
@@ -162,10 +163,11 @@ def of_mapping(log: Mapping[str, Any]) -> Columns:
 
 def of_rows(rows: Iterable[Mapping[str, Any]]) -> Columns:
     """Objects, one a step, as columns under the names that we know."""
-    flat = _merged(
-        _flat(row) if any(isinstance(x, dict) for x in row.values()) else row for row in rows
-    )
-    names = dict.fromkeys(name for row in flat for name in row)
+    flat = _merged(_flat(row) if dict in map(type, row.values()) else row for row in rows)
+    names: dict[str, None] = {}
+    for row in flat:
+        if not row.keys() <= names.keys():
+            names |= dict.fromkeys(row)
     columns = {}
     for name in names:
         found = [row.get(name, _ABSENT) for row in flat]
@@ -193,7 +195,7 @@ def _merged(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _same_step(row: Mapping[str, Any], following: Mapping[str, Any]) -> bool:
-    step = next((x for x in ("step", *_NAMES["step"]) if x in row), None)
+    step = next((x for x in _STEPS if x in row), None)
     if step is None or row[step] != following.get(step, _ABSENT):
         return False
     return not (row.keys() & following.keys()) - {step, "epoch", *_NAMES["time"], "time"}
@@ -207,6 +209,13 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _numbers(values: list[Any]) -> np.ndarray:
+    if _ABSENT not in values and None not in values:
+        try:
+            numbers = np.array(values, np.float64)
+        except (ValueError, TypeError, OverflowError):
+            pass
+        else:
+            return np.where(np.isfinite(numbers), numbers, np.inf)
     return np.array([_number(x) for x in values], np.float64)
 
 

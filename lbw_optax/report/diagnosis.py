@@ -25,6 +25,8 @@ PIECE = 4096
 LEVEL = 10
 # A loss has come back when less than this share of its rise is left.
 LEFT_OF_RISE = 0.1
+# Differences between neighbouring levels of the loss that a slow rise must exceed.
+MANY = 10
 
 
 class Finding(NamedTuple):
@@ -54,8 +56,10 @@ class Diagnosis(NamedTuple):
     """What a log shows.
 
     Attributes:
-      verdict: "healthy" (nothing was seen), "jumps" (single entries stood out), "recovered" (the
-        guard would have asked to go back, but the loss came back by itself) or "diverged".
+      verdict: "healthy" (nothing was seen), "jumps" (single entries stood out), "risen" (the loss
+        ends well above its lowest level, where it came too slowly for a guard to ask for
+        anything), "recovered" (a guard would have asked to go back, but the loss came back by
+        itself) or "diverged" (it did not).
       sentence: what was seen first, what came of it and what to do, in plain words.
       findings: all that was seen, in the order of the log.
       entries: entries of the log with a loss or a gradient norm.
@@ -215,15 +219,28 @@ def _go_through(held: law.Law, entries: _Entry) -> tuple[law.Law, _Seen]:
 
 
 def _verdict(findings: tuple[Finding, ...], step: np.ndarray, loss: np.ndarray) -> str:
-    if not findings:
-        return "healthy"
     asked = _asked(findings)
-    losses = loss[~np.isnan(loss)]
-    if len(losses) and not np.isfinite(losses[-LEVEL:]).any():
+    given = loss[~np.isnan(loss)]
+    if len(given) and not np.isfinite(given[-LEVEL:]).any():
         return "diverged"
-    if asked is None:
-        return "jumps"
-    return "recovered" if _has_come_back(asked, step, loss) else "diverged"
+    if asked is not None:
+        return "recovered" if _has_come_back(asked, step, loss) else "diverged"
+    if _has_risen(loss):
+        return "risen"
+    return "jumps" if findings else "healthy"
+
+
+def _has_risen(loss: np.ndarray) -> bool:
+    """Whether the loss ends far above its lowest level.
+
+    That is by more than its levels differ from one to the next, many times over, and by more than a
+    tenth of all that it had fallen.
+    """
+    levels = _levels(loss)
+    if len(levels) < 5:
+        return False
+    rise, noise = np.median(levels[-3:]) - levels.min(), np.median(np.abs(np.diff(levels)))
+    return bool(rise > max(MANY * noise, LEFT_OF_RISE * (levels[0] - levels.min())))
 
 
 def _has_come_back(asked: Finding, step: np.ndarray, loss: np.ndarray) -> bool:
@@ -252,24 +269,48 @@ def _sentence(
     if verdict == "healthy":
         return f"Nothing stands out {seen}: the guard would have done nothing. {_end(loss)}".strip()
     asked = _asked(findings)
-    first = findings[0] if asked is None else _led_to(asked, findings)
+    said = _risen(findings, step, loss) if verdict == "risen" else []
+    if not said:
+        first = findings[0] if asked is None else _led_to(asked, findings)
+        said = _troubles(first, asked, findings, step, loss)
+        began = first.step if asked is not first else _rises_from(asked.step, step, loss)
+        what_to_do = advice(_cause(first), began, lost=verdict == "diverged")
+    else:
+        began = _rises_from(int(step[-1]), step, loss)
+        what_to_do = advice("loss", began, lost=True)
+    stood_out = sum(x.times for x in findings if x.signal != "rollback")
+    came_of_it = {
+        "jumps": f"In all, {stood_out:,} of {plural(len(step), 'entry')} stood out; the run "
+        "went on.",
+        "recovered": "The loss came back by itself.",
+        "diverged": "It has not come back.",
+        "risen": "",
+    }
+    return " ".join(x for x in (*said, came_of_it[verdict], _end(loss), what_to_do) if x)
+
+
+def _risen(findings: tuple[Finding, ...], step: np.ndarray, loss: np.ndarray) -> list[str]:
+    singly = sum(x.times for x in findings)
+    before = f" {plural(singly, 'entry')} stood out, singly." if singly else ""
+    began = _rises_from(int(step[-1]), step, loss)
+    return [
+        f"The loss rises from about step {began:,} on, too slowly for a guard to ask to go "
+        f"back.{before}"
+    ]
+
+
+def _troubles(
+    first: Finding,
+    asked: Finding | None,
+    findings: tuple[Finding, ...],
+    step: np.ndarray,
+    loss: np.ndarray,
+) -> list[str]:
     earlier = sum(x.times for x in findings[: findings.index(first)])
     said = [_first(first, earlier, step, loss)]
     if asked is not None and asked is not first:
         said.append(f"At step {asked.step:,} the guard would have asked to go back: {_ask(asked)}.")
-    stood_out = sum(x.times for x in findings if x.signal != "rollback")
-    said.append(
-        {
-            "jumps": f"In all, {stood_out:,} of {plural(len(step), 'entry')} stood out; the run "
-            "went on.",
-            "recovered": "The loss came back by itself.",
-            "diverged": "It has not come back.",
-        }[verdict]
-    )
-    said.append(_end(loss))
-    began = first.step if asked is not first else _rises_from(asked, step, loss)
-    said.append(advice(_cause(first), began, lost=verdict == "diverged"))
-    return " ".join(x for x in said if x)
+    return said
 
 
 def _asked(findings: tuple[Finding, ...]) -> Finding | None:
@@ -289,7 +330,7 @@ def _led_to(asked: Finding, findings: tuple[Finding, ...]) -> Finding:
 def _first(found: Finding, earlier: int, step: np.ndarray, loss: np.ndarray) -> str:
     before = f" ({plural(earlier, 'entry')} had stood out before, singly)" if earlier else ""
     if found.signal == "rollback":
-        since = f" It rises from about step {_rises_from(found, step, loss):,} on."
+        since = f" It rises from about step {_rises_from(found.step, step, loss):,} on."
         return (
             f"At step {found.step:,} the guard would have asked to go back: {_ask(found)}{before}."
             f"{since if found.reason == 'loss' else ''}"
@@ -310,14 +351,14 @@ def _cause(found: Finding) -> str:
     return found.reason if found.signal == "rollback" else found.signal
 
 
-def _rises_from(asked: Finding, step: np.ndarray, loss: np.ndarray) -> int:
-    """The last step before the guard would have asked at which the loss was near its lowest."""
-    before = np.isfinite(loss) & (step <= asked.step)
+def _rises_from(at: int, step: np.ndarray, loss: np.ndarray) -> int:
+    """The last step up to that one at which the loss was near its lowest level."""
+    before = np.isfinite(loss) & (step <= at)
     levels, ends = _levels(loss[before]), step[before][LEVEL - 1 :: LEVEL]
     if len(ends) < 2:
-        return asked.step
+        return at
     low = levels.min() + LEFT_OF_RISE * (levels[-1] - levels.min())
-    return int(ends[np.flatnonzero(levels[: len(ends)] <= low)[-1]])
+    return int(ends[np.flatnonzero(levels <= low)[-1]])
 
 
 def _end(loss: np.ndarray) -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
+from typing import Any
 
 import numpy as np
 
@@ -17,16 +18,30 @@ BEGINNING = "<!doctype html><!-- lbw-report -->"
 ROWS = 60
 
 
+# No page is larger than this, bytes, while there is detail to leave out.
+LARGEST = 300_000
+
+
 def page(runs: Sequence[Run]) -> str:
     """The whole page, for one run or for several that are compared."""
+    for detail in (1.0, 0.7, 0.5, 0.35, 0.25):
+        made = _page(runs, detail)
+        if len(made.encode()) <= LARGEST:
+            break
+    return made
+
+
+def _page(runs: Sequence[Run], detail: float) -> str:
     x = charts.extent(runs)
     names = ", ".join(run.name for run in runs)
     body = [f"<header><h1>{escape(names)}</h1></header><main>"]
     body += [_story(run, i, len(runs)) for i, run in enumerate(runs)]
     body += [_numbers(runs)]
     body += [_legend(runs)] if len(runs) > 1 else []
-    body += [charts.time_line(run, i, x) for i, run in enumerate(runs)]
-    body += [charts.curves(chart, runs, x) for chart in charts.CHARTS]
+    body += [
+        charts.time_line(run, run.audit or _seen(run), i, x, detail) for i, run in enumerate(runs)
+    ]
+    body += [charts.curves(chart, runs, x, detail) for chart in charts.CHARTS]
     body += [_key(runs), *(_table(run) for run in runs), _complaints(runs), "</main>"]
     style, script = (_part(name) for name in ("page.css", "page.js"))
     return (
@@ -44,11 +59,23 @@ def _part(name: str) -> str:
 
 def story(run: Run) -> str:
     """The paragraph: of a guarded run what the guard did, of another what it would have seen."""
-    if run.guarded:
-        return words.paragraph(run)
-    if not {"loss", "gradient_norm"} & run.columns.keys():
+    if run.guarded or not {"loss", "gradient_norm"} & run.columns.keys():
         return words.paragraph(run)
     return f"A run without the guard. {of_columns(run.columns, run.name).sentence}"
+
+
+def _seen(run: Run) -> list[dict[str, Any]]:
+    """What a guard would have seen in a run without one, as lines like those of an audit log."""
+    if run.guarded or not {"loss", "gradient_norm"} & run.columns.keys():
+        return []
+    lines = []
+    for found in of_columns(run.columns, run.name).findings:
+        line = {"action": "asked" if found.signal == "rollback" else "seen", **found._asdict()}
+        row = {"count": found.times} if found.times > 1 else {"last_step": None}
+        lines.append(
+            {k: x for k, x in (line | row).items() if x not in (None, "") and k != "times"}
+        )
+    return lines
 
 
 def _story(run: Run, style: int, runs: int) -> str:
@@ -141,7 +168,7 @@ def _legend(runs: Sequence[Run]) -> str:
 
 def _key(runs: Sequence[Run]) -> str:
     """What the marks and hatchings mean, as far as they occur."""
-    used = {line["action"] for run in runs for line in run.audit}
+    used = {line["action"] for run in runs for line in run.audit or _seen(run)}
     items = [
         f'<li><svg class="sample" viewBox="0 0 14 14" aria-hidden="true"><path class="mark '
         f'{action}" d="{shape.format(7.0, 7)}"/></svg> {escape(title)}</li>'

@@ -123,7 +123,8 @@ def skips_that_stayed(audit: list[dict[str, Any]]) -> int:
         if line["action"] == "skip" and "step" in line:
             skipped += range(line["step"], line["step"] + multiplicity(line))
         elif line["action"] == "rollback" and _distance(line):
-            skipped = [step for step in skipped if step < line["to_step"]]
+            while skipped and skipped[-1] >= line["to_step"]:
+                skipped.pop()
     return len(skipped)
 
 
@@ -262,19 +263,21 @@ def _advice(run: Run, troubles: list[dict[str, Any]]) -> str:
         # What ended it is the last row of troubles; where that began is what matters.
         line = _began(troubles)
         return gave_up + advice(str(line.get("signal", "")), line["step"], lost=True)
+    rate = ""
     if last is not None and last < LOW:
-        return f"What to do: lower the learning rate to about {number(last)} times what it is."
-    if not troubles:
-        return "There is nothing to do." if run.guarded else ""
+        rate = f"What to do: lower the learning rate to about {number(last)} times what it is."
     weight = Counter[str]()
     for line in troubles:
-        if line["action"] != "rollback":  # others say why it came to that
+        if line["action"] in ("skip", "clip") or (line["action"] == "hold" and not rate):
             weight[str(line.get("signal", ""))] += multiplicity(line)
-    if not weight:
+    if not weight and not rate and troubles:
         weight[str(troubles[0].get("signal", ""))] += 1
+    if not weight:
+        return rate or ("There is nothing to do." if run.guarded else "")
     signal = weight.most_common(1)[0][0]
     of_signal = [line for line in troubles if str(line.get("signal", "")) == signal]
-    return advice(signal, of_signal[0]["step"], lost=False, where=_where(of_signal))
+    rest = advice(signal, of_signal[0]["step"], lost=False, where=_where(of_signal))
+    return f"{rate} {rest.replace('What to do: look', 'Also look')}" if rate else rest
 
 
 def _began(troubles: list[dict[str, Any]]) -> dict[str, Any]:
