@@ -543,7 +543,7 @@ def _mark(lines: list[dict[str, Any]], shape: str, frame: Frame, y: float) -> st
 def said_of(line: dict[str, Any]) -> str:
     """An intervention in a sentence; of a line that lacks something, what it has."""
     if line["action"] == "asked":
-        why = ASKS.get(Reason[line["reason"].upper()], line["reason"])
+        why = ASKS[Reason[line["signal"].upper()]]
         return f"Step {line['step']}: the guard would have asked to go back: {why}."
     if line["action"] == "seen":
         row = f", {line['count']} times to step {line['last_step']}" if "count" in line else ""

@@ -81,12 +81,15 @@ def of_csv(path: Path) -> tuple[Columns, list[str]]:
         file.seek(0)
         separator = max(",;\t", key=sample.partition("\n")[0].count)
         lines = csv.reader((line.replace("\0", "") for line in file), delimiter=separator)
-        names = next(lines, [])
-        for cells in lines:
-            if len(cells) == len(names):
-                rows.append({k: x for k, x in zip(names, cells, strict=True) if x.strip()})
-            elif cells:
-                damaged.append((lines.line_num, separator.join(cells).encode()))
+        try:
+            names = next(lines, [])
+            for cells in lines:
+                if len(cells) == len(names):
+                    rows.append({k: x for k, x in zip(names, cells, strict=True) if x.strip()})
+                elif cells:
+                    damaged.append((lines.line_num, separator.join(cells).encode()))
+        except csv.Error as error:
+            raise ValueError(f"{path} is no table of comma-separated values: {error}.") from error
     return of_rows(rows), _complaints(path, damaged)
 
 

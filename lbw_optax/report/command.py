@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lbw_optax.report import page, reading
-from lbw_optax.report.reading import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,20 +30,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the file to write; else report.html in the run directory, or in this one for several",
     )
     chosen = parser.parse_args(arguments)
-    runs, unread = _read(chosen.runs)
+    told, unread = _tell(chosen.runs)
     for sentence in unread:
         print(f"lbw-report: {sentence}", file=sys.stderr)
-    if not runs:
+    if not told:
         return 2
     try:
-        _write(runs, out := chosen.out or _place(chosen.runs))
+        _write(told, out := chosen.out or _place(chosen.runs))
     except OSError as error:
         print(f"lbw-report: {_sentence(error)}", file=sys.stderr)
         return 2
-    for run in runs:
-        for complaint in run.complaints:
-            print(f"lbw-report: {run.name}: {complaint}", file=sys.stderr)
-        print(f"{run.name}: {page.story(run)}")
+    for one in told:
+        for complaint in one.run.complaints:
+            print(f"lbw-report: {one.run.name}: {complaint}", file=sys.stderr)
+        print(f"{one.run.name}: {one.story}")
     print(out)
     return 0
 
@@ -73,19 +72,19 @@ def report(
     """
     paths = [Path(run) for run in runs]
     place = Path(out) if out is not None else _place(paths)
-    _write([reading.read(path) for path in paths], place)
+    _write([page.tell(reading.read(path)) for path in paths], place)
     return place
 
 
-def _read(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+def _tell(paths: Sequence[Path]) -> tuple[list[page.Told], list[str]]:
     """Those runs that can be read, and a sentence for each other one."""
-    runs, unread = [], []
+    told, unread = [], []
     for path in paths:
         try:
-            runs.append(reading.read(path))
+            told.append(page.tell(reading.read(path)))
         except (OSError, ValueError, ImportError) as error:
             unread.append(_sentence(error))
-    return runs, unread
+    return told, unread
 
 
 def _sentence(error: Exception) -> str:
@@ -102,7 +101,7 @@ def _place(paths: Sequence[Path]) -> Path:
     return path / "report.html" if path.is_dir() else path.with_name(f"{path.name}.report.html")
 
 
-def _write(runs: Sequence[Run], out: Path) -> None:
+def _write(told: Sequence[page.Told], out: Path) -> None:
     """Whole or not at all, and never over a file that is none of ours."""
     if out.exists():
         with out.open("rb") as file:
@@ -111,5 +110,5 @@ def _write(runs: Sequence[Run], out: Path) -> None:
                     17, "is there and no report of ours; pass another file with --out", str(out)
                 )
     new = out.with_name(f"{out.name}.new")
-    new.write_text(page.page(runs), encoding="utf-8")
+    new.write_text(page.page(told), encoding="utf-8")
     new.replace(out)

@@ -142,14 +142,15 @@ def _findings(step: np.ndarray, loss: np.ndarray, norm: np.ndarray) -> tuple[Fin
     """In the order of the log; entries of one kind that are near each other become one finding."""
     found: list[Finding] = []
     seen = _watch(loss, norm)
-    newest, asked_before = -NEAR, 0
+    newest, row, asked_before = -NEAR, -1, 0
     for i in np.flatnonzero((seen.signal > 0) | (np.diff(seen.asked, prepend=0) != 0)).tolist():
         here, signal, asked = int(step[i]), int(seen.signal[i]), int(seen.asked[i])
         if signal:
-            name, of_row = Signal(signal).name.lower(), i - newest < NEAR
-            if found and of_row and found[-1].signal == name:
-                found[-1] = found[-1]._replace(last_step=here, times=found[-1].times + 1)
+            name = Signal(signal).name.lower()
+            if i - newest < NEAR and found[row].signal == name:
+                found[row] = found[row]._replace(last_step=here, times=found[row].times + 1)
             else:
+                row = len(found)
                 value, threshold = float(seen.value[i]), float(seen.threshold[i])
                 found.append(Finding(here, here, name, value, threshold))
             newest = i

@@ -4,45 +4,57 @@ import math
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lbw_optax.report import charts, words
-from lbw_optax.report.diagnosis import of_columns
+from lbw_optax.report.diagnosis import Finding, of_columns
 from lbw_optax.report.reading import Run, kept, steps
 
 # What a file of ours begins with; nothing else is ever overwritten.
 BEGINNING = "<!doctype html><!-- lbw-report -->"
 # So many interventions of a run are in the table: the first ones and the last.
 ROWS = 60
-
-
 # No page is larger than this, bytes, while there is detail to leave out.
 LARGEST = 300_000
 
 
-def page(runs: Sequence[Run]) -> str:
+class Told(NamedTuple):
+    """A run and what is to be said of it.
+
+    Attributes:
+      run: the run.
+      story: one paragraph.
+      marks: of the time line: the lines of its audit log, or what a guard would have seen.
+    """
+
+    run: Run
+    story: str
+    marks: list[dict[str, Any]]
+
+
+def page(told: Sequence[Told]) -> str:
     """The whole page, for one run or for several that are compared."""
     for detail in (1.0, 0.7, 0.5, 0.35, 0.25):
-        made = _page(runs, detail)
+        made = _page(told, detail)
         if len(made.encode()) <= LARGEST:
             break
     return made
 
 
-def _page(runs: Sequence[Run], detail: float) -> str:
+def _page(told: Sequence[Told], detail: float) -> str:
+    runs = [x.run for x in told]
     x = charts.extent(runs)
     names = ", ".join(run.name for run in runs)
     body = [f"<header><h1>{escape(names)}</h1></header><main>"]
-    body += [_story(run, i, len(runs)) for i, run in enumerate(runs)]
+    body += [_story(one, i, len(told)) for i, one in enumerate(told)]
     body += [_numbers(runs)]
     body += [_legend(runs)] if len(runs) > 1 else []
-    body += [
-        charts.time_line(run, run.audit or _seen(run), i, x, detail) for i, run in enumerate(runs)
-    ]
+    for i, one in enumerate(told):
+        body += [charts.time_line(one.run, one.marks, i, x, detail)]
     body += [charts.curves(chart, runs, x, detail) for chart in charts.CHARTS]
-    body += [_key(runs), *(_table(run) for run in runs), _complaints(runs), "</main>"]
+    body += [_key(told), *(_table(run) for run in runs), _complaints(runs), "</main>"]
     style, script = (_part(name) for name in ("page.css", "page.js"))
     return (
         f'{BEGINNING}<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
@@ -57,30 +69,33 @@ def _part(name: str) -> str:
     return resources.files("lbw_optax.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def story(run: Run) -> str:
-    """The paragraph: of a guarded run what the guard did, of another what it would have seen."""
-    if run.guarded or not {"loss", "gradient_norm"} & run.columns.keys():
-        return words.paragraph(run)
-    return f"A run without the guard. {of_columns(run.columns, run.name).sentence}"
+def tell(run: Run) -> Told:
+    """Of a guarded run what the guard did, of another what one would have seen.
+
+    Raises:
+      ValueError: if there is nothing in its log that can be told or drawn.
+    """
+    drawn = {chart.column for chart in charts.CHARTS} & run.columns.keys()
+    if run.guarded or (drawn and not drawn & {"loss", "gradient_norm"}):
+        return Told(run, words.paragraph(run), run.audit)
+    found = of_columns(run.columns, run.name)
+    marks = [_mark(x) for x in found.findings]
+    return Told(run, f"A run without the guard. {found.sentence}", marks)
 
 
-def _seen(run: Run) -> list[dict[str, Any]]:
-    """What a guard would have seen in a run without one, as lines like those of an audit log."""
-    if run.guarded or not {"loss", "gradient_norm"} & run.columns.keys():
-        return []
-    lines = []
-    for found in of_columns(run.columns, run.name).findings:
-        line = {"action": "asked" if found.signal == "rollback" else "seen", **found._asdict()}
-        row = {"count": found.times} if found.times > 1 else {"last_step": None}
-        lines.append(
-            {k: x for k, x in (line | row).items() if x not in (None, "") and k != "times"}
-        )
-    return lines
+def _mark(found: Finding) -> dict[str, Any]:
+    """As a line of an audit log would have it."""
+    line: dict[str, Any] = {"step": found.step, "signal": found.signal, "action": "seen"}
+    if found.signal == "rollback":
+        return line | {"signal": found.reason, "action": "asked"}
+    if found.times > 1:
+        line |= {"count": found.times, "last_step": found.last_step}
+    return line | {"value": found.value, "threshold": found.threshold}
 
 
-def _story(run: Run, style: int, runs: int) -> str:
-    heading = f"<h2>{_sample(style)} {escape(run.name)}</h2>" if runs > 1 else ""
-    return f'<section class="story">{heading}<p>{escape(story(run))}</p></section>'
+def _story(told: Told, style: int, runs: int) -> str:
+    heading = f"<h2>{_sample(style)} {escape(told.run.name)}</h2>" if runs > 1 else ""
+    return f'<section class="story">{heading}<p>{escape(told.story)}</p></section>'
 
 
 def _numbers(runs: Sequence[Run]) -> str:
@@ -166,9 +181,9 @@ def _legend(runs: Sequence[Run]) -> str:
     return f'<ul class="legend" aria-label="Runs">{items}</ul>'
 
 
-def _key(runs: Sequence[Run]) -> str:
+def _key(told: Sequence[Told]) -> str:
     """What the marks and hatchings mean, as far as they occur."""
-    used = {line["action"] for run in runs for line in run.audit or _seen(run)}
+    used = {line["action"] for one in told for line in one.marks}
     items = [
         f'<li><svg class="sample" viewBox="0 0 14 14" aria-hidden="true"><path class="mark '
         f'{action}" d="{shape.format(7.0, 7)}"/></svg> {escape(title)}</li>'
@@ -179,7 +194,7 @@ def _key(runs: Sequence[Run]) -> str:
         f'<li><svg class="sample" viewBox="0 0 44 14" aria-hidden="true"><rect class="regime '
         f'{regime}" x="1" y="1" width="42" height="12"/></svg> {regime}</li>'
         for regime in charts._REGIMES
-        if any(regime in run.columns.get("regime", ()) for run in runs)
+        if any(regime in one.run.columns.get("regime", ()) for one in told)
     ]
     lines = [
         "Each picture keeps the least and the largest number of every place: no spike is lost. "

@@ -80,6 +80,8 @@ def _read_file(path: Path) -> Run:
         audit, complaints = parse.json_lines(path)
         return Run(_name(path), {}, _sound(audit), None, True, complaints)
     columns, complaints = _reader(path)(path)
+    if not columns:
+        raise ValueError(f"{path} holds no line that can be read as a log.")
     guarded = any(_last_part(name) == "scale" for name in columns)
     return Run(_name(path), columns, [], None, guarded, complaints)
 
@@ -138,12 +140,19 @@ def _other_logs(path: Path) -> list[Path]:
 
 def _sound(audit: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those lines that say what was done and when, or what was lost."""
-    return [
-        line
-        for line in audit
-        if isinstance(line.get("action"), str)
-        and (type(line.get("step")) is int or line["action"] == "lost")
-    ]
+
+    def is_sound(line: dict[str, Any]) -> bool:
+        whole = all(type(line.get(x, 0)) is int for x in ("step", "last_step", *_ENDS))
+        return isinstance(line.get("action"), str) and whole
+
+    return [line for line in audit if is_sound(line) and ("step" in line or _is_lost(line))]
+
+
+_ENDS = ("from_step", "to_step")
+
+
+def _is_lost(line: dict[str, Any]) -> bool:
+    return line["action"] == "lost" and type(line.get("interventions")) is int
 
 
 def _name(path: Path) -> str:
