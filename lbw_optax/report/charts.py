@@ -376,16 +376,22 @@ def _not_finite(line: Line, frame: Frame, style: str) -> list[str]:
 
 
 def _jumps(run: Run, style: int, frame: Frame) -> str:
-    """Rollbacks, as arrows at the upper edge from the step that was left to that gone back to."""
-    drawn = []
-    for line in run.audit:
-        if line["action"] != "rollback" or not _has_ends(line):
-            continue
-        left, back = (float(frame.x(line[x])) for x in ("from_step", "to_step"))
-        drawn.append(
-            f"M{left:.1f} {TOP + HEIGHT}V{TOP + 6}H{back:.1f}l5-4m-5 4l5 4m-5-4V{TOP + HEIGHT}"
-        )
-    return f'<path class="jump r{style % STYLES}" d="{"".join(drawn[-100:])}"/>' if drawn else ""
+    """Rollbacks, as arrows at the upper edge from the step that was left to that gone back to.
+
+    Where there are very many, their heads alone.
+    """
+    lines = [line for line in run.audit if line["action"] == "rollback" and _has_ends(line)]
+    head = "l5-4m-5 4l5 4"
+    if len(lines) > FEW:
+        at = np.unique([round(float(frame.x(line["to_step"]))) for line in lines])
+        drawn = [f"M{x} {TOP + 6}{head}" for x in at]
+    else:
+        bottom = TOP + HEIGHT
+        ends = [[float(frame.x(line[k])) for k in ("from_step", "to_step")] for line in lines]
+        drawn = [
+            f"M{left:.1f} {bottom}V{TOP + 6}H{back:.1f}{head}m-5-4V{bottom}" for left, back in ends
+        ]
+    return f'<path class="jump r{style % STYLES}" d="{"".join(drawn)}"/>' if drawn else ""
 
 
 def _has_ends(line: dict[str, Any]) -> bool:
@@ -466,9 +472,12 @@ def time_line(
         parts.append(_lane(run, action, lines, frame, y + _LANE / 2, buckets))
         y += _LANE
     height = y + BELOW + 4
+    title = "Regimes and interventions"
+    if not run.guarded:
+        title = "What a guard would have seen"
     return (
-        f"<figure><figcaption>Regimes and interventions: {escape(run.name)}</figcaption>"
-        f'<svg class="times r{style % STYLES}" role="group" aria-label="Interventions of '
+        f"<figure><figcaption>{title}: {escape(run.name)}</figcaption>"
+        f'<svg class="times r{style % STYLES}" role="group" aria-label="{title}: '
         f'{escape(run.name)}" viewBox="0 0 {WIDTH} {height:.0f}">{"".join(parts)}'
         f"{step_axis(*x, y + 2)}</svg></figure>"
     )

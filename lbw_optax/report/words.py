@@ -265,7 +265,7 @@ def _advice(run: Run, troubles: list[dict[str, Any]]) -> str:
         return gave_up + advice(str(line.get("signal", "")), line["step"], lost=True)
     rate = ""
     if last is not None and last < LOW:
-        rate = f"What to do: lower the learning rate to about {number(last)} times what it is."
+        rate = f"What to do: lower the learning rate to about {last:.2g} times what it is."
     weight = Counter[str]()
     for line in troubles:
         if line["action"] in ("skip", "clip") or (line["action"] == "hold" and not rate):
