@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lbw_optax.law.control import LOW
-from lbw_optax.law.divergence import Reason
+from lbw_optax.law.divergence import SKIP_STEPS, Reason
 from lbw_optax.report.reading import Run, kept, steps
 from lbw_optax.sentences import ASKS, CAUSES
 
@@ -257,12 +257,12 @@ def _gave_up(run: Run) -> bool:
 def _advice(run: Run, troubles: list[dict[str, Any]]) -> str:
     last = _last_scale(run)
     if _is_lost(run):
-        gave_up = "The guard has used up what it may do. " if _gave_up(run) else ""
+        gave_up = "The guard has used up what it may do" if _gave_up(run) else "The run is lost"
         if not troubles:
-            return gave_up + advice("", int(steps(run.columns)[-1]), lost=True)
-        # What ended it is the last row of troubles; where that began is what matters.
+            return f"{gave_up}. {advice('', int(steps(run.columns)[-1]), lost=True)}"
         line = _began(troubles)
-        return gave_up + advice(str(line.get("signal", "")), line["step"], lost=True)
+        what = f"{gave_up}; what ended it began at step {line['step']:,}: {_why(line)}."
+        return f"{what} {advice(str(line.get('signal', '')), line['step'], lost=True)}"
     rate = ""
     if last is not None and last < LOW:
         rate = f"What to do: lower the learning rate to about {last:.2g} times what it is."
@@ -281,8 +281,14 @@ def _advice(run: Run, troubles: list[dict[str, Any]]) -> str:
 
 
 def _began(troubles: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first of the troubles that follow one another up to the last, with short gaps."""
+    """The trouble that the end began with.
+
+    A last row of skips that is long enough to end a run, or else the first of the troubles that
+    follow one another up to the last, with short gaps.
+    """
     first = troubles[-1]
+    if first["action"] == "skip" and multiplicity(first) >= SKIP_STEPS:
+        return first
     for line in reversed(troubles[:-1]):
         if abs(first["step"] - line.get("last_step", line["step"])) > NEAR:
             break

@@ -27,19 +27,23 @@ def log_line(step, state, loss):
     return json.dumps({"step": step, "learning_rate": 0.1, **line}) + "\n"
 
 
-@pytest.fixture(scope="module")
-def stormy(tmp_path_factory):
-    """The directory of a real run with NaN gradients at four steps."""
-    place = tmp_path_factory.mktemp("runs") / "stormy"
+def logged(place, bad):
+    """The directory of a real run of 80 steps with NaN gradients at these."""
     place.mkdir()
     with (
         (place / "log.jsonl").open("w") as log,
         lbw_optax.AuditLog(place / "events.jsonl") as audit,
     ):
-        for step, state in storm(80, bad=BAD):
+        for step, state in storm(80, bad=bad):
             log.write(log_line(step + 1, state, None if step == 55 else 2 - step / 100))
-        audit.record(80, state)
+            if step % 40 == 39:
+                audit.record(step + 1, state)
     return place
+
+
+@pytest.fixture(scope="module")
+def stormy(tmp_path_factory):
+    return logged(tmp_path_factory.mktemp("runs") / "stormy", BAD)
 
 
 def page_of(*runs, out=None):
@@ -86,6 +90,12 @@ def test_the_page_of_a_guarded_run_has_what_its_files_have(stormy):
     assert "the batches of steps 30 to 32 and 55" in page
     (crossed,) = [p for p in charts["Loss"].iter("path") if "nonfinite" in p.get("class")]
     assert crossed.get("aria-label") == "stormy: not finite, step 56"
+
+
+def test_a_run_that_the_guard_gave_up_is_dated_to_where_its_end_began(tmp_path):
+    page = page_of(logged(tmp_path / "lost", bad=[5, *range(45, 80)]))
+    assert "used up what it may do; what ended it began at step 45: gradients are not" in page
+    assert "restore a checkpoint from before step 45, and look at the batches of step 45" in page
 
 
 def test_the_page_needs_nothing_but_itself(stormy):
