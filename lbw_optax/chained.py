@@ -2,7 +2,7 @@
 
 Adam undoes a constant scale of its gradient, so a lasting scale is not applied here: a learning
 rate that is too high stays too high. What Adam does not undo is a scale that differs from step to
-step: a gradient that jumps is scaled back to the length that this run has shown. A gradient that is
+step: a gradient whose length or loss jumps is scaled back. A gradient that is
 not finite becomes zero; the optimizer's momentum and weight decay move the weights on a zero, too.
 Telemetry, thresholds and law run as they do around an optimizer, and what a governing guard would
 hold the scale at is reported.

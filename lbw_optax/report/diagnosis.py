@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax import law
-from lbw_optax.law import telemetry
-from lbw_optax.law.control import Action, Bounds, Signal
+from lbw_optax.law import control, statistics, telemetry
+from lbw_optax.law.control import Bounds, Signal
 from lbw_optax.law.divergence import Reason
 from lbw_optax.report import columns as parse
 from lbw_optax.report import reading
@@ -191,7 +191,7 @@ _BOUNDS = Bounds(min_scale=1.0)
 
 @jax.jit
 def _go_through(held: law.Law, entries: _Entry) -> tuple[law.Law, _Seen]:
-    blank = telemetry.init(jnp.ones(1))
+    blank = telemetry.init()
 
     def one(held: law.Law, entry: _Entry) -> tuple[law.Law, _Seen]:
         has_loss, has_norm = jnp.isfinite(entry.loss), jnp.isfinite(entry.norm)
@@ -205,13 +205,21 @@ def _go_through(held: law.Law, entries: _Entry) -> tuple[law.Law, _Seen]:
             has_gradient=~broken_norm,
             nonfinite_gradients=broken_norm.astype(jnp.int32),
         )
-        after, decision = law.step(held, seen, _BOUNDS)
-        # A skip, or a loss that has jumped; what else the law reports is of the scale.
-        stands_out = (decision.action == Action.SKIP) | (decision.action == Action.HOLD)
+        arrival, known = control.arrive(seen, held.statistics), held.statistics
+        signal = control.first_of(
+            (arrival.rejected > 0, arrival.rejected),
+            (arrival.jumps, Signal.GRADIENT_NORM),
+            (arrival.spikes, Signal.LOSS),
+            otherwise=Signal.NONE,
+        )
+        by_norm, by_loss = signal == Signal.GRADIENT_NORM, signal == Signal.LOSS
+        of_loss = statistics.loss_threshold(known) * known.loss_unit
+        of_norm = jnp.exp(statistics.gradient_threshold(known))
+        after, _ = law.step(held, seen, _BOUNDS)
         return after, _Seen(
-            signal=jnp.where(stands_out, decision.signal, Signal.NONE),
-            value=decision.value,
-            threshold=decision.threshold,
+            signal=signal,
+            value=jnp.where(by_loss, entry.loss, jnp.where(by_norm, entry.norm, 1.0)),
+            threshold=jnp.where(by_loss, of_loss, jnp.where(by_norm, of_norm, 0.0)),
             asked=after.divergence.rollback_asked,
         )
 
