@@ -66,4 +66,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "RollbackManager", "__version__", "diagnose"])
+    from importlib.util import find_spec
+
+    # What looks at every name, as `help` does, must not fail for want of an extra.
+    rollback = ["RollbackManager"] if find_spec("orbax") else []
+    return sorted([*globals(), *rollback, "__version__", "diagnose"])

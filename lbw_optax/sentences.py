@@ -119,7 +119,7 @@ def _say(line: dict[str, Any]) -> str:
             f"{_plain(100 * line.get('value', 0.0))} % of the steps of late were rejected, the "
             f"newest for this: {cause}; look at the data"
         ),
-        "rollback": f"back from step {line.get('from_step')} to {line.get('to_step')} for {cause}",
+        "rollback": f"back from step {line.get('from_step')} to {line.get('to_step')}: {cause}",
     }.get(action, action)
 
 
@@ -164,4 +164,7 @@ def _acts(guard: GuardState) -> bool:
 def _only_watches(guard: GuardState) -> str:
     if int(guard.mode) == Mode.OBSERVE:
         return "It only observes: the optimizer's own updates were applied."
-    return "It is chained before the optimizer: gradients that are not finite became zero, no more."
+    return (
+        "It is chained before the optimizer: gradients that are not finite became zero, and those "
+        "whose length or loss jumped were scaled back."
+    )
