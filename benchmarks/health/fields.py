@@ -1,0 +1,46 @@
+"""A network that solves a differential equation, with its loss in several units.
+
+Adam does not care for the unit of a loss; whoever watches the loss must not care either.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.health.task import Now, Params, Task, digits, falling, mlp, mlp_start, task
+
+
+def tasks() -> dict[str, Task]:
+    units = {"pinn": 1.0, "pinn-1e-4": 1e-4, "pinn-1e3": 1e3, "pinn-1e6": 1e6}
+    return {name: _pinn(unit) for name, unit in units.items()}
+
+
+def _pinn(unit: float) -> Task:
+    """u' = −2 u + sin 3t with u(0) = 1 on [0, 2], by its residuals."""
+    t = np.linspace(0, 2, 64, dtype=np.float32)
+    # The solution: a part that swings, and one that dies away.
+    swing = (2 * np.sin(3 * t) - 3 * np.cos(3 * t)) / 13
+    exact = (swing + (1 + 3 / 13) * np.exp(-2 * t)).astype(np.float32)
+
+    def u(layers: Params, s: jax.Array) -> jax.Array:
+        return mlp(layers, s.reshape(1, 1), jnp.tanh)[0, 0]
+
+    def loss(layers: Params, now: Now) -> jax.Array:
+        slope = jax.vmap(jax.grad(u, 1), (None, 0))(layers, t)
+        residual = slope + 2 * jax.vmap(u, (None, 0))(layers, t) - jnp.sin(3 * t)
+        return unit * (jnp.mean(residual**2) + (u(layers, jnp.float32(0)) - 1) ** 2)
+
+    def error(layers: Params) -> jax.Array:
+        return digits(jnp.mean((jax.vmap(u, (None, 0))(layers, t) - exact) ** 2))
+
+    times = "" if unit == 1 else f", its loss times {unit:g}"
+    return task(
+        f"a differential equation{times}",
+        lambda key: mlp_start(key, 1, 32, 32, 1),
+        loss,
+        error,
+        rate=3e-3,
+        optimizer=falling(1500),
+        unit="digits of the solution",
+        higher=True,
+    )
