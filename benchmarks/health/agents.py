@@ -15,7 +15,7 @@ def tasks() -> dict[str, Task]:
         "reinforce": _reinforce(),
         "grpo": _grpo(0.04),
         "grpo-strong-kl": _grpo(0.2),
-        "q-learning": _q_learning("Q-learning, a target network replaced every 100 steps", _hard),
+        "q-learning": _q_learning("Q-learning, a target network replaced every 50 steps", _hard),
         "q-learning-soft": _q_learning("Q-learning, a target network that follows", _soft),
     }
 
@@ -79,7 +79,7 @@ def _grpo(beta: float) -> Task:
         lambda key: {"w": jnp.eye(64) + 0.01 * jax.random.normal(key, (64, 64)), "v": reference},
         loss,
         metric,
-        rate=0.03,
+        rate=0.01,
         steps=1000,
         optimizer=optax.adamw,
         unit="reward",
@@ -87,12 +87,12 @@ def _grpo(beta: float) -> Task:
     )
 
 
-PLACES, DISCOUNT = 20, 0.95
+PLACES, DISCOUNT = 20, 0.9
 
 
 def _q_learning(title: str, remember: Callable[[Params, Params, jax.Array], Params]) -> Task:
-    """Fitted Q on a chain: the error of a step grows with the values, from 0 to about 20."""
-    eye, exact = np.eye(PLACES, dtype=np.float32), _values()
+    """Fitted Q on a chain: the error of a step grows with the values, from 0 to 10."""
+    eye, exact = np.eye(PLACES, dtype=np.float32), best_values()
 
     def loss(layers: Params, now: Now) -> jax.Array:
         where, choice, noise = jax.random.split(now.key, 3)
@@ -119,14 +119,14 @@ def _q_learning(title: str, remember: Callable[[Params, Params, jax.Array], Para
 
 
 def _hard(memory: Params, model: Params, step: jax.Array) -> Params:
-    return jax.tree.map(lambda old, new: jnp.where(step % 100 == 0, new, old), memory, model)
+    return jax.tree.map(lambda old, new: jnp.where(step % 50 == 0, new, old), memory, model)
 
 
 def _soft(memory: Params, model: Params, step: jax.Array) -> Params:
     return jax.tree.map(lambda old, new: old + 0.02 * (new - old), memory, model)
 
 
-def _values() -> np.ndarray:
+def best_values() -> np.ndarray:
     """Those of the best policy, by iteration."""
     q = np.zeros((PLACES, 2))
     after = np.clip(np.arange(PLACES)[:, None] + np.array([[-1, 1]]), 0, PLACES - 1)

@@ -15,6 +15,7 @@ from benchmarks.health.task import (
     Task,
     at,
     cross_entropy,
+    falling,
     mlp,
     mlp_start,
     task,
@@ -73,7 +74,7 @@ def _classifier(
     weight: Callable[[Now], float | jax.Array],
     *,
     optimizer: Optimizer = optax.adam,
-    rate: float = 1e-3,
+    rate: float = 3e-3,
 ) -> Task:
     """An MLP on pictures; a batch weighs what `weight` gives it, 0 where its labels are masked."""
 
@@ -167,7 +168,9 @@ def _rare(percent: float) -> Task:
         which, rows = jax.random.split(now.key)
         # One batch of every 100 / percent, at a place of its own: all seeds have as many.
         every = round(100 / percent)
-        place = jax.random.randint(jax.random.fold_in(jax.random.key(9), now.batch // every), (), 0, every)
+        place = jax.random.randint(
+            jax.random.fold_in(jax.random.key(9), now.batch // every), (), 0, every
+        )
         is_rare = now.batch % every == place
         a = jax.random.randint(which, (BATCH,), 0, len(common.y))
         b = jax.random.randint(rows, (BATCH,), 0, len(rare.y))
@@ -183,7 +186,7 @@ def _rare(percent: float) -> Task:
         start,
         loss,
         accuracy,
-        rate=1e-3,
+        rate=0.01,
         steps=2000,
         unit="accuracy on that class",
         higher=True,
@@ -211,6 +214,7 @@ def _second_source() -> Task:
         start,
         loss,
         metric,
-        rate=1e-3,
+        rate=3e-3,
+        optimizer=falling(1500),
         unit="held-out loss of both",
     )

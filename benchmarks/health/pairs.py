@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.health.task import Now, Params, Task, cross_entropy, mlp, mlp_start, task
+from benchmarks.health.task import Params, Task, cross_entropy, mlp, mlp_start, task
 
 
 def tasks() -> dict[str, Task]:

@@ -11,7 +11,7 @@ import numpy as np
 
 CLASSES, SIDE, KINDS = 10, 8, 2
 TRAIN, HELD_OUT = 3000, 1000
-NOISE = 0.4
+NOISE = 0.3
 
 
 class Pictures(NamedTuple):

@@ -21,9 +21,7 @@ def tasks() -> dict[str, Task]:
             "a curriculum that gets harder step by step", lambda batch: 1.2 * batch / STEPS
         ),
         "rising-level": _shifted("a level that rises by 0.3 every 100 steps", _stairs, _one),
-        "term-annealed": _shifted(
-            "a term without a gradient, annealed in up to 2", _ramp, _one
-        ),
+        "term-annealed": _shifted("a term without a gradient, annealed in up to 2", _ramp, _one),
         "weight-annealed": _shifted(
             "the weight of the loss annealed from 1 to 5", _nothing, _growing
         ),
@@ -131,7 +129,7 @@ def _autoencoder(width: int = 4) -> Task:
         start,
         loss,
         metric,
-        rate=1e-3,
+        rate=3e-3,
         steps=STEPS,
         unit="held-out bound",
     )
