@@ -80,7 +80,6 @@ def _grpo(beta: float) -> Task:
         loss,
         metric,
         rate=0.01,
-        steps=1000,
         optimizer=optax.adamw,
         unit="reward",
         higher=True,

@@ -118,7 +118,6 @@ def _logistic(title: str, size: int | None) -> Task:
         loss,
         lambda p: objective(p, jnp.asarray(train.x), jnp.asarray(train.y)),
         rate=0.01,
-        steps=1000,
     )
 
 
@@ -136,7 +135,6 @@ def _full_batch() -> Task:
         lambda layers, now: loss(layers),
         loss,
         rate=0.01,
-        steps=1000,
     )
 
 
@@ -215,6 +213,6 @@ def _second_source() -> Task:
         loss,
         metric,
         rate=3e-3,
-        optimizer=falling(1500),
+        optimizer=falling,
         unit="held-out loss of both",
     )

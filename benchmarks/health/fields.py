@@ -43,7 +43,7 @@ def _pinn(unit: float) -> Task:
         loss,
         error,
         rate=3e-3,
-        optimizer=falling(1500),
+        optimizer=falling,
         unit="digits of the solution",
         higher=True,
     )

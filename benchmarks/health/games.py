@@ -6,7 +6,7 @@ import optax
 
 from benchmarks.health.task import Now, Params, Task, mlp, mlp_start
 
-STEPS = 2000
+STEPS = 1500
 
 
 def tasks() -> dict[str, Task]:

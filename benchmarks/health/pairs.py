@@ -58,8 +58,7 @@ def _contrastive(size: int = 64) -> Task:
         lambda key: mlp_start(key, 32, 64, 16),
         lambda layers, now: loss(layers, now.key),
         metric,
-        rate=3e-3,
-        steps=1000,
+        rate=0.01,
     )
 
 

@@ -42,7 +42,7 @@ def _linear(title: str, start: object, *, rate: float, size: int | None = None) 
         rows = jax.random.randint(now.key, (size,), 0, len(A))
         return jnp.mean((at(A, rows) @ w - at(B, rows)) ** 2)
 
-    return task(title, start, loss, lambda w: jnp.mean((A @ w - B) ** 2), rate=rate, steps=1000)
+    return task(title, start, loss, lambda w: jnp.mean((A @ w - B) ** 2), rate=rate)
 
 
 def _exact() -> Task:
@@ -59,7 +59,7 @@ def _exact() -> Task:
         unit="digits",
         higher=True,
         rate=0.1,
-        optimizer=falling(1500),
+        optimizer=falling,
     )
 
 
@@ -75,7 +75,6 @@ def _line() -> Task:
         lambda p, now: loss(p, 0.1 * jax.random.normal(now.key, (50,))),
         lambda p: loss(p, jnp.zeros(50)) + 0.01,
         rate=0.1,
-        steps=1000,
     )
 
 
@@ -89,7 +88,6 @@ def _bias() -> Task:
         lambda w, now: loss(w, 0.5 * jax.random.normal(now.key, (50,))),
         lambda w: loss(w, jnp.zeros(50)) + 0.25,
         rate=0.03,
-        steps=1000,
     )
 
 
@@ -101,7 +99,6 @@ def _far() -> Task:
         lambda w, now: jnp.mean((w - 100 + jax.random.normal(now.key, (20,))) ** 2),
         lambda w: jnp.mean((w - 100) ** 2) + 1,
         rate=0.3,
-        steps=1000,
     )
 
 
@@ -124,8 +121,7 @@ def _factors(title: str, size: float, *, rate: float) -> Task:
         unit="digits",
         higher=True,
         rate=rate,
-        steps=1000,
-        optimizer=falling(1000),
+        optimizer=falling,
     )
 
 
@@ -140,6 +136,6 @@ def _rosenbrock() -> Task:
         lambda p: digits(loss(p)),
         unit="digits",
         higher=True,
-        rate=0.03,
-        optimizer=falling(1500),
+        rate=0.1,
+        optimizer=falling,
     )

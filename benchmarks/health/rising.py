@@ -7,9 +7,7 @@ import jax.numpy as jnp
 
 from benchmarks.health import classes
 from benchmarks.health.pictures import pictures
-from benchmarks.health.task import Now, Params, Task, cross_entropy, mlp, mlp_start, task
-
-STEPS = 1500
+from benchmarks.health.task import STEPS, Now, Params, Task, cross_entropy, mlp, mlp_start, task
 
 
 def tasks() -> dict[str, Task]:
@@ -42,9 +40,7 @@ def _curriculum(title: str, noise: Callable[[jax.Array], jax.Array]) -> Task:
         more = jax.random.normal(jax.random.key(7), test.x.shape)
         return cross_entropy(mlp(layers, test.x + 1.2 * more), jnp.asarray(test.y))
 
-    return task(
-        title, classes.start, loss, metric, rate=1e-3, steps=STEPS, unit="loss on the hardest"
-    )
+    return task(title, classes.start, loss, metric, rate=1e-3, unit="loss on the hardest")
 
 
 def _hardest(noise: jax.Array) -> jax.Array:
@@ -74,7 +70,6 @@ def _shifted(
         loss,
         lambda layers: error(layers, jax.random.key(98), 2000),
         rate=3e-3,
-        steps=1000,
         unit="held-out error",
     )
 
@@ -130,6 +125,5 @@ def _autoencoder(width: int = 4) -> Task:
         loss,
         metric,
         rate=3e-3,
-        steps=STEPS,
         unit="held-out bound",
     )

@@ -13,6 +13,10 @@ Params = Any
 Optimizer = Callable[[float], optax.GradientTransformation]
 
 
+STEPS = 1000
+"""Of a run, where a task says no other."""
+
+
 class Now(NamedTuple):
     """What a loss may know of the step that it is computed in."""
 
@@ -54,7 +58,7 @@ def task(
     rate: float,
     unit: str = "loss",
     higher: bool = False,
-    steps: int = 1500,
+    steps: int = STEPS,
     optimizer: Optimizer = optax.adam,
     remember: Callable[[Any, Params, jax.Array], Any] | None = None,
 ) -> Task:
@@ -75,9 +79,9 @@ def task(
     )
 
 
-def falling(steps: int) -> Optimizer:
-    """Adam with a rate that falls to zero along a cosine."""
-    return lambda rate: optax.adam(optax.cosine_decay_schedule(rate, steps))
+def falling(rate: float) -> optax.GradientTransformation:
+    """Adam with a rate that falls to zero along a cosine, in a run of `STEPS`."""
+    return optax.adam(optax.cosine_decay_schedule(rate, STEPS))
 
 
 # Networks and losses

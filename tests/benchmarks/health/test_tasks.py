@@ -47,10 +47,9 @@ def test_the_classes_of_the_pictures_can_be_told_apart():
     assert np.mean(train.y[distance.argmin(1)] == test.y) > 0.9
 
 
-@pytest.mark.parametrize(("percent", "every"), [(1, 100), (10, 10)])
-def test_a_rare_class_comes_as_often_as_it_says(percent, every):
+def test_a_rare_class_comes_as_often_as_it_says():
     """A model that answers nine with certainty has no loss in its batches, and a large one else."""
-    task = tasks()[f"rare-{percent}"]
+    task, every = tasks()["rare-10"], 10
     models = jax.tree.map(jnp.zeros_like, task.start(KEY))
     models["model"][-1]["b"] = jnp.zeros((1, 10)).at[0, 9].set(50.0)
 
