@@ -28,13 +28,16 @@ def _pinn(unit: float) -> Task:
     def u(layers: Params, s: jax.Array) -> jax.Array:
         return mlp(layers, s.reshape(1, 1), jnp.tanh)[0, 0]
 
+    def everywhere(layers: Params) -> jax.Array:
+        return jax.vmap(lambda s: u(layers, s))(t)
+
     def loss(layers: Params, now: Now) -> jax.Array:
         slope = jax.vmap(jax.grad(u, 1), (None, 0))(layers, t)
-        residual = slope + 2 * jax.vmap(u, (None, 0))(layers, t) - jnp.sin(3 * t)
+        residual = slope + 2 * everywhere(layers) - jnp.sin(3 * t)
         return unit * (jnp.mean(residual**2) + (u(layers, jnp.float32(0)) - 1) ** 2)
 
     def error(layers: Params) -> jax.Array:
-        return digits(jnp.mean((jax.vmap(u, (None, 0))(layers, t) - exact) ** 2))
+        return digits(jnp.mean((everywhere(layers) - exact) ** 2))
 
     times = "" if unit == 1 else f", its loss times {unit:g}"
     return task(

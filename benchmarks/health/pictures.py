@@ -46,6 +46,6 @@ def _draw(rng: np.random.Generator, prototypes: np.ndarray, number: int) -> Pict
 
 def _smooth(x: np.ndarray) -> np.ndarray:
     """A mean over neighbours, with pixels between 0 and about 1."""
-    near = sum(np.roll(x, shift, axis) for shift in (-1, 0, 1) for axis in (-1, -2))
+    near = np.sum([np.roll(x, by, axis) for by in (-1, 0, 1) for axis in (-1, -2)], axis=0)
     spread = near.std(axis=(-2, -1), keepdims=True)
     return np.clip(0.5 + 0.35 * near / spread, 0, None)

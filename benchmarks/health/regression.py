@@ -1,5 +1,7 @@
 """Least squares and other small problems with few parameters, many of which begin at zero."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,9 @@ LOW_RANK = (_RNG.normal(size=(40, 4)) @ _RNG.normal(size=(4, 30))).astype(np.flo
 TARGETS = (2 * _RNG.normal(size=50)).astype(np.float32)
 
 
-def _linear(title: str, start: object, *, rate: float, size: int | None = None) -> Task:
+def _linear(
+    title: str, start: Callable[[jax.Array], Params], *, rate: float, size: int | None = None
+) -> Task:
     def loss(w: Params, now: Now) -> jax.Array:
         if size is None:
             return jnp.mean((A @ w - B) ** 2)

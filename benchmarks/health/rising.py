@@ -38,7 +38,7 @@ def _curriculum(title: str, noise: Callable[[jax.Array], jax.Array]) -> Task:
 
     def metric(layers: Params) -> jax.Array:
         more = jax.random.normal(jax.random.key(7), test.x.shape)
-        return cross_entropy(mlp(layers, test.x + 1.2 * more), jnp.asarray(test.y))
+        return cross_entropy(mlp(layers, jnp.asarray(test.x) + 1.2 * more), jnp.asarray(test.y))
 
     return task(title, classes.start, loss, metric, rate=1e-3, unit="loss on the hardest")
 
