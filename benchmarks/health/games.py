@@ -6,7 +6,7 @@ import optax
 
 from benchmarks.health.task import Now, Params, Task, mlp, mlp_start
 
-STEPS = 1500
+STEPS = 2000
 
 
 def tasks() -> dict[str, Task]:

@@ -13,10 +13,10 @@ from benchmarks.health.task import STEPS, Now, Params, Task, cross_entropy, mlp,
 def tasks() -> dict[str, Task]:
     return {
         "curriculum-stages": _curriculum(
-            "a curriculum in ten stages", lambda batch: 0.12 * (batch // (STEPS // 10))
+            "a curriculum in ten stages", lambda batch: 0.08 * (batch // (STEPS // 10))
         ),
         "curriculum-linear": _curriculum(
-            "a curriculum that gets harder step by step", lambda batch: 1.2 * batch / STEPS
+            "a curriculum that gets harder step by step", lambda batch: 0.8 * batch / STEPS
         ),
         "rising-level": _shifted("a level that rises by 0.3 every 100 steps", _stairs, _one),
         "term-annealed": _shifted("a term without a gradient, annealed in up to 2", _ramp, _one),
@@ -38,13 +38,13 @@ def _curriculum(title: str, noise: Callable[[jax.Array], jax.Array]) -> Task:
 
     def metric(layers: Params) -> jax.Array:
         more = jax.random.normal(jax.random.key(7), test.x.shape)
-        return cross_entropy(mlp(layers, jnp.asarray(test.x) + 1.2 * more), jnp.asarray(test.y))
+        return cross_entropy(mlp(layers, jnp.asarray(test.x) + 0.8 * more), jnp.asarray(test.y))
 
-    return task(title, classes.start, loss, metric, rate=1e-3, unit="loss on the hardest")
+    return task(title, classes.start, loss, metric, rate=3e-3, unit="loss on the hardest")
 
 
 def _hardest(noise: jax.Array) -> jax.Array:
-    return jnp.minimum(noise, 1.2)
+    return jnp.minimum(noise, 0.8)
 
 
 def _shifted(
