@@ -185,7 +185,7 @@ def _rare(percent: float) -> Task:
         loss,
         accuracy,
         rate=0.01,
-        steps=2000,
+        steps=2000 if percent <= 2 else 1000,  # 20 of its batches, or more
         unit="accuracy on that class",
         higher=True,
     )

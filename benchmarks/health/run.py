@@ -1,6 +1,6 @@
 """Sound training runs that look ill to a watcher: what does the guard cost them?
 
-    python -m benchmarks.health                                      # all: about half an hour
+    python -m benchmarks.health                                      # all: an hour or less
     python -m benchmarks.health --tasks gan rare-1 --seeds 0 1       # some
     python -m benchmarks.pages                                       # HEALTH.md
 
