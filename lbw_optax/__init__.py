@@ -66,8 +66,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    from importlib.util import find_spec
-
-    # What looks at every name, as `help` does, must not fail for want of an extra.
-    rollback = ["RollbackManager"] if find_spec("orbax") else []
-    return sorted([*globals(), *rollback, "__version__", "diagnose"])
+    return sorted([*globals(), "RollbackManager", "__version__", "diagnose"])

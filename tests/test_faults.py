@@ -404,9 +404,7 @@ def test_missing_params():
             assert_same_bits((params, guard_in(state).inner_state), before)
     assert loss_of(params) < 0.02 * loss_of(small_params())
     assert int(guard_in(state).law.control.skips) == 2
-    seen = guard_in(state)
-    assert float(seen.law.control.log_scale) > math.log(control.FIRST_SCALE)
-    assert seen.telemetry.has_overshoot
+    assert float(guard_in(state).law.control.log_scale) > math.log(control.FIRST_SCALE)
 
 
 # --- accumulation of gradients -----------------------------------------------------------------

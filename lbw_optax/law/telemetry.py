@@ -463,7 +463,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     the same place again and again. Six or more positions of an axis are on the grid, or all.
 
     >>> _strides((4096, 4096)), _strides((24, 96, 384)), _strides((7,))
-    ((37, 37), (3, 7, 7), (1,))
+    ((37, 29), (3, 7, 7), (1,))
     """
     size = math.prod(shape)
     excess = size / max(PROBE_LEAST, min(PROBE_MOST, size // PROBE_SHARE))

@@ -116,8 +116,11 @@ def test_after_a_rollback_the_autocorrelation_stays_known():
     state = divergence.init()._replace(autocorrelation=np.float32(0.5), loss_excess=np.float32(3))
     again = divergence.after_rollback(state)
     assert again == divergence.init()._replace(
-        autocorrelation=state.autocorrelation, grace=again.grace
+        autocorrelation=state.autocorrelation,
+        grace=again.grace,
+        first_gradients=again.first_gradients,
     )
+    assert again.first_gradients.seen == divergence.FIRST_STEPS + divergence.NEXT_STEPS
     assert again.grace == divergence.GRACE
 
 
