@@ -458,7 +458,7 @@ class LawReference:
 
     def _move(self, seen: Signals, overshoot: float, ceiling: float, skip: bool) -> float:
         """The scale of this step; that which lasts is `log_scale`."""
-        before, t = self.log_scale, self.age + 1
+        before, t, self.was_settled = self.log_scale, self.age + 1, self.settled
         if skip:
             applied = self._under_the_hosts(before)
             self.log_scale = max(applied, before - control.MOST)
@@ -505,8 +505,13 @@ class LawReference:
 
     def _took(self, log_step: float, t: int) -> None:
         """The longest step of late is forgotten slowly; after three jumps all begins anew."""
-        faded = -math.inf if self.longest is None else self.longest - control.FORGOTTEN / t
-        self.longest = faded if self.jumping else max(faded, log_step)
+        if self.longest is None:
+            self.longest = log_step
+        else:
+            faded = self.longest - control.FORGOTTEN / t
+            most = min(control.GROWTH / t, control.MOST) if self.was_settled else control.MOST
+            slowly = log_step if t < control.JUMPS_FROM else min(log_step, self.longest + most)
+            self.longest = faded if self.jumping else max(faded, slowly)
         self.jumps_in_a_row = self.jumps_in_a_row + 1 if self.jumping else 0
         self.age = t
         if self.jumps_in_a_row >= control.JUMP_STEPS:

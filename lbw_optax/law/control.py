@@ -456,15 +456,22 @@ def _remember_length(
     control: Control, log_step: jax.Array, measured: jax.Array, jumps: jax.Array, skip: jax.Array
 ) -> Control:
     """The longest step of late, and whether the law begins anew after this one."""
-    faded = control.log_longest - FORGOTTEN / (control.age + 1)
-    longest = jnp.where(jumps, faded, jnp.maximum(faded, log_step))
+    age = control.age + 1
+    faded = control.log_longest - FORGOTTEN / age
+    # It lengthens no faster than the law's own growth: what does, drifts.
+    most = jnp.where(control.settled, jnp.minimum(GROWTH / age, MOST), MOST)
+    followed = jnp.minimum(log_step, control.log_longest + most)
+    followed = jnp.where(
+        (age < JUMPS_FROM) | (control.log_longest <= stats.UNKNOWN), log_step, followed
+    )
+    longest = jnp.where(jumps, faded, jnp.maximum(faded, followed))
     longest = jnp.where(measured, jnp.maximum(longest, stats.UNKNOWN), control.log_longest)
     in_a_row = jnp.where(jumps, control.jumps_in_a_row + 1, 0)
     in_a_row = jnp.where(measured, in_a_row, control.jumps_in_a_row)
     anew = in_a_row >= JUMP_STEPS
-    age = jnp.where(skip, control.age, optax.safe_increment(control.age))
+    grown = jnp.where(skip, control.age, optax.safe_increment(control.age))
     return control._replace(
-        age=jnp.where(anew, 0, age),
+        age=jnp.where(anew, 0, grown),
         log_longest=jnp.where(anew, stats.UNKNOWN, longest),
         jumps_in_a_row=jnp.where(anew, 0, in_a_row),
     )
