@@ -461,7 +461,7 @@ class LawReference:
         before, t, self.was_settled = self.log_scale, self.age + 1, self.settled
         if skip:
             applied = self._under_the_hosts(before)
-            self.log_scale = max(applied, before - control.MOST)
+            self.log_scale = max(applied, self._least(before))
             self.ceiling_steps = max(self.ceiling_steps - 1, 0)
             return applied
         alarm = self._alarm(seen, overshoot)
@@ -487,8 +487,8 @@ class LawReference:
         applied = self._under_the_hosts(applied)
         if seen.relative_step is not None:
             self._took(applied + length, t)
+        lasting = applied if begins else max(applied, self._least(before))
         self.ceiling_steps = max(self.ceiling_steps - 1, 0)
-        lasting = applied if begins else max(applied, before - control.MOST)
         self.log_scale = min(wanted, lasting)
         if begins:
             self.turning_point = self.log_scale
@@ -516,6 +516,10 @@ class LawReference:
         self.age = t
         if self.jumps_in_a_row >= control.JUMP_STEPS:
             self.age, self.longest, self.jumps_in_a_row = 0, None, 0
+
+    def _least(self, before: float) -> float:
+        """How far the scale that lasts falls in one step: what the host sets it does at once."""
+        return min(before - control.MOST, self._under_the_hosts(0.0))
 
     def _under_the_hosts(self, log_scale: float) -> float:
         """For a while after a rollback the host sets a ceiling."""

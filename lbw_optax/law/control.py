@@ -358,7 +358,9 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
     limit, control = _limit(control, evidence, moved, bounds)
     # A step that is too long is cut to the limit at once; the scale, which lasts, by at most so
     # much, since the next update may be as short as those before.
-    least = jnp.where(begins, limit, control.log_scale - MOST)
+    least = jnp.where(
+        begins, limit, jnp.minimum(control.log_scale - MOST, _by_host(control, bounds))
+    )
     log_scale = jnp.minimum(moved, jnp.maximum(limit, least))
     # The soft start sets a scale; it does not turn one.
     turning_point = jnp.where(begins, log_scale, control.turning_point)
@@ -446,10 +448,15 @@ def _limit(
     allowed = jnp.where(jumps, longest - at_full, allowed)
     allowed = jnp.where(measured & jnp.isfinite(allowed), allowed, moved)
     floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
-    by_host = jnp.where(control.ceiling_steps > 0, control.log_ceiling, 0.0)
-    limit = jnp.maximum(jnp.minimum(allowed, by_host), floor)
+    limit = jnp.maximum(jnp.minimum(allowed, _by_host(control, bounds)), floor)
     limit = jnp.where(control.pinned, moved, limit)
     return limit, _remember_length(control, limit + at_full, measured, jumps, skip)
+
+
+def _by_host(control: Control, bounds: Bounds) -> jax.Array:
+    """The log-scale that the host has set as the most, for a while after a rollback."""
+    floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
+    return jnp.where(control.ceiling_steps > 0, jnp.maximum(control.log_ceiling, floor), 0.0)
 
 
 def _remember_length(

@@ -164,12 +164,12 @@ def test_an_exhausted_guard_that_observes_ends_nothing(tmp_path):
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_a_broken_first_gradient_is_not_remembered(tmp_path, tier):
-    """Nothing is known yet in the first step: the second tells, and the run begins again."""
+    """Nothing is known yet in the first step: the next ones tell, and the run begins again."""
     huge = batch(0)[0] * np.float32(30), batch(0)[1] * np.float32(1e3)
     tree, rollback, used = run(tmp_path, 140, bad_batches={0: huge}, **TIERS[tier])
     (event,) = rollback.history
     assert (event.to_step, event.reason) == (0, "inner_state")
-    assert event.from_step <= 3
+    assert event.from_step <= 12
     assert used.count(0) == 1
     assert mean_loss(tree) < 1.05 * healthy_loss()
     assert mean_loss(plain(140, batches=lambda i: batch(i) if i else huge)) > 1.5 * healthy_loss()
