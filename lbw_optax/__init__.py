@@ -18,6 +18,7 @@ from lbw_optax.law.events import Event
 from lbw_optax.state import GuardState, adopt, strip
 
 if TYPE_CHECKING:
+    from lbw_optax.report.diagnosis import diagnose as diagnose
     from lbw_optax.rollback.manager import RollbackManager as RollbackManager
 
     __version__: str
@@ -33,6 +34,7 @@ __all__ = [
     "adopt",
     "chain",
     "check",
+    "diagnose",
     "events",
     "explain",
     "lbw_guard",
@@ -44,11 +46,18 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What is made when it is asked for: `RollbackManager` needs Orbax, an extra."""
+    """What is made when it is asked for: `RollbackManager` needs Orbax, an extra.
+
+    `diagnose` is for those who look at a log, and no training run should import it.
+    """
     if name == "RollbackManager":
         from lbw_optax.rollback.manager import RollbackManager
 
         return RollbackManager
+    if name == "diagnose":
+        from lbw_optax.report.diagnosis import diagnose
+
+        return diagnose
     if name == "__version__":
         from importlib import metadata
 
@@ -57,4 +66,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "RollbackManager", "__version__"])
+    return sorted([*globals(), "RollbackManager", "__version__", "diagnose"])

@@ -1,0 +1,373 @@
+"""What the guard's detectors would have seen in a run that had no guard: from its log alone."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lbw_optax import law
+from lbw_optax.law import telemetry
+from lbw_optax.law.control import Action, Bounds, Signal
+from lbw_optax.law.divergence import Reason
+from lbw_optax.report import columns as parse
+from lbw_optax.report import reading
+from lbw_optax.report.columns import Columns
+from lbw_optax.report.words import NEAR, advice, number, plural
+from lbw_optax.sentences import ASKS, CAUSES
+
+# The law goes through a log in pieces of this length, so that it is compiled once.
+PIECE = 4096
+# The level of a loss, in words, is the median of this many entries.
+LEVEL = 10
+# A loss has come back when less than this share of its rise is left.
+LEFT_OF_RISE = 0.1
+# Differences between neighbouring levels of the loss that a slow rise must exceed.
+MANY = 10
+
+
+class Finding(NamedTuple):
+    """What one detector saw, in one entry or in a row of them.
+
+    Attributes:
+      step: of the first entry, as the log has it.
+      last_step: of the last one.
+      signal: "nonfinite_loss", "nonfinite_gradients", "gradient_norm" or "loss" (a jump); of a
+        loss that has risen and stays there, or of another reason to go back, "rollback".
+      value: of that signal in the first entry, in its own unit; None of a rollback.
+      threshold: of that signal there; None of a rollback.
+      times: entries that it saw.
+      reason: of a rollback, the `lbw_optax.law.divergence.Reason` by name; else "".
+    """
+
+    step: int
+    last_step: int
+    signal: str
+    value: float | None = None
+    threshold: float | None = None
+    times: int = 1
+    reason: str = ""
+
+
+class Diagnosis(NamedTuple):
+    """What a log shows.
+
+    Attributes:
+      verdict: "healthy" (nothing was seen), "jumps" (single entries stood out), "risen" (the loss
+        ends well above its lowest level, where it came too slowly for a guard to ask for
+        anything), "recovered" (a guard would have asked to go back, but the loss came back by
+        itself) or "diverged" (it did not).
+      sentence: what was seen first, what came of it and what to do, in plain words.
+      findings: all that was seen, in the order of the log.
+      entries: entries of the log with a loss or a gradient norm.
+      complaints: sentences on what of the log is damaged and was passed over.
+    """
+
+    verdict: str
+    sentence: str
+    findings: tuple[Finding, ...]
+    entries: int
+    complaints: tuple[str, ...]
+
+
+def diagnose(log: str | os.PathLike[str] | Mapping[str, Any]) -> Diagnosis:
+    """Say what the guard would have seen in a run that had none, from its log.
+
+    The law of the guard reads the loss and the gradient norm, entry by entry, as it would have in
+    the run; it cannot see what is in no log, as the overshoot. What follows an intervention cannot
+    be known: the run went on without one. Where a log has an entry only every so many steps, its
+    numbers are means, and a jump of one step may not show.
+
+    Args:
+      log: a file of JSON Lines (an object with ``loss`` or ``grad_norm`` a line), a CSV file, a
+        ``trainer_state.json`` of a Hugging Face Trainer, a TensorBoard event file where its reader
+        is installed, or a directory with one of them; or a mapping with arrays of one length under
+        "loss", "gradient_norm" and "step", any of which may be missing but for one of the first
+        two. Other programs' usual names are known.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is none of these, or has neither a loss nor a gradient norm.
+      ImportError: for a TensorBoard log where no reader is installed.
+
+    Example:
+      >>> import numpy as np, lbw_optax
+      >>> falling = 3 * 0.99 ** np.arange(60)
+      >>> found = lbw_optax.diagnose({"loss": np.append(falling, np.full(40, np.nan))})
+      >>> found.verdict, found.findings[0].signal, found.findings[0].step
+      ('diverged', 'nonfinite_loss', 60)
+    """
+    if isinstance(log, Mapping):
+        return of_columns(parse.of_mapping(log), "the log")
+    run = reading.read(Path(log))
+    return of_columns(run.columns, str(log), tuple(run.complaints))
+
+
+def of_columns(columns: Columns, name: str, complaints: tuple[str, ...] = ()) -> Diagnosis:
+    """The same, of columns that were read before.
+
+    Raises:
+      ValueError: if there is neither a loss nor a gradient norm.
+    """
+    given = [x for x in ("loss", "gradient_norm") if x in columns]
+    if not given:
+        others = ", ".join(list(columns)[:12]) or "none"
+        raise ValueError(
+            f"{name} has neither a loss nor a gradient norm among its columns ({others}): call "
+            "one of them loss or grad_norm."
+        )
+    entries = np.any([~np.isnan(columns[x]) for x in given], axis=0)
+    step = reading.steps(columns)[entries]
+    loss, norm = (columns.get(x, np.full(len(entries), np.nan))[entries] for x in _READ)
+    findings = _findings(step, loss, norm)
+    verdict = _verdict(findings, step, loss)
+    sentence = _sentence(verdict, findings, step, loss)
+    return Diagnosis(verdict, sentence, findings, len(step), complaints)
+
+
+_READ = ("loss", "gradient_norm")
+
+
+class _Entry(NamedTuple):
+    """One entry as the law reads it; infinite where a number is not finite, NaN where none is."""
+
+    loss: Any
+    norm: Any
+
+
+def _findings(step: np.ndarray, loss: np.ndarray, norm: np.ndarray) -> tuple[Finding, ...]:
+    """In the order of the log; entries of one kind that are near each other become one finding."""
+    found: list[Finding] = []
+    seen = _watch(loss, norm)
+    newest, row, asked_before = -NEAR, -1, 0
+    for i in np.flatnonzero((seen.signal > 0) | (np.diff(seen.asked, prepend=0) != 0)).tolist():
+        here, signal, asked = int(step[i]), int(seen.signal[i]), int(seen.asked[i])
+        if signal:
+            name = Signal(signal).name.lower()
+            if i - newest < NEAR and found[row].signal == name:
+                found[row] = found[row]._replace(last_step=here, times=found[row].times + 1)
+            else:
+                row = len(found)
+                value, threshold = float(seen.value[i]), float(seen.threshold[i])
+                found.append(Finding(here, here, name, value, threshold))
+            newest = i
+        if asked not in (0, asked_before):
+            found.append(Finding(here, here, "rollback", reason=Reason(asked).name.lower()))
+        asked_before = asked
+    return tuple(found)
+
+
+class _Seen(NamedTuple):
+    """What the law says of each entry, arrays."""
+
+    signal: Any  # int32, a `Signal`: why it stands out, or NONE
+    value: Any
+    threshold: Any
+    asked: Any  # int32, a `Reason`
+
+
+def _watch(loss: np.ndarray, norm: np.ndarray) -> _Seen:
+    """The law over the whole log. Without a gradient norm it is given one that never changes."""
+    if np.isnan(norm).all():
+        norm = np.ones_like(norm)
+    held, pieces = law.init(_BOUNDS), []
+    for start in range(0, len(loss), PIECE):
+        piece = _Entry(*(x[start : start + PIECE] for x in (loss, norm)))
+        short = PIECE - len(piece.loss)
+        whole = _Entry(*(np.pad(x, (0, short), constant_values=np.nan) for x in piece))
+        held, seen = _go_through(held, whole)
+        pieces.append([np.asarray(x)[: PIECE - short] for x in seen])
+    if not pieces:
+        return _Seen(*(np.zeros(0) for _ in _Seen._fields))
+    return _Seen(*(np.concatenate(x) for x in zip(*pieces, strict=True)))
+
+
+# The scale is 1 in all of it: nothing intervenes.
+_BOUNDS = Bounds(min_scale=1.0)
+
+
+@jax.jit
+def _go_through(held: law.Law, entries: _Entry) -> tuple[law.Law, _Seen]:
+    blank = telemetry.init(jnp.ones(1))
+
+    def one(held: law.Law, entry: _Entry) -> tuple[law.Law, _Seen]:
+        has_loss, has_norm = jnp.isfinite(entry.loss), jnp.isfinite(entry.norm)
+        broken_norm = jnp.isinf(entry.norm)
+        seen = blank._replace(
+            loss=jnp.where(has_loss, entry.loss, 0.0),
+            has_loss=has_loss,
+            nonfinite_loss=jnp.isinf(entry.loss).astype(jnp.int32),
+            # An entry without a norm, among others with one, is as the mean of them.
+            gradient_norm=jnp.where(has_norm, entry.norm, jnp.exp(held.statistics.gradient.mean)),
+            has_gradient=~broken_norm,
+            nonfinite_gradients=broken_norm.astype(jnp.int32),
+        )
+        after, decision = law.step(held, seen, _BOUNDS)
+        # A skip, or a loss that has jumped; what else the law reports is of the scale.
+        stands_out = (decision.action == Action.SKIP) | (decision.action == Action.HOLD)
+        return after, _Seen(
+            signal=jnp.where(stands_out, decision.signal, Signal.NONE),
+            value=decision.value,
+            threshold=decision.threshold,
+            asked=after.divergence.rollback_asked,
+        )
+
+    as_float32 = _Entry(*(jnp.asarray(x, jnp.float32) for x in entries))
+    return jax.lax.scan(one, held, as_float32)
+
+
+def _verdict(findings: tuple[Finding, ...], step: np.ndarray, loss: np.ndarray) -> str:
+    asked = _asked(findings)
+    given = loss[~np.isnan(loss)]
+    if len(given) and not np.isfinite(given[-LEVEL:]).any():
+        return "diverged"
+    if asked is not None:
+        return "recovered" if _has_come_back(asked, step, loss) else "diverged"
+    if _has_risen(loss):
+        return "risen"
+    return "jumps" if findings else "healthy"
+
+
+def _has_risen(loss: np.ndarray) -> bool:
+    """Whether the loss ends far above its lowest level.
+
+    That is by more than its levels differ from one to the next, many times over, and by more than a
+    tenth of all that it had fallen.
+    """
+    levels = _levels(loss)
+    if len(levels) < 5:
+        return False
+    rise, noise = np.median(levels[-3:]) - levels.min(), np.median(np.abs(np.diff(levels)))
+    return bool(rise > max(MANY * noise, LEFT_OF_RISE * (levels[0] - levels.min())))
+
+
+def _has_come_back(asked: Finding, step: np.ndarray, loss: np.ndarray) -> bool:
+    """Whether the loss ends near the lowest level that it had before the guard would have asked."""
+    before = _levels(loss[step < asked.step])
+    after = loss[(step >= asked.step) & np.isfinite(loss)]
+    if not (len(before) and len(after)):
+        return False
+    lowest, end = before.min(), np.median(after[-LEVEL:])
+    return bool(end - lowest <= LEFT_OF_RISE * max(after.max() - lowest, 0.0))
+
+
+def _levels(loss: np.ndarray) -> np.ndarray:
+    """The median of each stretch of `LEVEL` finite losses."""
+    finite = loss[np.isfinite(loss)]
+    whole = finite[: len(finite) // LEVEL * LEVEL].reshape(-1, LEVEL)
+    return np.median(whole if len(whole) else finite[None], axis=1) if len(finite) else finite
+
+
+def _sentence(
+    verdict: str, findings: tuple[Finding, ...], step: np.ndarray, loss: np.ndarray
+) -> str:
+    if not len(step):
+        return "The log has no entry with a loss or a gradient norm."
+    seen = f"in {plural(len(step), 'entry')}, steps {step.min():,.0f} to {step.max():,.0f}"
+    if verdict == "healthy":
+        return f"Nothing stands out {seen}: the guard would have done nothing. {_end(loss)}".strip()
+    asked = _asked(findings)
+    said = _risen(findings, step, loss) if verdict == "risen" else []
+    if not said:
+        first = findings[0] if asked is None else _led_to(asked, findings)
+        said = _troubles(first, asked, findings, step, loss)
+        began = first.step if asked is not first else _rises_from(asked.step, step, loss)
+        what_to_do = advice(_cause(first), began, lost=verdict == "diverged")
+    else:
+        began = _rises_from(int(step[-1]), step, loss)
+        what_to_do = advice("loss", began, lost=True)
+    stood_out = sum(x.times for x in findings if x.signal != "rollback")
+    came_of_it = {
+        "jumps": f"In all, {stood_out:,} of {plural(len(step), 'entry')} stood out; the run "
+        "went on.",
+        "recovered": "The loss came back by itself.",
+        "diverged": "It has not come back.",
+        "risen": "",
+    }
+    return " ".join(x for x in (*said, came_of_it[verdict], _end(loss), what_to_do) if x)
+
+
+def _risen(findings: tuple[Finding, ...], step: np.ndarray, loss: np.ndarray) -> list[str]:
+    singly = sum(x.times for x in findings)
+    before = f" {plural(singly, 'entry')} stood out, singly." if singly else ""
+    began = _rises_from(int(step[-1]), step, loss)
+    return [
+        f"The loss rises from about step {began:,} on, too slowly for a guard to ask to go "
+        f"back.{before}"
+    ]
+
+
+def _troubles(
+    first: Finding,
+    asked: Finding | None,
+    findings: tuple[Finding, ...],
+    step: np.ndarray,
+    loss: np.ndarray,
+) -> list[str]:
+    earlier = sum(x.times for x in findings[: findings.index(first)])
+    said = [_first(first, earlier, step, loss)]
+    if asked is not None and asked is not first:
+        said.append(f"At step {asked.step:,} the guard would have asked to go back: {_ask(asked)}.")
+    return said
+
+
+def _asked(findings: tuple[Finding, ...]) -> Finding | None:
+    return next((x for x in findings if x.signal == "rollback"), None)
+
+
+def _led_to(asked: Finding, findings: tuple[Finding, ...]) -> Finding:
+    """Where the trouble began that ended in this: the first of a chain with short gaps."""
+    first = asked
+    for found in reversed(findings[: findings.index(asked)]):
+        if first.step - found.last_step >= NEAR:
+            break
+        first = found
+    return first
+
+
+def _first(found: Finding, earlier: int, step: np.ndarray, loss: np.ndarray) -> str:
+    before = f" ({plural(earlier, 'entry')} had stood out before, singly)" if earlier else ""
+    if found.signal == "rollback":
+        since = f" It rises from about step {_rises_from(found.step, step, loss):,} on."
+        return (
+            f"At step {found.step:,} the guard would have asked to go back: {_ask(found)}{before}."
+            f"{since if found.reason == 'loss' else ''}"
+        )
+    numbers = ""
+    if found.signal in ("loss", "gradient_norm") and found.value is not None:
+        numbers = f" ({number(found.value)}; the threshold was {number(found.threshold or 0.0)})"
+    row = f", {found.times:,} times to step {found.last_step:,}" if found.times > 1 else ""
+    what = "The trouble begins" if earlier else "The first trouble is"
+    return f"{what} at step {found.step:,}: {CAUSES[found.signal]}{numbers}{row}{before}."
+
+
+def _ask(found: Finding) -> str:
+    return ASKS[Reason[found.reason.upper()]]
+
+
+def _cause(found: Finding) -> str:
+    return found.reason if found.signal == "rollback" else found.signal
+
+
+def _rises_from(at: int, step: np.ndarray, loss: np.ndarray) -> int:
+    """The last step up to that one at which the loss was near its lowest level."""
+    before = np.isfinite(loss) & (step <= at)
+    levels, ends = _levels(loss[before]), step[before][LEVEL - 1 :: LEVEL]
+    if len(ends) < 2:
+        return at
+    low = levels.min() + LEFT_OF_RISE * (levels[-1] - levels.min())
+    return int(ends[np.flatnonzero(levels <= low)[-1]])
+
+
+def _end(loss: np.ndarray) -> str:
+    levels = _levels(loss)
+    if not len(levels):
+        return ""
+    given = loss[~np.isnan(loss)]
+    if not np.isfinite(given[-LEVEL:]).any():
+        return f"The loss ends not finite; its lowest level was {number(levels.min())}."
+    end = np.median(given[np.isfinite(given)][-LEVEL:])
+    return f"The loss ends at {number(end)}; its lowest level was {number(min(levels.min(), end))}."

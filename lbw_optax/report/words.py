@@ -1,0 +1,314 @@
+"""One paragraph on a guarded run: first cause, first step, what was done, how it ended, what to do.
+
+For whoever opens the report first thing in the morning. What a cause is called is in
+`lbw_optax.sentences`.
+"""
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from lbw_optax.law.control import LOW
+from lbw_optax.law.divergence import SKIP_STEPS, Reason
+from lbw_optax.report.reading import Run, kept, steps
+from lbw_optax.sentences import ASKS, CAUSES
+
+# Of a cause, what to look at. {step} is the first, {where} names the first few.
+_LOOK = {
+    "nonfinite_gradients": "look at the batches of {where}, and at the number format: float16 "
+    "overflows, bfloat16 does not",
+    "nonfinite_loss": "look at the batches of {where}, and at the loss function: an empty batch, a "
+    "logarithm of 0 or a division by 0 makes such a loss",
+    "nonfinite_updates": "restore a state from before step {step:,}: a moment of the optimizer is "
+    "corrupt",
+    "gradient_norm": "look at the batches of {where}; if they are in order, clip the gradients",
+    "loss": "look at the batches of {where} and just before; if they are in order, lower the "
+    "learning rate",
+    "overshoot": "lower the learning rate",
+    "relative_step": "lower the learning rate",
+    "parameters": "restore a state from before step {step:,}, and look for broken memory",
+    "inner_state": "restore a state from before step {step:,}: a moment of the optimizer is "
+    "corrupt",
+    "skips": "look at the batches from step {step:,} on",
+    "request": "",
+}
+# Troubles with no more steps than this between them have to do with each other: as many as a
+# rollback goes back.
+NEAR = 50
+# What a guard does to a run, apart from reports and from growing again.
+_DONE = {
+    "skip": "skipped {steps}",
+    "clip": "scaled a gradient back {times}",
+    "cut": "cut the updates {times}",
+    "hold": "held their growth back {times}",
+}
+
+
+def paragraph(run: Run) -> str:
+    """What happened in a guarded run, in plain words."""
+    troubles = [line for line in run.audit if line["action"] in (*_DONE, "rollback")]
+    sentences = [_extent(run)]
+    if troubles:
+        first = troubles[0]
+        sentences += [_first(first), _done(run.audit)]
+    elif run.audit:
+        sentences.append("The guard did nothing but let the updates grow.")
+    else:
+        sentences.append("The guard had nothing to do." if run.guarded else "")
+    sentences += [_scale(run), _end(run), _advice(run, troubles)]
+    return " ".join(x for x in sentences if x)
+
+
+def advice(cause: str, step: int, *, lost: bool, where: str = "") -> str:
+    """What to do about a cause, as a sentence; "" for nothing.
+
+    Args:
+      cause: a signal, or the reason of a rollback.
+      step: that it was first seen at.
+      lost: whether the run is to be taken back to before that.
+      where: the steps, in words; else that one.
+    """
+    look = _LOOK.get(cause, "look at the batches of {where}")
+    look = look.format(step=step, where=where or f"step {step:,}")
+    if lost and "restore" not in look:
+        back = f"restore a checkpoint from before step {step:,}"
+        look = f"{back}, and {look}" if look else back
+    return f"What to do: {look}." if look else ""
+
+
+def plural(count: int, noun: str) -> str:
+    """
+    >>> plural(1, "step"), plural(12345, "entry")
+    ('1 step', '12,345 entries')
+    """
+    many = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return f"{count:,} {noun if count == 1 else many}"
+
+
+def number(x: float) -> str:
+    """Three digits.
+
+    >>> number(3.14159), number(0.0), number(2e7), number(659.76)
+    ('3.14', '0', '2e+07', '660')
+    """
+    return f"{x:.3g}"
+
+
+def multiplicity(line: dict[str, Any]) -> int:
+    """Interventions in one line of an audit log: a row of skips is one line."""
+    count = line.get("count", 1)
+    return count if type(count) is int and count > 0 else 1
+
+
+def counts(audit: list[dict[str, Any]]) -> Counter[str]:
+    """How many there were of each action."""
+    total: Counter[str] = Counter()
+    for line in audit:
+        total[line["action"]] += multiplicity(line)
+    return total
+
+
+def skips_that_stayed(audit: list[dict[str, Any]]) -> int:
+    """Skipped steps less those that a rollback undid: these count as steps made again.
+
+    >>> skip = {"action": "skip", "step": 8, "last_step": 9, "count": 2}
+    >>> back = {"action": "rollback", "step": 7, "from_step": 10, "to_step": 7}
+    >>> skips_that_stayed([skip]), skips_that_stayed([skip, back])
+    (2, 0)
+    """
+    skipped: list[int] = []
+    for line in audit:
+        if line["action"] == "skip" and "step" in line:
+            skipped += range(line["step"], line["step"] + multiplicity(line))
+        elif line["action"] == "rollback" and _distance(line):
+            while skipped and skipped[-1] >= line["to_step"]:
+                skipped.pop()
+    return len(skipped)
+
+
+def run_again(run: Run) -> tuple[int, float]:
+    """Updates that were made and then undone, or made again after a resume; and their seconds.
+
+    The seconds are NaN where the log has no times.
+    """
+    step = steps(run.columns)
+    undone = ~kept(step)
+    times = run.columns.get("time")
+    if times is None or len(times) < 2:
+        return int(undone.sum()), math.nan
+    # The time between two lines, without the pauses of a run that was stopped in between.
+    passed = np.diff(times)
+    passed = passed[np.isfinite(passed) & (passed > 0)]
+    usual = float(np.median(passed)) if len(passed) else math.nan
+    return int(undone.sum()), undone.sum() * usual
+
+
+def _extent(run: Run) -> str:
+    step = steps(run.columns)
+    if not len(step):
+        return "There are interventions only, no metrics."
+    end = {
+        True: "came to its end",
+        False: "has not come to its end: it was stopped, or is still going on",
+        None: "",
+    }[run.finished]
+    made = f"The run is logged from step {step.min():,.0f} to {step.max():,.0f}"
+    return f"{made} and {end}." if end else f"{made}."
+
+
+def _first(line: dict[str, Any]) -> str:
+    numbers = ""
+    if line.get("signal") in ("loss", "gradient_norm", "relative_step"):
+        seen = [x for x in (line.get("value"), line.get("threshold")) if isinstance(x, float | int)]
+        if len(seen) == 2:
+            numbers = f" ({number(seen[0])}; the threshold was {number(seen[1])})"
+    return f"The first trouble was at step {line['step']:,}: {_why(line)}{numbers}."
+
+
+def _why(line: dict[str, Any]) -> str:
+    """The cause of an intervention in words; one that is not known, by its name."""
+    signal = str(line.get("signal", ""))
+    if signal.upper() in Reason.__members__ and line["action"] == "rollback":
+        return ASKS.get(Reason[signal.upper()], "a person asked for it")
+    return CAUSES.get(signal, signal)
+
+
+def _done(audit: list[dict[str, Any]]) -> str:
+    total = counts(audit)
+    done = [
+        said.format(steps=plural(total[x], "step"), times=_times(total[x]))
+        for x, said in _DONE.items()
+        if total[x]
+    ]
+    back = [line for line in audit if line["action"] == "rollback"]
+    if back:
+        undone = sum(_distance(line) for line in back)
+        reason = _why(back[0])
+        first = "the first time because" if len(back) > 1 else "because"
+        done.append(
+            f"went back {_times(len(back))}, over {plural(undone, 'step')}, {first} {reason}"
+        )
+    listed = done[0] if len(done) == 1 else ", ".join(done[:-1]) + " and " + done[-1]
+    return f"The guard {listed}."
+
+
+def _distance(line: dict[str, Any]) -> int:
+    left, back = line.get("from_step"), line.get("to_step")
+    return max(left - back, 0) if isinstance(left, int) and isinstance(back, int) else 0
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count:,} times")
+
+
+def _scale(run: Run) -> str:
+    """Where the updates came to, if that is well below what the user asked for."""
+    last = _last_scale(run)
+    if last is None:
+        return ""
+    if last < LOW:
+        return (
+            f"At the end the updates are held at {number(100 * last)} %: the learning rate looks "
+            f"{number(1 / last)} times too high."
+        )
+    return f"At the end the updates are at {number(100 * last)} %."
+
+
+def _last_scale(run: Run) -> float | None:
+    scale = run.columns.get("scale", np.zeros(0))
+    scale = scale[np.isfinite(scale) & (scale > 0)]
+    if len(scale):
+        return float(scale[-1])
+    told = [x for line in run.audit if isinstance(x := line.get("scale_after"), float) and x > 0]
+    return told[-1] if told else None
+
+
+def _end(run: Run) -> str:
+    loss = run.columns.get("loss", np.zeros(0))
+    loss = loss[kept(steps(run.columns))] if len(loss) else loss
+    given = loss[~np.isnan(loss)]
+    if not len(given):
+        return ""
+    finite = given[np.isfinite(given)]
+    if not len(finite):
+        return "The loss was never finite."
+    lowest = f"its lowest was {number(finite.min())}"
+    if not np.isfinite(given[-10:]).any():
+        return f"The loss ends not finite; {lowest}."
+    return (
+        f"The loss went from {number(finite[0])} to {number(float(np.median(finite[-10:])))}; "
+        f"{lowest}."
+    )
+
+
+def _is_lost(run: Run) -> bool:
+    """Whether the guard gave up, or the last losses are not finite."""
+    loss = run.columns.get("loss", np.zeros(0))
+    given = loss[~np.isnan(loss)][-10:]
+    return _gave_up(run) or bool(len(given) and not np.isfinite(given).any())
+
+
+def _gave_up(run: Run) -> bool:
+    return bool((run.columns.get("exhausted", np.zeros(0))[-1:] == 1).any())
+
+
+def _advice(run: Run, troubles: list[dict[str, Any]]) -> str:
+    last = _last_scale(run)
+    if _is_lost(run):
+        gave_up = "The guard has used up what it may do" if _gave_up(run) else "The run is lost"
+        if not troubles:
+            return f"{gave_up}. {advice('', int(steps(run.columns)[-1]), lost=True)}"
+        line = _began(troubles)
+        what = f"{gave_up}; what ended it began at step {line['step']:,}: {_why(line)}."
+        return f"{what} {advice(str(line.get('signal', '')), line['step'], lost=True)}"
+    rate = ""
+    if last is not None and last < LOW:
+        rate = f"What to do: lower the learning rate to about {last:.2g} times what it is."
+    weight = Counter[str]()
+    for line in troubles:
+        if line["action"] in ("skip", "clip") or (line["action"] == "hold" and not rate):
+            weight[str(line.get("signal", ""))] += multiplicity(line)
+    if not weight and not rate and troubles:
+        weight[str(troubles[0].get("signal", ""))] += 1
+    if not weight:
+        return rate or ("There is nothing to do." if run.guarded else "")
+    signal = weight.most_common(1)[0][0]
+    of_signal = [line for line in troubles if str(line.get("signal", "")) == signal]
+    rest = advice(signal, of_signal[0]["step"], lost=False, where=_where(of_signal))
+    return f"{rate} {rest.replace('What to do: look', 'Also look')}" if rate else rest
+
+
+def _began(troubles: list[dict[str, Any]]) -> dict[str, Any]:
+    """The trouble that the end began with.
+
+    A last row of skips that is long enough to end a run, or else the first of the troubles that
+    follow one another up to the last, with short gaps.
+    """
+    first = troubles[-1]
+    if first["action"] == "skip" and multiplicity(first) >= SKIP_STEPS:
+        return first
+    for line in reversed(troubles[:-1]):
+        if abs(first["step"] - line.get("last_step", line["step"])) > NEAR:
+            break
+        first = line
+    return first
+
+
+def _where(lines: list[dict[str, Any]]) -> str:
+    """The steps of the first few.
+
+    >>> _where([{"step": 4}, {"step": 9, "last_step": 11, "count": 3}])
+    'steps 4 and 9 to 11'
+    """
+    places = [
+        f"{line['step']:,}" + (f" to {line['last_step']:,}" if "last_step" in line else "")
+        for line in lines
+    ]
+    places = list(dict.fromkeys(places))
+    if len(places) == 1:
+        return ("steps " if "to" in places[0] else "step ") + places[0]
+    if len(places) > 3:
+        return f"steps {', '.join(places[:3])} and others"
+    return f"steps {', '.join(places[:-1])} and {places[-1]}"

@@ -1,0 +1,343 @@
+"""The page of a run: its numbers against the files, its extremes, its size, and bad input."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from support import storm
+
+import lbw_optax
+from lbw_optax.report import command, reading, report, sampling, words
+
+BAD = (30, 31, 32, 55)
+
+
+def log_line(step, state, loss):
+    """What `train.logs` writes of a step."""
+    metrics = {name: np.asarray(x).item() for name, x in lbw_optax.metrics(state).items()}
+    metrics |= {"regime": lbw_optax.REGIMES[metrics["regime"]], "loss": loss, "time": 1e9 + step}
+    line = {k: x for k, x in metrics.items() if not k.startswith("gradient_log2")}
+    return json.dumps({"step": step, "learning_rate": 0.1, **line}) + "\n"
+
+
+def logged(place, bad):
+    """The directory of a real run of 80 steps with NaN gradients at these."""
+    place.mkdir()
+    with (
+        (place / "log.jsonl").open("w") as log,
+        lbw_optax.AuditLog(place / "events.jsonl") as audit,
+    ):
+        for step, state in storm(80, bad=bad):
+            log.write(log_line(step + 1, state, None if step == 55 else 2 - step / 100))
+            if step % 40 == 39:
+                audit.record(step + 1, state)
+    return place
+
+
+@pytest.fixture(scope="module")
+def stormy(tmp_path_factory):
+    return logged(tmp_path_factory.mktemp("runs") / "stormy", BAD)
+
+
+def page_of(*runs, out=None):
+    return report(runs, out).read_text(encoding="utf-8")
+
+
+def drawings(page):
+    """Every drawing of a page, by its title; well-formed, or this raises."""
+    found = re.findall(r"<figcaption>(.*?)</figcaption>(<svg.*?</svg>)", page)
+    assert len(found) == page.count("<figcaption>")
+    return {title: ElementTree.fromstring(svg) for title, svg in found}
+
+
+def values(chart, name):
+    """What is drawn of a run, read back from the path: (step, value) pairs."""
+    path = next(p for p in chart.iter("path") if p.get("data-n") == name)
+    x0, x1, y0, y1 = (float(chart.get(f"data-{k}")) for k in ("x0", "x1", "y0", "y1"))
+    numbers = np.array(re.findall(r"-?[\d.]+", path.get("d").replace("h.1", "")), float)
+    x, y = numbers.reshape(-1, 2).T
+    value = y0 + (y1 - y0) * (1 - (y - 14) / 150)
+    return x0 + (x1 - x0) * (x - 62) / 898, 10**value if chart.get("data-log") == "1" else value
+
+
+def test_the_page_of_a_guarded_run_has_what_its_files_have(stormy):
+    page = page_of(stormy)
+    charts = drawings(page)
+    assert {"Loss", "Learning rate, before the scale", "Gradient norm"} <= charts.keys()
+    lines = [json.loads(x) for x in (stormy / "log.jsonl").read_text().splitlines()]
+    steps, losses = zip(
+        *[(x["step"], x["loss"]) for x in lines if x["loss"] is not None], strict=True
+    )
+    drawn = values(charts["Loss"], "stormy")
+    np.testing.assert_allclose(drawn[0], steps, atol=0.05)
+    np.testing.assert_allclose(drawn[1], losses, atol=0.001)
+
+    audit = [json.loads(x) for x in (stormy / "events.jsonl").read_text().splitlines()]
+    times = charts["Regimes and interventions: stormy"]
+    marks = [json.loads(p.get("data-line")) for p in times.iter("path") if p.get("data-line")]
+    assert sorted(x["number"] for x in marks) == sorted(x["number"] for x in audit)
+    assert all(mark in audit for mark in marks)
+    first = next(x["step"] for x in audit if x["action"] in ("skip", "cut", "hold"))
+    assert f"The first trouble was at step {first}: steps are too long for the param" in page
+    assert "The guard skipped 4 steps" in page
+    assert "the batches of steps 30 to 32 and 55" in page
+    (crossed,) = [p for p in charts["Loss"].iter("path") if "nonfinite" in p.get("class")]
+    assert crossed.get("aria-label") == "stormy: not finite, step 56"
+
+
+def test_a_run_that_the_guard_gave_up_is_dated_to_where_its_end_began(tmp_path):
+    page = page_of(logged(tmp_path / "lost", bad=[5, *range(45, 80)]))
+    assert "used up what it may do; what ended it began at step 45: gradients are not" in page
+    assert "restore a checkpoint from before step 45, and look at the batches of step 45" in page
+
+
+def test_the_page_needs_nothing_but_itself(stormy):
+    page = page_of(stormy)
+    assert not re.search(r"(src|href)=|url\((?!#)|@import|<link|fetch\(", page)
+    addresses = set(re.findall(r"https?://[^\s\"']+", page))
+    assert addresses <= {"http://www.w3.org/2000/svg"}  # a name, no address
+
+
+def test_several_runs_are_laid_over_each_other(stormy, tmp_path):
+    other = tmp_path / 'a & "b" <c>'
+    shutil.copytree(stormy, other)
+    charts = drawings(page_of(stormy, other, out=tmp_path / "both.html"))
+    names = [p.get("data-n") for p in charts["Loss"].iter("path") if p.get("data-n")]
+    assert names == ["stormy", 'a & "b" <c>']
+    dashes = {p.get("class").split()[-1] for p in charts["Loss"].iter("path") if p.get("data-n")}
+    assert len(dashes) == 2
+
+
+def test_an_audit_log_alone_is_enough(stormy, tmp_path):
+    text = (stormy / "events.jsonl").read_text()
+    (tmp_path / "audit.jsonl").write_text(text + '{"number": 9, "ac')
+    read = reading.read(tmp_path)
+    page = page_of(tmp_path)
+    assert "There are interventions only" in page
+    assert "The guard skipped 4 steps" in page
+    assert "Scale: what the updates are multiplied by" in drawings(page)
+    (complaint,) = read.complaints
+    assert "audit.jsonl, line" in complaint
+    assert "What could not be read" in page
+
+
+ROLLBACK = {
+    "number": 0,
+    "step": 6,
+    "regime": "recovering",
+    "signal": "loss",
+    "action": "rollback",
+    "scale_before": 1.0,
+    "scale_after": 0.5,
+    "from_step": 9,
+    "to_step": 6,
+    "rate_multiple": 0.5,
+}
+
+
+def test_what_a_rollback_undid_is_drawn_apart_and_counted(tmp_path):
+    made = [*range(1, 10), 7, 8, 9, 10, 11, 12]
+    left = [9.0 if step > 6 and i < 9 else 3.0 - step / 10 for i, step in enumerate(made)]
+    log = [
+        {"step": step, "loss": loss, "time": 2.0 * i}
+        for i, (step, loss) in enumerate(zip(made, left, strict=True))
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
+    (tmp_path / "events.jsonl").write_text(json.dumps(ROLLBACK) + "\n")
+    run = reading.read(tmp_path)
+    assert words.run_again(run) == (3, 6.0)
+    page = page_of(tmp_path)
+    loss = drawings(page)["Loss"]
+    step, value = values(loss, tmp_path.name)
+    np.testing.assert_allclose(step, np.arange(1, 13), atol=0.02)
+    np.testing.assert_allclose(value, 3 - np.arange(1, 13) / 10, atol=0.05)
+    kinds = [p.get("class").split()[0] for p in loss.iter("path")]
+    assert kinds.count("undone") == kinds.count("jump") == 1
+    assert "went back once, over 3 steps, because the loss has risen and stays there" in page
+    assert "<td>3 (20 %)</td><td>6 s</td><td>9 steps</td>" in page
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_least_and_the_largest_of_every_place_are_kept(seed):
+    rng = np.random.default_rng(seed)
+    x = np.sort(rng.integers(0, 5000, 3000)).astype(float)
+    y = rng.standard_cauchy(3000)
+    kept = sampling.extremes(x, y, 0.0, 5000.0, 100)
+    assert len(kept) <= 200
+    assert (np.diff(kept) > 0).all()
+    for k in range(100):
+        inside = np.flatnonzero((x >= 50 * k) & (x < 50 * (k + 1)))
+        drawn = np.intersect1d(inside, kept)
+        assert (y[drawn].min(), y[drawn].max()) == (y[inside].min(), y[inside].max())
+
+
+def test_a_smooth_curve_is_a_mean_of_neighbours():
+    y = np.random.default_rng(0).normal(size=50)
+    expected = [y[max(i - 2, 0) : i + 3].mean() for i in range(50)]
+    np.testing.assert_allclose(sampling.smooth(y, 5), expected, atol=1e-12)
+
+
+def long_run(place, stormy, steps, audit_every=20):
+    """A log of so many steps with all metrics of a real one, noise in each, and one spike."""
+    place.mkdir()
+    line = json.loads((stormy / "log.jsonl").read_text().splitlines()[40])
+    events = [json.loads(x) for x in (stormy / "events.jsonl").read_text().splitlines()]
+    floats = [name for name, x in line.items() if isinstance(x, float)]
+    rng = np.random.default_rng(0)
+    noise = np.exp(0.3 * rng.normal(size=(steps, len(floats))))
+    noise[steps // 3, floats.index("loss")] = 1e4
+    regimes = rng.integers(0, 4, steps)
+    with (place / "log.jsonl").open("w") as log:
+        for i in range(steps):
+            values = dict(zip(floats, noise[i].tolist(), strict=True))
+            regime = lbw_optax.REGIMES[regimes[i]]
+            log.write(json.dumps({**line, **values, "step": i + 1, "regime": regime}) + "\n")
+    with (place / "events.jsonl").open("w") as audit:
+        for number, step in enumerate(range(0, steps, audit_every)):
+            event = {**events[number % len(events)], "number": number, "step": step}
+            event = {k: x for k, x in event.items() if k not in ("count", "last_step")}
+            audit.write(json.dumps(event) + "\n")
+    return place
+
+
+def small_and_with_its_spike(place, steps):
+    page = page_of(place)
+    assert len(page.encode()) <= 300_000
+    step, value = values(drawings(page)["Loss"], place.name)
+    assert abs(step[value.argmax()] - (steps // 3 + 1)) < steps / 500
+    assert math.isclose(value.max(), 1e4, rel_tol=0.02)
+
+
+def test_ten_thousand_steps_are_small_and_keep_their_spike(stormy, tmp_path):
+    small_and_with_its_spike(long_run(tmp_path / "long", stormy, 10_000, audit_every=5), 10_000)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_steps_are_as_small_and_made_in_seconds(stormy, tmp_path):
+    place = long_run(tmp_path / "long", stormy, 100_000)
+    began = time.process_time()
+    small_and_with_its_spike(place, 100_000)
+    assert time.process_time() - began < 12  # a quarter of it where nothing else runs
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_of_hardly_a_step_is_drawn(steps, tmp_path):
+    lines = [json.dumps({"step": i, "loss": 2.0}) + "\n" for i in range(steps)]
+    (tmp_path / "log.jsonl").write_text("".join(lines))
+    assert "Loss" in drawings(page_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 3, "loss": null, "scale": null, "regime": 77, "gradient_norm": -1}',
+        '{"step": null, "loss": 1e308}',
+        '{"step": 1e300, "loss": -1e308, "scale": 0}',
+        '{"action": "skip", "step": 3}',
+        '{"action": "lost", "interventions": 4, "rate_multiple": 1.0}',
+        '{"action": "rollback", "step": 2, "signal": "request", "from_step": 1, "to_step": 9}',
+        '{"action": "something new", "step": 2, "signal": "odd", "value": "x"}',
+        '{"action": "skip", "step": "x", "last_step": []}',
+    ],
+)
+def test_odd_lines_are_no_error(line, stormy, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(stormy, run)
+    for name in ("log.jsonl", "events.jsonl"):
+        with (run / name).open("a") as file:
+            file.write(line + "\n")
+    drawings(page_of(run))
+
+
+def test_the_command_says_what_happened_and_where_it_is(stormy, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert command.main([str(stormy), str(tmp_path / "empty"), "-o", str(tmp_path / "x.html")]) == 0
+    said = capsys.readouterr()
+    assert "stormy: The run is logged from step 1 to 80. The first trouble was at" in said.out
+    assert said.out.splitlines()[-1] == str(tmp_path / "x.html")
+    assert "empty holds no log" in said.err
+    assert command.main([str(tmp_path / "empty")]) == 2
+    assert command.main([str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: there is no such file or directory." in capsys.readouterr().err
+
+
+def test_a_file_that_is_none_of_ours_is_not_written_over(stormy, tmp_path, capsys):
+    other = tmp_path / "notes.html"
+    other.write_text("mine")
+    assert command.main([str(stormy), "-o", str(other)]) == 2
+    assert "is there and no report of ours" in capsys.readouterr().err
+    assert other.read_text() == "mine"
+    ours = tmp_path / "ours.html"
+    for _ in range(2):
+        report([stormy], ours)
+
+
+def test_a_log_of_another_program_is_drawn_with_what_a_guard_would_have_seen(tmp_path):
+    loss = np.where(np.arange(200) < 150, 2.0, np.nan)
+    table = "step,loss\n" + "".join(f"{i},{x}\n" for i, x in enumerate(loss))
+    (tmp_path / "log.csv").write_text(table)
+    path = report([tmp_path / "log.csv"])
+    assert path.name == "log.csv.report.html"
+    page = path.read_text()
+    assert "A run without the guard. The first trouble is at step 150" in page
+    marks = drawings(page)["What a guard would have seen: log.csv"].iter("path")
+    said = [p.get("aria-label") for p in marks if p.get("aria-label")]
+    assert any(x.startswith("Step 150: the loss is not finite, 50 times") for x in said)
+
+
+@pytest.mark.process
+def test_the_module_is_the_command(tmp_path):
+    (tmp_path / "log.csv").write_text("step,loss\n1,2\n2,1\n")
+    ran = subprocess.run(
+        [sys.executable, "-m", "lbw_optax.report", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Nothing stands out in 2 entries" in ran.stdout
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+# What a person does: go through the marks by key, leave, and read a curve with the pointer.
+HANDS = """<script>addEventListener("load", () => {
+  const out = [], tip = document.getElementById("tip");
+  const key = (at, k) => at.dispatchEvent(new KeyboardEvent("keydown", {key: k, bubbles: true}));
+  const lane = document.querySelector('.lane[aria-label="stormy: skipped"]');
+  const marks = lane.querySelectorAll(".mark");
+  marks[0].focus();
+  out.push(tip.hidden, tip.textContent.includes('"action": "skip"'));
+  key(marks[0], "ArrowRight");
+  out.push(document.activeElement === marks[1]);
+  key(document, "Escape");
+  out.push(tip.hidden);
+  const chart = document.querySelector("svg.chart"), box = chart.getBoundingClientRect();
+  chart.dispatchEvent(new MouseEvent("mousemove", {clientX: box.left + box.width / 2,
+    clientY: box.top + 20, bubbles: true}));
+  out.push(tip.firstChild.textContent);
+  document.title = out.join(" ");
+});</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_in_a_browser_there_is_no_error_and_marks_answer_to_keys(stormy, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(page_of(stormy) + HANDS)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    ran = subprocess.run(
+        [BROWSER, *options, f"--user-data-dir={tmp_path / 'user'}", "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in ran.stderr
+    # The pointer is at whole pixels.
+    assert re.search("<title>false true true true step (39|40)</title>", ran.stdout)
