@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.faults import tables as faults
+from benchmarks.health import tables as health
 from benchmarks.parts import front, research, speed
 from benchmarks.records import FOLDER, read
 from benchmarks.stress import tables as stress
@@ -28,6 +29,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "throughput": speed.throughput_short,
         "stress": front.stress,
         "faults": front.faults,
+        "health": lambda: health.summary(read(FOLDER / "health.jsonl")),
     },
     "docs/placements.md": {"placements": front.placements},
     "docs/rollback.md": {"rollback cost": speed.rollback_cost},
@@ -48,6 +50,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
 WHOLE: dict[str, Callable[[], str]] = {
     f"{BENCHMARKS}/STRESS.md": lambda: stress.page(FOLDER / "stress.jsonl", "test", "STRESS.png"),
     f"{BENCHMARKS}/FAULTS.md": lambda: faults.page(read(FOLDER / "faults.jsonl"), "FAULTS.png"),
+    f"{BENCHMARKS}/HEALTH.md": lambda: health.page(read(FOLDER / "health.jsonl")),
 }
 """Pages that are made as a whole."""
 

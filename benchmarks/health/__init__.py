@@ -1,0 +1,1 @@
+"""Sound runs that look ill: what the guard costs them."""
