@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 GROUPS ?= dev
 TESTS ?= not slow
+PATHS ?=
 JOBS ?= 2
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -31,7 +32,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -n $(JOBS) --dist loadfile --durations=10 -m '$(TESTS)'
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --durations=40 -m '$(TESTS)' $(PATHS)
 
 test-slow: install
 	$(BIN)/pytest -n $(JOBS) --dist loadfile -m slow

@@ -74,14 +74,19 @@ def law(guarded: bool) -> str | None:
 
 
 def one_law(records: Iterable[Record]) -> list[Record]:
-    """Of guarded records only those of one law: today's, or else the newest that is there.
+    """Of guarded records only those of one law: that of the most runs of the guard itself.
+
+    Of equally many the newest. So a table changes at once, when the last run of a new law is in.
 
     >>> one_law([{"law": "A"}, {"law": None}, {"law": "B"}])
     [{'law': None}, {'law': 'B'}]
-    >>> one_law([{"law": LAW}, {"law": "a prototype"}]) == [{"law": LAW}]
-    True
+    >>> one_law([{"law": "A"}, {"law": "A"}, {"law": "B"}])
+    [{'law': 'A'}, {'law': 'A'}]
     """
     records = list(records)
-    laws = [law for record in records if (law := record.get("law")) is not None]
-    shown = LAW if LAW in laws else laws[-1] if laws else None
+    guarded = [record for record in records if record.get("law") is not None]
+    own = [record["law"] for record in guarded if record.get("method", "guard") == "guard"]
+    laws = own or [record["law"] for record in guarded]
+    newest_first = dict.fromkeys(reversed(laws))
+    shown = max(newest_first, key=laws.count, default=None)
     return [record for record in records if record.get("law") in (None, shown)]

@@ -116,6 +116,8 @@ def chain(*transformations: optax.GradientTransformation) -> optax.GradientTrans
         )
     guard = transformations[places[0]]
     before, after = transformations[: places[0]], transformations[places[0] + 1 :]
+    for tx in (*before, *after):
+        _require_optimizer(tx)
     inner = after[0] if len(after) == 1 else optax.chain(*after)
     governed = govern(inner, guard.bounds, guard.mode)
     return optax.chain(*before, governed) if before else governed
@@ -209,8 +211,8 @@ def _nodes(tree: PyTree, kind: type) -> list[Any]:
 
 
 def _validate(inner: Any, bounds: Bounds, mode: str) -> None:
-    if not (inner is None or _is_optimizer(inner)):
-        raise ValueError(f"inner must be an Optax optimizer or None, got {inner!r}.")
+    if inner is not None:
+        _require_optimizer(inner)
     if not (isinstance(mode, str) and mode in MODES):
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
     if not _holds(bounds.min_scale, lambda x: 0 < x <= 1):
@@ -221,10 +223,11 @@ def _validate(inner: Any, bounds: Bounds, mode: str) -> None:
             raise ValueError(f"{name} must be a number of at least 1, got {count!r}.")
 
 
-def _is_optimizer(inner: Any) -> bool:
+def _require_optimizer(inner: Any) -> None:
     """`MultiSteps` is one, though no `GradientTransformation`; a class that makes them is not."""
     has_both = callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))
-    return has_both and not isinstance(inner, type)
+    if not has_both or isinstance(inner, type):
+        raise ValueError(f"inner must be an Optax optimizer or None, got {inner!r}.")
 
 
 def _holds(x: Any, condition: Callable[[Any], Any]) -> bool:

@@ -50,7 +50,7 @@ def exhausted(guard: GuardState) -> str:
     """Why a run is stopped, and what to do."""
     held = guard.law.control
     told = "; ".join(_tell(event) for event in events.read(guard.events)[-TOLD:])
-    kept = "The parameters are as they were before the skipped steps."
+    kept = "A skipped step changed no parameter."
     return (
         f"The guard is exhausted after {int(guard.guard_steps)} steps: {int(held.skips)} "
         f"skipped in all, {int(held.skips_in_a_row)} in a row, scale "

@@ -105,9 +105,10 @@ def _made_at(grid: Grid) -> str:
     newest = _newest(grid)
     seeds = ", ".join(str(seed) for seed in sorted({key[3] for key in grid.cells}))
     versions = ", ".join(f"{name} {number}" for name, number in newest["versions"].items())
+    law = next((f"; law {r['law']}" for r in grid.cells.values() if r.get("law")), "")
     return (
         f"Medians over seeds (here {seeds}); {len(grid.cells)} cells at commit "
-        f"{commits(grid.cells.values())} (* with local changes); {versions}; "
+        f"{commits(grid.cells.values())} (* with local changes){law}; {versions}; "
         f"{machines(grid.cells.values())}."
     )
 

@@ -129,8 +129,9 @@ def test_the_newest_line_of_a_cell_counts_and_other_models_do_not():
 
 def test_laws_are_not_mixed():
     old = [record("lora", "guard", k, 4.0, law="old") for k in (1, 3)]
-    grid = grid_of(*old, record("lora", "guard", 1, 4.2, law="new"))
-    assert list(grid.cells) == [("lora", "guard", 1, 0)]
+    new = [record("lora", "guard", k, 4.2, law="new") for k in (3, 10)]
+    assert list(grid_of(*old, *new[:1]).cells) == [("lora", "guard", k, 0) for k in (1, 3)]
+    assert list(grid_of(*old, *new).cells) == [("lora", "guard", k, 0) for k in (3, 10)]
 
 
 def test_rates_that_were_only_tried_are_no_cell():
