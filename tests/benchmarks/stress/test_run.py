@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import support
 from support import refused
 
 from benchmarks import records
@@ -242,19 +243,18 @@ def test_the_tables_have_the_long_runs_when_there_are_any(place, finished):
 
 SCRIPT = """
 import sys
-import pytest
 from pathlib import Path
 from benchmarks.stress import bench, regimes
 from benchmarks.stress import run as stress
 from train import data
 
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:3]
 import test_run
 
 regimes.SIZES["quick"] = test_run.TINY
-bench.RUNS = Path(sys.argv[2]) / "runs"
+bench.RUNS = Path(sys.argv[3]) / "runs"
 data.standard_library = lambda: {"train": ["import os\\n" * 200]}
-stress.main(sys.argv[3:])
+stress.main(sys.argv[4:])
 """
 
 
@@ -262,7 +262,9 @@ def test_a_killed_process_is_continued(place, ready, tmp_path):
     out = tmp_path / "results.jsonl"
     arguments = ["--quick", "--regimes", "recipe", "--methods", "adamw", "--out", str(out)]
     arguments += ["--data-dir", str(place / "corpus"), "--seeds", *"01234"]
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(place), *arguments]
+    here = Path(__file__).parent
+    folders = [here, Path(support.__file__).parent, place]
+    command = [sys.executable, "-c", SCRIPT, *map(str, folders), *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         lines = (line for line in process.stderr if "min left" in line)
         list(itertools.islice(lines, 2))
