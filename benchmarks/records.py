@@ -24,6 +24,7 @@ from typing import Any
 
 from lbw_optax.law.control import LAW
 from train import jsonl
+from train.provenance import machines
 
 FOLDER = Path(__file__).resolve().parent / "results"
 """Of the result files in git."""
@@ -90,3 +91,14 @@ def one_law(records: Iterable[Record]) -> list[Record]:
     newest_first = dict.fromkeys(reversed(laws))
     shown = max(newest_first, key=laws.count, default=None)
     return [record for record in records if record.get("law") in (None, shown)]
+
+
+def law_named(records: Iterable[Record]) -> str:
+    """The law of records that are of one, to be said after their commits."""
+    return next((f"; law {record['law']}" for record in records if record.get("law")), "")
+
+
+def made_with(records: Iterable[Record], newest: Record) -> str:
+    """Versions, as the newest record has them, and the machines of all."""
+    versions = ", ".join(f"{name} {number}" for name, number in newest["versions"].items())
+    return f"{versions}; {machines(records)}"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from lbw_optax import lbw_guard
 from lbw_optax.state import GuardState, find_all
@@ -128,3 +129,13 @@ def assert_all_finite(*trees: Any) -> None:
 def types(tree: Any) -> list[Any]:
     """Shape, dtype, weak type and sharding of every leaf."""
     return [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def refused(main: Callable[[list[str]], Any], arguments: list[str], capsys: Any) -> str:
+    """What a command says, in one line, of arguments that it ends for with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.count("\n") == 1
+    return said

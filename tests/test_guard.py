@@ -177,6 +177,12 @@ def test_a_chain_without_one_guard_at_its_head_is_refused(transformations):
         lbw_optax.chain(*transformations)
 
 
+@pytest.mark.parametrize("tx", [None, optax.adamw], ids=["None", "uncalled"])
+def test_a_chain_names_what_is_no_transformation(tx):
+    with pytest.raises(ValueError, match="inner must be an Optax optimizer"):
+        lbw_optax.chain(lbw_guard(), tx)
+
+
 def same_or_both_nan(actual, expected, compiled=False):
     """To the bit, a compiled program to rounding; a NaN may be any NaN."""
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):

@@ -28,8 +28,8 @@ from benchmarks.faults.results import (
 )
 from benchmarks.faults.targets import interventions, steps_text, targets
 from benchmarks.markdown import numbers
-from benchmarks.records import Record
-from train.provenance import commits, machines
+from benchmarks.records import Record, law_named, made_with
+from train.provenance import commits
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,18 +107,15 @@ _MIX = (
 def _provenance(records: Sequence[Record]) -> str:
     known = cells(records)
     newest = known[-1]
-    shape, versions = newest["model"], newest["versions"]
-    laws = {r["law"] for r in known} - {None}
-    law = f"; law {', '.join(laws)}" if laws else ""
+    shape = newest["model"]
     return (
         f"Data: {newest['data']}. Model: {shape['num_hidden_layers']} layers, "
         f"{shape['hidden_size']} wide, vocabulary {shape['vocab_size']}; sequences of "
         f"{newest['length']}, batch {newest['batch_size']}. Learning rate of all methods: "
         f"{newest['rate']:g}, AdamW's best on valid, after 20 steps of warm-up. Most faults strike "
-        f"in step 100 of 300. Commit {commits(known)} (* with local changes){law}; "
-        + ", ".join(f"{name} {number}" for name, number in versions.items())
-        + f"; {machines(known)}.\n\nMade by `python -m benchmarks.faults` and "
-        "`python -m benchmarks.faults.tables`."
+        f"in step 100 of 300. Commit {commits(known)} (* with local changes)"
+        f"{law_named(known)}; {made_with(known, newest)}.\n\n"
+        "Made by `python -m benchmarks.faults` and `python -m benchmarks.faults.tables`."
     )
 
 

@@ -69,41 +69,51 @@ def _exact() -> Task:
 
 def _line() -> Task:
     x = np.linspace(-1, 1, 50, dtype=np.float32)
-
-    def loss(p: Params, noise: jax.Array) -> jax.Array:
-        return jnp.mean((p[0] * x + p[1] - (3 * x + 7) + noise) ** 2)
-
-    return task(
+    return _noisy(
         "a line, two parameters from zero",
         lambda key: jnp.zeros(2),
-        lambda p, now: loss(p, 0.1 * jax.random.normal(now.key, (50,))),
-        lambda p: loss(p, jnp.zeros(50)) + 0.01,
+        lambda p: p[0] * x + p[1] - (3 * x + 7),
+        noise=0.1,
         rate=0.1,
     )
 
 
 def _bias() -> Task:
-    def loss(w: Params, noise: jax.Array) -> jax.Array:
-        return jnp.mean((w - TARGETS + noise) ** 2)
-
-    return task(
+    return _noisy(
         "one bias under a frozen model, from zero",
         lambda key: jnp.zeros(50),
-        lambda w, now: loss(w, 0.5 * jax.random.normal(now.key, (50,))),
-        lambda w: loss(w, jnp.zeros(50)) + 0.25,
+        lambda w: w - TARGETS,
+        noise=0.5,
         rate=0.03,
     )
 
 
 def _far() -> Task:
     """The parameters must grow to a thousand times their first size."""
-    return task(
+    return _noisy(
         "a target a thousand times as far as the start is long",
         lambda key: 0.1 * jax.random.normal(key, (20,)),
-        lambda w, now: jnp.mean((w - 100 + jax.random.normal(now.key, (20,))) ** 2),
-        lambda w: jnp.mean((w - 100) ** 2) + 1,
+        lambda w: w - 100,
+        noise=1.0,
         rate=0.3,
     )
+
+
+def _noisy(
+    title: str,
+    start: Callable[[jax.Array], Params],
+    error: Callable[[Params], jax.Array],
+    *,
+    noise: float,
+    rate: float,
+) -> Task:
+    """Mean square of errors that are known but for Gaussian noise, anew in every step."""
+
+    def loss(p: Params, now: Now) -> jax.Array:
+        exact = error(p)
+        return jnp.mean((exact + noise * jax.random.normal(now.key, exact.shape)) ** 2)
+
+    return task(title, start, loss, lambda p: jnp.mean(error(p) ** 2) + noise**2, rate=rate)
 
 
 def _factors(title: str, size: float, *, rate: float) -> Task:

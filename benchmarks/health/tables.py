@@ -13,8 +13,8 @@ from benchmarks.health.targets import missed, said, targets
 from benchmarks.health.task import Task
 from benchmarks.health.tasks import tasks
 from benchmarks.markdown import numbers, table
-from benchmarks.records import Record
-from train.provenance import commits, machines
+from benchmarks.records import Record, made_with
+from train.provenance import commits
 
 
 def page(records: Sequence[Record]) -> str:
@@ -72,14 +72,12 @@ def _about() -> str:
 
 def _provenance(results: Results) -> str:
     found = list(results.cells.values())
-    laws = sorted({r["law"] for r in found} - {None})
-    newest = found[-1]["versions"]
     hours = sum(r["seconds"] for r in found) / 3600
+    laws = sorted({r["law"] for r in found} - {None})
     return (
         f"Law {', '.join(laws)}; {len(found)} runs, seeds {spans({r['seed'] for r in found})}, "
-        f"{hours:.1f} hours of one core, at commit {commits(found)} (* with local changes); "
-        + ", ".join(f"{name} {number}" for name, number in newest.items())
-        + f"; {machines(found)}. Made by `python -m benchmarks.health` and "
+        f"{hours:.1f} hours of one core, at commit {commits(found)} (* with local changes), "
+        f"{made_with(found, found[-1])}. Made by `python -m benchmarks.health` and "
         "`python -m benchmarks.pages`."
     )
 

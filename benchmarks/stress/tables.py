@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks import records
 from benchmarks.markdown import numbers
+from benchmarks.records import law_named, made_with
 from benchmarks.stress import figure
 from benchmarks.stress.grid import (
     Grid,
@@ -28,7 +29,7 @@ from benchmarks.stress.methods import METHODS
 from benchmarks.stress.regimes import LONGER, REGIMES
 from benchmarks.stress.run import RESULTS, long_results
 from benchmarks.stress.targets import peers, targets, to_bare
-from train.provenance import commits, machines
+from train.provenance import commits
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,12 +105,10 @@ def _provenance(grid: Grid) -> str:
 def _made_at(grid: Grid) -> str:
     newest = _newest(grid)
     seeds = ", ".join(str(seed) for seed in sorted({key[3] for key in grid.cells}))
-    versions = ", ".join(f"{name} {number}" for name, number in newest["versions"].items())
-    law = next((f"; law {r['law']}" for r in grid.cells.values() if r.get("law")), "")
+    cells = grid.cells.values()
     return (
-        f"Medians over seeds (here {seeds}); {len(grid.cells)} cells at commit "
-        f"{commits(grid.cells.values())} (* with local changes){law}; {versions}; "
-        f"{machines(grid.cells.values())}."
+        f"Medians over seeds (here {seeds}); {len(cells)} cells at commit {commits(cells)} "
+        f"(* with local changes){law_named(cells)}; {made_with(cells, newest)}."
     )
 
 

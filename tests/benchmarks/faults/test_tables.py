@@ -63,12 +63,12 @@ def rows(text):
 def test_a_table_never_mixes_two_laws():
     """An older law's cell that the newer one has not run is not there; peers have no law."""
     older = [record("grid", "nan-gradient", "guard", seed, law="older") for seed in (0, 1)]
-    newer = [record("grid", "nan-gradient", "guard", 1, law="newer")]
-    peers = [record("grid", "nan-gradient", "adamw", seed, law=None) for seed in (0, 1)]
+    newer = [record("grid", "nan-gradient", "guard", seed, law="newer") for seed in (1, 2)]
+    peers = [record("grid", "nan-gradient", "adamw", seed, law=None) for seed in (0, 1, 2)]
     grid = results.load(older + peers + newer).grid
     assert {key: [r["seed"] for r in found] for key, found in grid.items()} == {
-        ("nan-gradient", "guard"): [1],
-        ("nan-gradient", "adamw"): [1],
+        ("nan-gradient", "guard"): [1, 2],
+        ("nan-gradient", "adamw"): [1, 2],
     }
 
 
