@@ -167,7 +167,7 @@ class LawReference:
         self.loss_start = RunningReference(statistics.LOSS)
         self.log_scale = self.turning_point = math.log(max(self.min_scale, control.FIRST_SCALE))
         self.started = self.settled = False
-        self.age, self.longest, self.jumps_in_a_row = 0, None, 0
+        self.age, self.longest, self.shortest, self.others_in_a_row = 0, None, None, 0
         self.gradient_norms: list[float] = []
         self.jumps, self.in_a_jump, self.longest_given = 0, False, statistics.UNKNOWN
         self.row, self.loss_bound = 0, 0.0
@@ -484,6 +484,7 @@ class LawReference:
                 wanted = self._bounded(math.log(control.FIRST_STEP) - length)
             applied = min(wanted, math.log(ceiling) - length)
             applied = self._jump(applied, length, t)
+            self._fall(before, length, t)
         applied = self._under_the_hosts(applied)
         if seen.relative_step is not None:
             self._took(applied + length, t)
@@ -503,8 +504,16 @@ class LawReference:
         self.jumping = applied + length > most
         return min(applied, most - length)
 
+    def _fall(self, before: float, length: float, t: int) -> None:
+        """Far shorter than the shortest of late, at full scale; where the scale is not full."""
+        known = self.longest is not None and t >= control.JUMPS_FROM
+        low = before < math.log(control.FULL)
+        self.falling = known and low and length < self.shortest - math.log(control.FALL)
+        risen = math.inf if self.shortest is None else self.shortest + control.FORGOTTEN / t
+        self.shortest = risen if self.falling else min(risen, length)
+
     def _took(self, log_step: float, t: int) -> None:
-        """The longest step of late is forgotten slowly; after three jumps all begins anew."""
+        """The longest step of late is forgotten slowly; after three others all begins anew."""
         if self.longest is None:
             self.longest = log_step
         else:
@@ -512,10 +521,10 @@ class LawReference:
             most = min(control.GROWTH / t, control.MOST) if self.was_settled else control.MOST
             slowly = log_step if t < control.JUMPS_FROM else min(log_step, self.longest + most)
             self.longest = faded if self.jumping else max(faded, slowly)
-        self.jumps_in_a_row = self.jumps_in_a_row + 1 if self.jumping else 0
+        self.others_in_a_row = self.others_in_a_row + 1 if self.jumping or self.falling else 0
         self.age = t
-        if self.jumps_in_a_row >= control.JUMP_STEPS:
-            self.age, self.longest, self.jumps_in_a_row = 0, None, 0
+        if self.others_in_a_row >= control.OTHER_STEPS:
+            self.age, self.longest, self.shortest, self.others_in_a_row = 0, None, None, 0
 
     def _least(self, before: float) -> float:
         """How far the scale that lasts falls in one step: what the host sets it does at once."""

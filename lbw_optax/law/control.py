@@ -79,11 +79,16 @@ FULL = 0.9
 # overshoot of so many standard deviations more is no reason to cut.
 TRUST = 2.0
 # A relative step of this many times the longest of late is not taken: as after a jump of the
-# learning rate. When so many in a row would be as long, the law begins anew.
-JUMP, JUMP_STEPS = 2.0, 3
+# learning rate.
+JUMP = 2.0
+# A step is far shorter that at full rate is less than the shortest of late over this: as after a
+# fall of the learning rate, where what the law has learned of long steps only hinders.
+FALL = 4.0
+# After so many steps in a row that are as long or as short the law begins anew.
+OTHER_STEPS = 3
 # Before this age steps lengthen as quickly as that in sound runs.
 JUMPS_FROM = 8
-# The longest of late is forgotten as age to the power of minus this.
+# The longest and the shortest of late are forgotten as age to the power of this.
 FORGOTTEN = 0.5
 # Soft start: the first step moves the parameters by this share of their length.
 FIRST_STEP = 0.001
@@ -143,7 +148,8 @@ class Control(NamedTuple):
     started: jax.Array  # bool, the soft start has set the first scale
     age: jax.Array  # int32, steps taken since the law began
     log_longest: jax.Array  # float32, of the relative steps taken of late; UNKNOWN before one
-    jumps_in_a_row: jax.Array  # int32, steps that would have been far longer than that
+    log_shortest: jax.Array  # float32, of those at scale 1 of late; UNKNOWN before one
+    others_in_a_row: jax.Array  # int32, steps far longer than the one or far shorter than the other
     settled: jax.Array  # bool, an alarm has been raised since: growth is no longer quick
     log_ceiling: jax.Array  # float32, of the scale for a while after a rollback
     ceiling_steps: jax.Array  # int32, steps to go under that ceiling
@@ -217,7 +223,8 @@ def init(bounds: Bounds) -> Control:
         started=jnp.array(False),
         age=zero,
         log_longest=jnp.float32(stats.UNKNOWN),
-        jumps_in_a_row=zero,
+        log_shortest=jnp.float32(stats.UNKNOWN),
+        others_in_a_row=zero,
         settled=jnp.array(False),
         log_ceiling=jnp.zeros([], jnp.float32),
         ceiling_steps=zero,
@@ -435,22 +442,32 @@ def _limit(
     """The log-scale that this step may have at most, and what is remembered of steps' lengths.
 
     By the ceiling, by the longest step of late, and for a while after a rollback by what the host
-    set. A rate that has jumped for good is found by several steps in a row that are cut for it: the
-    run is another one from there, and the law begins anew.
+    set. A rate that has jumped for good is found by several steps in a row that are cut for it, one
+    that has fallen by several that are far shorter: the run is another one from there, and the law
+    begins anew. Where the scale is full, a fall leaves nothing to mend.
     """
     skip, age = evidence.rejected > 0, (control.age + 1).astype(jnp.float32)
     measured = evidence.has_step & ~skip
     at_full = evidence.log_step - control.log_scale  # the relative step at scale 1
+    known = measured & (control.log_longest > stats.UNKNOWN) & (age >= JUMPS_FROM)
     allowed = jnp.minimum(moved, evidence.log_ceiling - at_full)
     longest = control.log_longest + math.log(JUMP)
-    jumps = measured & (control.log_longest > stats.UNKNOWN) & (age >= JUMPS_FROM)
-    jumps = jumps & (allowed + at_full > longest)
+    jumps = known & (allowed + at_full > longest)
     allowed = jnp.where(jumps, longest - at_full, allowed)
     allowed = jnp.where(measured & jnp.isfinite(allowed), allowed, moved)
+    falls = known & (at_full < control.log_shortest - math.log(FALL))
+    falls = falls & (control.log_scale < math.log(FULL))
     floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
     limit = jnp.maximum(jnp.minimum(allowed, _by_host(control, bounds)), floor)
     limit = jnp.where(control.pinned, moved, limit)
-    return limit, _remember_length(control, limit + at_full, measured, jumps, skip)
+    others = jnp.where(jumps | falls, control.others_in_a_row + 1, 0)
+    control = control._replace(
+        age=jnp.where(skip, control.age, optax.safe_increment(control.age)),
+        log_longest=_longest(control, limit + at_full, measured, jumps),
+        log_shortest=_shortest(control, at_full, measured, falls),
+        others_in_a_row=jnp.where(measured, others, control.others_in_a_row),
+    )
+    return limit, _begin_anew(control)
 
 
 def _by_host(control: Control, bounds: Bounds) -> jax.Array:
@@ -459,28 +476,37 @@ def _by_host(control: Control, bounds: Bounds) -> jax.Array:
     return jnp.where(control.ceiling_steps > 0, jnp.maximum(control.log_ceiling, floor), 0.0)
 
 
-def _remember_length(
-    control: Control, log_step: jax.Array, measured: jax.Array, jumps: jax.Array, skip: jax.Array
-) -> Control:
-    """The longest step of late, and whether the law begins anew after this one."""
+def _longest(
+    control: Control, log_step: jax.Array, measured: jax.Array, jumps: jax.Array
+) -> jax.Array:
+    """log of the longest step taken of late; it lengthens no faster than the law's own growth."""
     age = control.age + 1
-    faded = control.log_longest - FORGOTTEN / age
-    # It lengthens no faster than the law's own growth: what does, drifts.
+    known = (age >= JUMPS_FROM) & (control.log_longest > stats.UNKNOWN)
     most = jnp.where(control.settled, jnp.minimum(GROWTH / age, MOST), MOST)
-    followed = jnp.minimum(log_step, control.log_longest + most)
-    followed = jnp.where(
-        (age < JUMPS_FROM) | (control.log_longest <= stats.UNKNOWN), log_step, followed
-    )
+    followed = jnp.where(known, jnp.minimum(log_step, control.log_longest + most), log_step)
+    faded = control.log_longest - FORGOTTEN / age
     longest = jnp.where(jumps, faded, jnp.maximum(faded, followed))
-    longest = jnp.where(measured, jnp.maximum(longest, stats.UNKNOWN), control.log_longest)
-    in_a_row = jnp.where(jumps, control.jumps_in_a_row + 1, 0)
-    in_a_row = jnp.where(measured, in_a_row, control.jumps_in_a_row)
-    anew = in_a_row >= JUMP_STEPS
-    grown = jnp.where(skip, control.age, optax.safe_increment(control.age))
+    return jnp.where(measured, jnp.maximum(longest, stats.UNKNOWN), control.log_longest)
+
+
+def _shortest(
+    control: Control, at_full: jax.Array, measured: jax.Array, falls: jax.Array
+) -> jax.Array:
+    """log of the shortest step of late at scale 1; one that falls is none until it stays so."""
+    risen = control.log_shortest + FORGOTTEN / (control.age + 1)
+    known = control.log_shortest > stats.UNKNOWN
+    shortest = jnp.where(falls, risen, jnp.where(known, jnp.minimum(risen, at_full), at_full))
+    return jnp.where(measured, jnp.maximum(shortest, stats.UNKNOWN), control.log_shortest)
+
+
+def _begin_anew(control: Control) -> Control:
+    """The state as in the law's first step, if the last steps were those of another run."""
+    anew = control.others_in_a_row >= OTHER_STEPS
     return control._replace(
-        age=jnp.where(anew, 0, grown),
-        log_longest=jnp.where(anew, stats.UNKNOWN, longest),
-        jumps_in_a_row=jnp.where(anew, 0, in_a_row),
+        age=jnp.where(anew, 0, control.age),
+        log_longest=jnp.where(anew, stats.UNKNOWN, control.log_longest),
+        log_shortest=jnp.where(anew, stats.UNKNOWN, control.log_shortest),
+        others_in_a_row=jnp.where(anew, 0, control.others_in_a_row),
     )
 
 

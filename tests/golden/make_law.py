@@ -34,8 +34,8 @@ CONSTANTS = {
     ),
     control: (
         *("SET_POINT", "GROWTH", "CUT", "MOST", "FIRST_ALARM"),
-        *("SETTLED_FROM", "CEILING", "FULL", "TRUST", "JUMP", "JUMP_STEPS", "JUMPS_FROM"),
-        *("FORGOTTEN", "FIRST_STEP", "FIRST_SCALE", "TURN", "COOL_DOWN", "EARNED"),
+        *("SETTLED_FROM", "CEILING", "FULL", "TRUST", "JUMP", "FALL", "OTHER_STEPS"),
+        *("JUMPS_FROM", "FORGOTTEN", "FIRST_STEP", "FIRST_SCALE", "TURN", "COOL_DOWN", "EARNED"),
         *("LOW", "REST_STEPS", "LONG_RUN", "REJECTED_BOUND", "REJECTED_FROM"),
     ),
     statistics: (

@@ -232,6 +232,25 @@ def test_steps_that_jump_are_limited_and_after_three_the_law_begins_anew(long, a
     )
 
 
+@pytest.mark.parametrize(
+    ("factor", "long", "scale", "anew"),
+    [(0.2, 3, 0.5, True), (0.2, 2, 0.5, False), (0.3, 3, 0.5, False), (0.2, 3, 1.0, False)],
+    ids=["a fall", "too few", "too small", "at the full rate"],
+)
+def test_three_steps_far_shorter_than_of_late_begin_the_law_anew_unless_the_scale_is_full(
+    factor, long, scale, anew
+):
+    state = control.init(BOUNDS)._replace(
+        pinned=jnp.array(True), log_scale=jnp.log(jnp.float32(scale)), started=jnp.array(True)
+    )
+    decide = jax.jit(control.decide)
+    for step in [0.001] * 40 + [0.001 * factor] * long:
+        log_step = jnp.log(jnp.float32(step))
+        stepped = _quiet()._replace(log_step=log_step, has_step=jnp.array(True))
+        state, _ = decide(state, stepped, BOUNDS)
+    assert int(state.age) == (0 if anew else 40 + long)
+
+
 def test_growth_is_quick_until_the_first_alarm():
     alarms = [0.0, 0.0, 0.0, -0.5, 0.3, -0.5, 0.3]
     state, _ = decide_all(alarm=alarms)
