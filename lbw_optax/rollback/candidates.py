@@ -3,19 +3,26 @@
 from typing import NamedTuple
 
 from lbw_optax.rollback import checkpoints, snapshots
+from lbw_optax.rollback.cadence import Cadence
 from lbw_optax.rollback.disk import Disk, warn
 from lbw_optax.rollback.folder import Folder
 from lbw_optax.rollback.journal import Journal
 from lbw_optax.rollback.memory import Memory
 from lbw_optax.rollback.snapshots import Snapshot
-from lbw_optax.rollback.verdict import Verdict
+from lbw_optax.rollback.verdict import Facts, Verdict
 from lbw_optax.types import PyTree
 
 
 class Plan(NamedTuple):
-    """When copies are taken, in steps."""
+    """When copies are taken.
 
-    save_every: int
+    Attributes:
+      save_every: to disk.
+      snapshot_every: steps between copies in memory; None for none.
+      probation: steps.
+    """
+
+    save_every: Cadence
     snapshot_every: int | None
     probation: int
 
@@ -58,14 +65,17 @@ class Candidates:
         self._memory.put(snapshot, proven=True)
         return 0, tree
 
-    def take(self, step: int, tree: PyTree, *, is_calm: bool) -> None:
+    @property
+    def facts(self) -> Facts:
+        """What this process alone can know."""
+        return self._disk.facts
+
+    def take(self, step: int, tree: PyTree, said: Verdict | None, *, is_calm: bool) -> None:
         """Copy what is due: to memory, to disk, or once for both."""
         to_memory = is_calm and self._memory.is_due(step)
-        to_disk = self._disk.is_due(step, is_calm=is_calm)
+        to_disk = self._disk.is_due(step, said, is_calm=is_calm)
         if not (to_memory or to_disk):
             return
-        if to_disk:
-            self._disk.settle()
         snapshot = snapshots.take(step, tree, for_disk=to_disk)
         if to_memory:
             self._memory.put(snapshot)
@@ -76,7 +86,8 @@ class Candidates:
         """Write this state, after what is being written; it is complete when this returns."""
         self._disk.settle()
         if not self._disk.has(step):
-            self._disk.write(snapshots.take(step, tree, for_disk=True), is_calm=is_calm)
+            snapshot = snapshots.take(step, tree, for_disk=True)
+            self._disk.write(snapshot, is_calm=is_calm, by_hand=True)
             self._disk.settle()
 
     def learn(self, verdict: Verdict) -> bool:

@@ -5,6 +5,7 @@ import operator
 import os
 import warnings
 from collections.abc import Collection
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,13 +17,14 @@ from lbw_optax.audit import GuardExhausted, check
 from lbw_optax.law import divergence
 from lbw_optax.law import events as ring
 from lbw_optax.law.divergence import UNCERTAIN, Reason
-from lbw_optax.rollback import verdict
+from lbw_optax.rollback import cadence, verdict
 from lbw_optax.rollback.agreement import first_text
 from lbw_optax.rollback.arrivals import Arrivals
 from lbw_optax.rollback.candidates import Candidates, Plan
 from lbw_optax.rollback.checkpoints import OtherModel, Unreadable
 from lbw_optax.rollback.folder import Folder
 from lbw_optax.rollback.journal import Rollback
+from lbw_optax.rollback.policy import SaveDecisionPolicy
 from lbw_optax.rollback.verdict import Report, Verdict
 from lbw_optax.state import GuardState, find_all, map_guards
 from lbw_optax.types import PyTree
@@ -68,9 +70,10 @@ class RollbackManager:
     run that was not.
 
     The guard's verdict on a step is read one call later, so that the loop never waits for the step
-    that was just dispatched. A checkpoint that is still being written is waited for when the next
-    one is due, and when it is to be gone back to. One that cannot be written is a warning, and the
-    run goes on with those that it has. An uncertain reason (skips, loss) never ends a run: while
+    that was just dispatched. Nor does it wait for the disk: a checkpoint that is due while the last
+    is still being written is left out, and a warning says so once. Only a rollback, `save` and
+    `close` wait for it. One that cannot be written is a warning, and the run goes on with those
+    that it has. An uncertain reason (skips, loss) never ends a run: while
     nothing has proven healthy, and when the budget of rollbacks is spent, the run goes on with a
     warning. A rise of the loss that is there again right after a rollback is the data's or the
     objective's, and only one of several times its size is answered from then on.
@@ -81,7 +84,9 @@ class RollbackManager:
     Args:
       directory: for the checkpoints, made if it is missing; one run at a time.
       max_distance: no rollback is longer, in steps, and no two calls of `step` are further apart.
-      save_every: steps between checkpoints on disk.
+      save_every: steps between checkpoints on disk; or a `datetime.timedelta`, for so much time and
+        at least 100 steps; or a `SaveDecisionPolicy` of Orbax. Only where there are no copies in
+        host memory has it a part in `max_distance`: then a time is cut to half as many steps.
       snapshot_every: steps between copies in host memory; None switches that tier off.
       probation: steps without trouble that prove a state healthy; certain signs show within two,
         and while the loss is suspected nothing is proven.
@@ -126,14 +131,17 @@ class RollbackManager:
         directory: str | os.PathLike[str],
         *,
         max_distance: int = 50,
-        save_every: int = 25,
+        save_every: int | timedelta | SaveDecisionPolicy = cadence.DEFAULT,
         snapshot_every: int | None = 7,
         probation: int = 2,
         max_rollbacks: int = 5,
         reasons: Collection[str] = _ASKS,
     ):
-        plan = Plan(save_every, snapshot_every, probation)
-        _validate(plan, max_distance, max_rollbacks)
+        _validate_counts(max_distance, snapshot_every, probation, max_rollbacks)
+        # Without copies in memory it is the checkpoints that keep `max_distance`.
+        most = max_distance // 2 if snapshot_every is None else None
+        plan = Plan(cadence.of(save_every, most=most), snapshot_every, probation)
+        _validate_distance(plan, max_distance)
         self._reasons = _validate_reasons(reasons)
         self._max_distance, self._max_rollbacks = max_distance, max_rollbacks
         self._folder = Folder(Path(directory))
@@ -185,7 +193,9 @@ class RollbackManager:
         self._require_open()
         step = self._last = self._follow(step)
         before = self._report
-        self._report = verdict.begin(step, tree, requested=self._requested is not None)
+        self._report = verdict.begin(
+            step, tree, requested=self._requested is not None, facts=self._candidates.facts
+        )
         self._require_resumed()
         self._journal.calls += 1
         said = self._hear(before)
@@ -200,7 +210,7 @@ class RollbackManager:
         if step in self._to_come:
             return step, self._arrive_again(step, tree)
         self._is_calm = said is None or said.is_calm
-        self._candidates.take(step, tree, is_calm=self._is_calm)
+        self._candidates.take(step, tree, said, is_calm=self._is_calm)
         return step, tree
 
     def save(self, step: int, tree: PyTree) -> None:
@@ -448,8 +458,15 @@ class RollbackManager:
         )
 
 
-def _validate(plan: Plan, max_distance: int, max_rollbacks: int) -> None:
-    counts = {**plan._asdict(), "max_distance": max_distance, "max_rollbacks": max_rollbacks}
+def _validate_counts(
+    max_distance: int, snapshot_every: int | None, probation: int, max_rollbacks: int
+) -> None:
+    counts = {
+        "max_distance": max_distance,
+        "snapshot_every": snapshot_every,
+        "probation": probation,
+        "max_rollbacks": max_rollbacks,
+    }
     for name, x in counts.items():
         if x is None and name == "snapshot_every":
             continue
@@ -457,14 +474,25 @@ def _validate(plan: Plan, max_distance: int, max_rollbacks: int) -> None:
             raise ValueError(f"{name} must be an integer, got {x!r}.")
         if x < 1:
             raise ValueError(f"{name} must be at least 1, got {x}.")
-    every = {"save_every": plan.save_every, "snapshot_every": plan.snapshot_every or 1}
-    for name, x in every.items():
-        if x + plan.probation + 1 > max_distance:
-            raise ValueError(
-                f"max_distance={max_distance} is too small for {name}={x} and "
-                f"probation={plan.probation}: a good state can be {x + plan.probation + 1} steps "
-                f"old before the next has proven healthy; lower {name} or raise max_distance."
-            )
+
+
+def _validate_distance(plan: Plan, max_distance: int) -> None:
+    """Copies in memory keep `max_distance`; only where there are none must checkpoints do it."""
+    name, every = "snapshot_every", plan.snapshot_every
+    if every is None:
+        name, every = "save_every", plan.save_every.at_most
+    if every is None:
+        raise ValueError(
+            f"Without copies in memory (snapshot_every=None) {plan.save_every} keeps no "
+            "max_distance: give save_every in steps, or snapshot_every."
+        )
+    age = every + plan.probation + 1
+    if age > max_distance:
+        raise ValueError(
+            f"max_distance={max_distance} is too small for {name}={every} and "
+            f"probation={plan.probation}: a good state can be {age} steps "
+            f"old before the next has proven healthy; lower {name} or raise max_distance."
+        )
 
 
 def _validate_reasons(reasons: Collection[str]) -> frozenset[str]:
