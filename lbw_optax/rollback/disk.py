@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lbw_optax.rollback import checkpoints
+from lbw_optax.rollback import checkpoints, snapshots
 from lbw_optax.rollback.agreement import first_text
 from lbw_optax.rollback.cadence import Cadence, Now
 from lbw_optax.rollback.checkpoints import OtherModel, Unreadable
@@ -74,6 +74,12 @@ class Disk:
         self._may_retry = True  # at once, after a trial that failed
         self.left_out = 0
         self.write_seconds = float("nan")
+        self._copy_bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of this process's part of all checkpoints; 0 until one is written."""
+        return self._copy_bytes * len(self.journal.checkpoints)
 
     # --- the start of a run ---------------------------------------------------------------------
 
@@ -83,7 +89,7 @@ class Disk:
 
     def begin(self, snapshot: Snapshot) -> None:
         """The state that a run starts from may be gone back to; it is written on return."""
-        step = snapshot.step
+        step, self._copy_bytes = snapshot.step, snapshot.nbytes
         try:
             self._folder.tidy(self.journal)
             error = _try(checkpoints.save(self._folder.checkpoint(step), snapshot))
@@ -123,7 +129,7 @@ class Disk:
         self._newest = _Copy(step, None)
         self._count_from(step)
         self._cadence.saved(step)
-        self._wants_trial = False
+        self._wants_trial, self._copy_bytes = False, snapshots.nbytes(tree)
         is_candidate = self.journal.checkpoints[step] == CANDIDATE
         self._trial = _Trial(step, None) if is_candidate else None
         return step, tree
@@ -240,7 +246,7 @@ class Disk:
     def write(self, snapshot: Snapshot, *, is_calm: bool, by_hand: bool = False) -> None:
         """Begin to write, when the write before has ended."""
         self.settle()
-        step = snapshot.step
+        step, self._copy_bytes = snapshot.step, snapshot.nbytes
         if is_calm and self._trial is None:
             self._trial = _Trial(step, snapshot._replace(leaves={}))
             self._wants_trial = False

@@ -1,13 +1,14 @@
 """Going back to the last good state, around any training loop."""
 
 import logging
+import math
 import operator
 import os
 import warnings
 from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,12 @@ from lbw_optax.law.divergence import UNCERTAIN, Reason
 from lbw_optax.rollback import cadence, verdict
 from lbw_optax.rollback.agreement import first_text
 from lbw_optax.rollback.arrivals import Arrivals
-from lbw_optax.rollback.candidates import Candidates, Plan
+from lbw_optax.rollback.candidates import MEASURED, Candidates, Plan
 from lbw_optax.rollback.checkpoints import OtherModel, Unreadable
 from lbw_optax.rollback.folder import Folder
 from lbw_optax.rollback.journal import Rollback
 from lbw_optax.rollback.policy import SaveDecisionPolicy
+from lbw_optax.rollback.tiers import Tiers
 from lbw_optax.rollback.verdict import Report, Verdict
 from lbw_optax.state import GuardState, find_all, map_guards
 from lbw_optax.types import PyTree
@@ -52,9 +54,19 @@ class RollbackManager:
 
     Only a state that has proven healthy is gone back to: after it, the guard must have seen
     ``probation`` steps without a skip, a jump of the loss, or a loss above its level. Copies are
-    held in two tiers, each as large as the state: at most three in host memory (pinned, where the
-    backend has it), and Orbax checkpoints, written while the run goes on. Three proven ones are
-    kept on disk, and at most three that are not: on probation, the newest, and being written.
+    held in tiers, each as large as the state. In memory they are on the device where all of them
+    take no more than a twentieth of what is free there, else in host memory, which is pinned and
+    allocated before the first step where the backend can: two proven ones, four where they are
+    small, and as many as are on probation at a time, ``ceil((probation + 1) / snapshot_every)``. On
+    disk they are Orbax
+    checkpoints, written while the run goes on: three proven ones, and at most three that are not,
+    on probation, the newest, and being written.
+
+    The cadence in memory is chosen after 64 steps, and looked at again every 64: the smallest n for
+    which copies cost no more than the budget, copy / (n step) <= ``overhead``, with the seconds of
+    a copy and of a step as they were measured, and at most what keeps `max_distance`. Until then
+    it is 7. The slowest process decides for all. Where to go back to then depends on the machine's
+    speed: give a number for a run that is to be the same anywhere.
 
     Checkpoints to resume from are written at their cadence whatever the guard thinks. A state with
     a NaN in the optimizer's state, or in parameters that the guard finds broken, is none to go back
@@ -87,7 +99,8 @@ class RollbackManager:
       save_every: steps between checkpoints on disk; or a `datetime.timedelta`, for so much time and
         at least 100 steps; or a `SaveDecisionPolicy` of Orbax. Only where there are no copies in
         host memory has it a part in `max_distance`: then a time is cut to half as many steps.
-      snapshot_every: steps between copies in host memory; None switches that tier off.
+      snapshot_every: steps between copies in memory; None switches that tier off.
+      overhead: share of the time that copies in memory may take, if `snapshot_every` is measured.
       probation: steps without trouble that prove a state healthy; certain signs show within two,
         and while the loss is suspected nothing is proven.
       max_rollbacks: in 1000 calls of `step`; one more for a certain reason raises, for an uncertain
@@ -132,7 +145,8 @@ class RollbackManager:
         *,
         max_distance: int = 50,
         save_every: int | timedelta | SaveDecisionPolicy = cadence.DEFAULT,
-        snapshot_every: int | None = 7,
+        snapshot_every: int | Literal["measured"] | None = MEASURED,
+        overhead: float = 0.01,
         probation: int = 2,
         max_rollbacks: int = 5,
         reasons: Collection[str] = _ASKS,
@@ -140,8 +154,9 @@ class RollbackManager:
         _validate_counts(max_distance, snapshot_every, probation, max_rollbacks)
         # Without copies in memory it is the checkpoints that keep `max_distance`.
         most = max_distance // 2 if snapshot_every is None else None
-        plan = Plan(cadence.of(save_every, most=most), snapshot_every, probation)
-        _validate_distance(plan, max_distance)
+        saves = cadence.of(save_every, most=most)
+        plan = Plan(saves, snapshot_every, probation, max_distance, _validate_share(overhead))
+        _validate_distance(plan)
         self._reasons = _validate_reasons(reasons)
         self._max_distance, self._max_rollbacks = max_distance, max_rollbacks
         self._folder = Folder(Path(directory))
@@ -194,7 +209,7 @@ class RollbackManager:
         step = self._last = self._follow(step)
         before = self._report
         self._report = verdict.begin(
-            step, tree, requested=self._requested is not None, facts=self._candidates.facts
+            step, tree, requested=self._requested is not None, facts=self._candidates.facts(step)
         )
         self._require_resumed()
         self._journal.calls += 1
@@ -238,9 +253,16 @@ class RollbackManager:
         """Index of the batch for the update that follows `step`; it never comes back to a batch."""
         return self._journal.data_step(step)
 
+    def report(self) -> Tiers:
+        """Where copies are kept, how often and why, and what they take: see `Tiers`.
+
+        It asks no other process and does not wait: for a log, as often as you like.
+        """
+        return self._candidates.tiers
+
     @property
     def memory_bytes(self) -> int:
-        """Bytes of host memory that the snapshots of this process take."""
+        """Bytes of memory that the copies of this process take; `report` says which memory."""
         return self._candidates.memory_bytes
 
     def close(self) -> None:
@@ -459,7 +481,7 @@ class RollbackManager:
 
 
 def _validate_counts(
-    max_distance: int, snapshot_every: int | None, probation: int, max_rollbacks: int
+    max_distance: int, snapshot_every: Any, probation: int, max_rollbacks: int
 ) -> None:
     counts = {
         "max_distance": max_distance,
@@ -468,7 +490,7 @@ def _validate_counts(
         "max_rollbacks": max_rollbacks,
     }
     for name, x in counts.items():
-        if x is None and name == "snapshot_every":
+        if name == "snapshot_every" and x in (None, MEASURED):
             continue
         if not isinstance(x, int | np.integer) or isinstance(x, bool):
             raise ValueError(f"{name} must be an integer, got {x!r}.")
@@ -476,9 +498,16 @@ def _validate_counts(
             raise ValueError(f"{name} must be at least 1, got {x}.")
 
 
-def _validate_distance(plan: Plan, max_distance: int) -> None:
+def _validate_share(overhead: float) -> float:
+    if not isinstance(overhead, int | float) or not 0 < overhead < math.inf:
+        raise ValueError(f"overhead must be a finite share above 0, got {overhead!r}.")
+    return float(overhead)
+
+
+def _validate_distance(plan: Plan) -> None:
     """Copies in memory keep `max_distance`; only where there are none must checkpoints do it."""
-    name, every = "snapshot_every", plan.snapshot_every
+    every = 1 if plan.snapshot_every == MEASURED else plan.snapshot_every
+    name, max_distance = "snapshot_every", plan.max_distance
     if every is None:
         name, every = "save_every", plan.save_every.at_most
     if every is None:

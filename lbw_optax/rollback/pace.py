@@ -46,7 +46,8 @@ def choose(copy: float, step: float, overhead: float, allowed: Bounds) -> int:
     1
     """
     affordable = copy / (overhead * step) if step > 0 else math.inf
-    return allowed.keep(math.ceil(min(affordable, allowed.most)))
+    # What is a whole number but for rounding stays one.
+    return allowed.keep(math.ceil(min(affordable, allowed.most) * (1 - 1e-9)))
 
 
 class Pace:
@@ -62,7 +63,6 @@ class Pace:
         self._steps = deque[float](maxlen=TIMED)
         self._last: tuple[int, float] | None = None
         self._seen = 0
-        self._is_new = False
 
     @property
     def step_seconds(self) -> float:

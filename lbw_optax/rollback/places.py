@@ -1,4 +1,4 @@
-"""Where copies are kept in memory: on the device, where they are small beside what is free there."""
+"""Where copies in memory lie: on the device, where they are small beside what is free there."""
 
 import os
 from collections.abc import Collection

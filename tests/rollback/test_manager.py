@@ -462,7 +462,8 @@ def test_memory_bytes(tmp_path):
     bytes_of_one = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     most = []
     run(tmp_path / "on", 60, on_step=lambda r, *_: most.append(r.memory_bytes))
-    assert bytes_of_one <= max(most) <= 3 * bytes_of_one
+    # Four that are proven, since they are small, and one on probation.
+    assert bytes_of_one <= max(most) <= 5 * bytes_of_one
     off = []
     run(tmp_path / "off", 60, snapshot_every=None, on_step=lambda r, *_: off.append(r.memory_bytes))
     assert set(off) == {0}
@@ -574,7 +575,7 @@ WHEN = {
     "minutes": ({}, []),
     "minutes_without_copies_in_memory": ({"snapshot_every": None}, list(range(25, 226, 25))),
     "policy_interval": ({"save_every": policies.FixedIntervalPolicy(90)}, [90, 180]),
-    "policy_steps": ({"save_every": policies.SpecificStepsPolicy([7, 8, 150])}, [7, 8, 150]),
+    "policy_steps": ({"save_every": policies.SpecificStepsPolicy([7, 60, 150])}, [7, 60, 150]),
 }
 
 

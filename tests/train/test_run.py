@@ -49,7 +49,7 @@ def options(tmp_path):
         learning_rate=1e-2,
         dtype="float32",
         eval_every=10,
-        save_every=5,
+        save_every=25,
         max_distance=30,
         track=(),
     )
