@@ -64,7 +64,7 @@ def updates(opt_state: Any) -> int:
 
 def _newest(directory: Path, params: Any, opt_state: Any) -> tuple[Any, Any]:
     """What a run of the scripts would go on with; it must not be running."""
-    with lbw_optax.RollbackManager(directory) as rollback:
+    with lbw_optax.RollbackManager(directory, snapshot_every=None) as rollback:
         _, (params, old) = rollback.resume((params, opt_state))
     return params, old
 

@@ -73,12 +73,13 @@ _RUN = {"learning_rate", "tokens_per_second", "mfu"}
 def tag(name: str) -> str:
     """A metric's name in its group: loss/, guard/ (decisions), signals/ (what it saw), run/.
 
-    >>> tag("loss"), tag("scale"), tag("gradient_norm"), tag("learning_rate")
-    ('loss/train', 'guard/scale', 'signals/gradient_norm', 'run/learning_rate')
+    >>> tag("loss"), tag("scale"), tag("gradient_norm"), tag("rollback_host_bytes")
+    ('loss/train', 'guard/scale', 'signals/gradient_norm', 'run/rollback_host_bytes')
     """
     if name in _LOSSES:
         return f"loss/{_LOSSES[name]}"
-    group = "guard" if name in _DECISIONS else "run" if name in _RUN else "signals"
+    is_run = name in _RUN or (name.startswith("rollback_") and name not in _DECISIONS)
+    group = "guard" if name in _DECISIONS else "run" if is_run else "signals"
     return f"{group}/{name}"
 
 

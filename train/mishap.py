@@ -65,7 +65,8 @@ def survive(
     state = jax.tree.map(jax.numpy.copy, (params, opt_state))
     with (
         tempfile.TemporaryDirectory() as directory,
-        lbw_optax.RollbackManager(directory) as rollback,
+        # A cadence of its own, so that it goes back to the same step on every machine.
+        lbw_optax.RollbackManager(directory, snapshot_every=7, save_every=25) as rollback,
     ):
         step, state = rollback.resume(state)
         while step < task.steps:

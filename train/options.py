@@ -85,9 +85,9 @@ class Options:
     """Largest global norm of the gradient, for the optimizers with +clip."""
     max_distance: Count = 50
     """Largest number of steps that a rollback may go back."""
-    save_every: Count = 25
-    """Steps between two checkpoints. A killed run loses at most so many, and those made while the
-    checkpoint that the kill cut off was being written: at most twice as many in all."""
+    save_every: Count | None = None
+    """Steps between two checkpoints. A killed run loses so many, and those made while a checkpoint
+    was being written. None: one after five minutes and at least 100 steps."""
     adopt: Path | None = None
     """Checkpoint, or run directory, of a run without the guard. A new run starts from it, under the
     guard."""

@@ -96,7 +96,7 @@ def check(options: Options) -> None:
 
     Raises:
       ValueError: if the run directory holds another run or cannot be written, if there is nothing
-        to adopt, or if checkpoints are too far apart for the rollback.
+        to adopt, or if a rollback may not go back far enough.
       ImportError: for a tracker that is not installed.
     """
     changed = rundir.check(options)
@@ -255,6 +255,7 @@ def steps(
         watch.step(step + 1, metrics, opt_state)
         made = step + 1
         step, state = rollback.step(made, (params, opt_state))
+        watch.copies(rollback.report())
         if step < made:
             watch.rolled_back(rollback.history[-1])
         yield step, state
@@ -262,9 +263,10 @@ def steps(
 
 def checkpoints(options: Options, place: str | None = None) -> lbw_optax.RollbackManager:
     """Checkpoints, resume and rollback are one thing; it lives in the run directory."""
-    return lbw_optax.RollbackManager(
-        place or options.out, max_distance=options.max_distance, save_every=options.save_every
-    )
+    place, distance = place or str(options.out), options.max_distance
+    if options.save_every is None:
+        return lbw_optax.RollbackManager(place, max_distance=distance)
+    return lbw_optax.RollbackManager(place, max_distance=distance, save_every=options.save_every)
 
 
 def _init(task: Task, where: sharding.Mesh | None) -> Any:

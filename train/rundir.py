@@ -23,10 +23,7 @@ FREE = (
     "remat",
     "loss_chunk",
 )
-"""Options that may differ when a run goes on: they change rounding, cadence or what is seen.
-
-`max_distance` is of them because the manager ties it to `save_every`.
-"""
+"""Options that may differ when a run goes on: they change rounding, cadence or what is seen."""
 
 
 def check(options: Options) -> list[str]:

@@ -8,6 +8,7 @@ import jax
 
 import lbw_optax
 from lbw_optax.rollback.manager import Rollback
+from lbw_optax.rollback.tiers import Tiers
 from train import estimate, recipes
 from train.logs import Logs
 from train.options import Options, as_json
@@ -18,6 +19,11 @@ AUDIT_EVERY = 50
 """Steps; the guard's ring holds 64."""
 TIMED_STEPS, TIMED_SECONDS = 8, 3.0
 """At least so much is timed, or a third of the run, before the time that is left is told."""
+COPIES = (
+    *("snapshot_every", "step_seconds", "copy_seconds", "overhead"),
+    *("device_bytes", "host_bytes", "disk_bytes"),
+)
+"""What is logged of the copies of the state, under names with "rollback_" before them."""
 LEFT_OUT = "gradient_log2/"
 """A histogram of sixteen numbers a step, which no log needs."""
 
@@ -50,6 +56,7 @@ class Watch:
         self._time_left = estimate.TimeLeft(options, cost, evaluated)
         self._steps, self._timed, self._is_told = options.steps, list[float](), False
         self._before: _Step | None = None
+        self._copies: Tiers | None = None
 
     def step(self, number: int, metrics: dict[str, jax.Array], opt_state: Any) -> None:
         """Take note of update `number`, from 1; `opt_state` is the state after it."""
@@ -102,6 +109,17 @@ class Watch:
             f"rolled back from step {event.from_step} to {event.to_step} ({event.reason}, "
             f"from {event.tier}); {event.skipped_batches} batches are left out"
         )
+
+    def copies(self, tiers: Tiers) -> None:
+        """Tell and log where copies of the state are kept and how often, when that changes."""
+        told, self._copies = self._copies, tiers
+        if told is not None and told.snapshot_every == tiers.snapshot_every:
+            return
+        self.note(str(tiers))
+        if self._before is not None:
+            numbers = {name: getattr(tiers, name) for name in COPIES}
+            known = {f"rollback_{name}": x for name, x in numbers.items() if x is not None}
+            self._before.seen.update(known)
 
     def note(self, line: str) -> None:
         """Print a line that stays."""

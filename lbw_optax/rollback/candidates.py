@@ -1,31 +1,59 @@
 """States to go back to: taken now and then, on probation until proven, in memory and on disk."""
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
-from lbw_optax.rollback import checkpoints, snapshots
+import jax
+
+from lbw_optax.rollback import checkpoints, places, snapshots
+from lbw_optax.rollback import pace as pace_of
+from lbw_optax.rollback.agreement import first_text
+from lbw_optax.rollback.cadence import Cadence
 from lbw_optax.rollback.disk import Disk, warn
 from lbw_optax.rollback.folder import Folder
 from lbw_optax.rollback.journal import Journal
-from lbw_optax.rollback.memory import Memory
+from lbw_optax.rollback.memory import KEPT, KEPT_SMALL, Memory, on_trial
+from lbw_optax.rollback.pace import Bounds, Pace
+from lbw_optax.rollback.places import Place
 from lbw_optax.rollback.snapshots import Snapshot
-from lbw_optax.rollback.verdict import Verdict
+from lbw_optax.rollback.tiers import Tiers
+from lbw_optax.rollback.verdict import Facts, Verdict
 from lbw_optax.types import PyTree
+
+MEASURED: Literal["measured"] = "measured"
+"""A cadence of copies that is chosen from what they cost."""
 
 
 class Plan(NamedTuple):
-    """When copies are taken, in steps."""
+    """When copies are taken.
 
-    save_every: int
-    snapshot_every: int | None
+    Attributes:
+      save_every: to disk.
+      snapshot_every: steps between copies in memory; None for none.
+      probation: steps.
+      max_distance: steps that are gone back at most.
+      overhead: share of the time that copies in memory may take, if their cadence is measured.
+    """
+
+    save_every: Cadence
+    snapshot_every: int | Literal["measured"] | None
     probation: int
+    max_distance: int
+    overhead: float
 
 
 class Candidates:
     """Both tiers of one run."""
 
-    def __init__(self, folder: Folder, plan: Plan):
-        self._memory = Memory(plan.snapshot_every, plan.probation, self._judge)
+    def __init__(self, folder: Folder, plan: Plan, pace: Pace | None = None):
+        every, self._plan = plan.snapshot_every, plan
+        first = pace_of.FIRST if every == MEASURED else every
+        self._memory = Memory(first, plan.probation, self._judge)
         self._disk = Disk(folder, plan.save_every, plan.probation, self._judge)
+        self._pace = pace or Pace()
+        self._place: Place | None = None  # until there is a state
+        self._bounds: Bounds | None = None
+        self._wish = 0  # the cadence in memory that this process would choose, 0 for none yet
         self._told: set[str] = set()
 
     @property
@@ -50,33 +78,109 @@ class Candidates:
         if self.found():
             step, tree = self._disk.resume(tree)
             self._memory.return_to(step)
+            self._prepare(tree)
             if self._memory.is_on:
-                self._memory.put(snapshots.take(step, tree))
+                self._memory.put(self._copy(step, tree))
             return step, tree
         snapshot = snapshots.take(0, tree, for_disk=True)
         self._disk.begin(snapshot)
-        self._memory.put(snapshot, proven=True)
+        self._prepare(tree, held=1)
+        if self._memory.is_on:
+            self._memory.put(self._copy(0, tree, snapshot), proven=True)
         return 0, tree
 
-    def take(self, step: int, tree: PyTree, *, is_calm: bool) -> None:
-        """Copy what is due: to memory, to disk, or once for both."""
-        to_memory = is_calm and self._memory.is_due(step)
-        to_disk = self._disk.is_due(step, is_calm=is_calm)
-        if not (to_memory or to_disk):
+    def _prepare(self, tree: PyTree, held: int = 0) -> None:
+        """Before the first step: choose the place of the copies, allocate it, and time a copy.
+
+        Args:
+          tree: the state.
+          held: copies in host memory that there are.
+        """
+        if self._place is not None or not self._memory.is_on:
             return
-        if to_disk:
-            self._disk.settle()
-        snapshot = snapshots.take(step, tree, for_disk=to_disk)
+        plan, device = self._plan, _device(tree)
+        copies = KEPT_SMALL + on_trial(1, plan.probation)  # at most
+        nbytes = copies * snapshots.nbytes(tree) // jax.local_device_count()
+        found = (device.platform, places.kinds(device), nbytes)
+        is_small = places.choose(*found, places.free_bytes(device)).is_small
+        # On all processes, or on none: they run the same programs.
+        is_small = not first_text("" if is_small else "large")
+        self._place = places.choose(*found, 10**30 if is_small else None)
+        self._memory.kept = KEPT_SMALL if is_small else KEPT
+        if self._place.name == places.PINNED:
+            on_host = 1 + KEPT + on_trial(self._memory.every or 1, plan.probation)
+            snapshots.reserve(tree, on_host - held)
+        if plan.snapshot_every == MEASURED:
+            self._bounds = pace_of.bounds(plan.max_distance, plan.probation, is_small=is_small)
+            self._memory.every = self._bounds.keep(pace_of.FIRST)
+            self._pace.copy_seconds = self._time_copy(tree)
+
+    def _time_copy(self, tree: PyTree) -> float:
+        """Of the second one: the first is compiled."""
+        jax.block_until_ready(tree)
+        for _ in range(2):
+            began = self._pace.clock()
+            taken = self._copy(0, tree)
+            jax.block_until_ready((taken.leaves, taken.has_nan))
+            seconds = self._pace.clock() - began
+            del taken
+        return seconds
+
+    def _copy(self, step: int, tree: PyTree, on_host: Snapshot | None = None) -> Snapshot:
+        """A copy in memory, which may be the one that is taken for the disk."""
+        on_device = self._place is not None and self._place.name == "device"
+        if on_host is not None and not on_device:
+            return on_host
+        return snapshots.take(step, tree, on_device=on_device)
+
+    def facts(self, step: int) -> Facts:
+        """What this process alone can know, as the loop hands in this step."""
+        if self._pace.tick(step) and self._bounds is not None:
+            self._wish = pace_of.choose(
+                self._pace.copy_seconds, self._pace.step_seconds, self._plan.overhead, self._bounds
+            )
+        return self._disk.facts._replace(copy_every=self._wish)
+
+    def take(self, step: int, tree: PyTree, said: Verdict | None, *, is_calm: bool) -> None:
+        """Copy what is due: to memory, to disk, or once for both."""
+        if said is not None and said.facts.copy_every and self._bounds is not None:
+            self._memory.every = said.facts.copy_every  # the process with the slowest copies
+        to_memory = is_calm and self._memory.is_due(step)
+        to_disk = self._disk.is_due(step, said, is_calm=is_calm)
+        snapshot = snapshots.take(step, tree, for_disk=True) if to_disk else None
         if to_memory:
-            self._memory.put(snapshot)
-        if to_disk:
+            self._prepare(tree)
+            self._memory.put(self._copy(step, tree, snapshot))
+        if snapshot is not None:
             self._disk.write(snapshot, is_calm=is_calm)
+
+    @property
+    def tiers(self) -> Tiers:
+        """What was chosen and measured."""
+        every, pace, place = self._memory.every, self._pace, self._place
+        name = "off" if every is None else place.name if place else "host"
+        held, on_device = self._memory.nbytes, name == "device"
+        step = pace.step_seconds
+        return Tiers(
+            place=name,
+            snapshot_every=every,
+            step_seconds=step,
+            copy_seconds=pace.copy_seconds,
+            overhead=pace.copy_seconds / (every * step) if every and step else math.nan,
+            save_every=str(self._plan.save_every),
+            write_seconds=self._disk.write_seconds,
+            left_out=self._disk.left_out,
+            device_bytes=held if on_device else 0,
+            host_bytes=0 if on_device else held,
+            disk_bytes=self._disk.nbytes,
+        )
 
     def save(self, step: int, tree: PyTree, *, is_calm: bool) -> None:
         """Write this state, after what is being written; it is complete when this returns."""
         self._disk.settle()
         if not self._disk.has(step):
-            self._disk.write(snapshots.take(step, tree, for_disk=True), is_calm=is_calm)
+            snapshot = snapshots.take(step, tree, for_disk=True)
+            self._disk.write(snapshot, is_calm=is_calm, by_hand=True)
             self._disk.settle()
 
     def learn(self, verdict: Verdict) -> bool:
@@ -132,3 +236,9 @@ class Candidates:
                 "find out where it comes from. Checkpoints to resume from are still written."
             )
         return not bad
+
+
+def _device(tree: PyTree) -> jax.Device:
+    """One of this process's, that a part of the state lies on."""
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    return arrays[0].addressable_shards[0].device if arrays else jax.local_devices()[0]

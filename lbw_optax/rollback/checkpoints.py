@@ -1,4 +1,4 @@
-"""The one module that touches Orbax: checkpoints of named leaves, one folder a step.
+"""Orbax's checkpoints of named leaves, one folder a step; no other module reads or writes them.
 
 A checkpoint holds the leaves, their checksums and its step, so that what is read is what was
 written, and of the step that its name says.

@@ -2,21 +2,24 @@
 
 At its cadence a checkpoint is written whatever the guard thinks: a run that is killed goes on from
 there. It is on trial if nothing spoke against it when it was taken, and only one that proves
-healthy is gone back to.
+healthy is gone back to. The loop never waits for the disk: one that is due while the last is still
+being written is left out, and the user is told.
 """
 
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lbw_optax.rollback import checkpoints
+from lbw_optax.rollback import checkpoints, snapshots
 from lbw_optax.rollback.agreement import first_text
+from lbw_optax.rollback.cadence import Cadence, Now
 from lbw_optax.rollback.checkpoints import OtherModel, Unreadable
 from lbw_optax.rollback.folder import Folder
 from lbw_optax.rollback.journal import CANDIDATE, GOOD
-from lbw_optax.rollback.memory import LONG_AGO
 from lbw_optax.rollback.snapshots import Snapshot
-from lbw_optax.rollback.verdict import Verdict
+from lbw_optax.rollback.verdict import Facts, Verdict
+from lbw_optax.rollback.writing import Write
 from lbw_optax.types import PyTree
 
 # Proven checkpoints that are kept.
@@ -29,7 +32,7 @@ class _Copy(NamedTuple):
     """The newest checkpoint, which may still be being written."""
 
     step: int
-    wait: Callable[[], Any] | None  # None if it is written
+    write: Write | None  # None if it is written
 
 
 class _Trial(NamedTuple):
@@ -45,19 +48,38 @@ class Disk:
 
     Args:
       folder: where.
-      every: steps between checkpoints.
+      cadence: of checkpoints.
       probation: steps without trouble that prove one healthy.
       judge: whether a state may be gone back to, for all that it holds.
+      clock: seconds.
     """
 
-    def __init__(self, folder: Folder, every: int, probation: int, judge: Judge):
-        self._folder, self._every, self._probation = folder, every, probation
-        self._judge = judge
+    def __init__(
+        self,
+        folder: Folder,
+        cadence: Cadence,
+        probation: int,
+        judge: Judge,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._folder, self._cadence, self._probation = folder, cadence, probation
+        self._judge, self._clock = judge, clock
         self.journal = folder.read()
         self._newest: _Copy | None = None
         self._trial: _Trial | None = None
-        self._saved_at = self._tried_at = LONG_AGO
+        self._since_step: int | None = None  # the cadence counts from here, None before the first
+        self._since_time = clock()
+        self._is_owed = False  # one was due, and it was not known whether the last is written
+        self._wants_trial = False  # one that may prove healthy, as soon as nothing is wrong
         self._may_retry = True  # at once, after a trial that failed
+        self.left_out = 0
+        self.write_seconds = float("nan")
+        self._copy_bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of this process's part of all checkpoints; 0 until one is written."""
+        return self._copy_bytes * len(self.journal.checkpoints)
 
     # --- the start of a run ---------------------------------------------------------------------
 
@@ -67,7 +89,7 @@ class Disk:
 
     def begin(self, snapshot: Snapshot) -> None:
         """The state that a run starts from may be gone back to; it is written on return."""
-        step = snapshot.step
+        step, self._copy_bytes = snapshot.step, snapshot.nbytes
         try:
             self._folder.tidy(self.journal)
             error = _try(checkpoints.save(self._folder.checkpoint(step), snapshot))
@@ -80,7 +102,8 @@ class Disk:
                 f"The first checkpoint cannot be written to {self._folder.path} "
                 f"({first_line(error)}): free space there, or pass another directory."
             ) from error
-        self._saved_at = self._tried_at = step
+        self._count_from(step)
+        self._cadence.saved(step)
 
     def resume(self, like: PyTree) -> tuple[int, PyTree]:
         """The newest checkpoint that can be read; newer ones of this run are gone."""
@@ -104,7 +127,9 @@ class Disk:
                 "space there, or let this user write to it."
             ) from error
         self._newest = _Copy(step, None)
-        self._saved_at = self._tried_at = step
+        self._count_from(step)
+        self._cadence.saved(step)
+        self._wants_trial, self._copy_bytes = False, snapshots.nbytes(tree)
         is_candidate = self.journal.checkpoints[step] == CANDIDATE
         self._trial = _Trial(step, None) if is_candidate else None
         return step, tree
@@ -158,18 +183,76 @@ class Disk:
 
     # --- every step -----------------------------------------------------------------------------
 
-    def is_due(self, step: int, *, is_calm: bool) -> bool:
-        """Whether a checkpoint should be taken: at its cadence, or to try once more."""
-        tries = is_calm and self._trial is None and step - self._tried_at >= self._every
-        return step - self._saved_at >= self._every or (tries and step > self._saved_at)
+    @property
+    def facts(self) -> Facts:
+        """What this process alone can know."""
+        is_up = self._cadence.time_is_up(self._clock() - self._since_time)
+        return Facts(is_up, self._write is not None and not self._write.is_over)
 
-    def write(self, snapshot: Snapshot, *, is_calm: bool) -> None:
+    def is_due(self, step: int, said: Verdict | None, *, is_calm: bool) -> bool:
+        """Whether to write this step: at the cadence, or to try once more, and never over the last.
+
+        Args:
+          step: that could be written.
+          said: the verdict on the step before, None if there is none.
+          is_calm: whether nothing speaks against the state.
+        """
+        is_writing = self._is_writing(said)
+        since = step if self._since_step is None else step - self._since_step
+        time_is_up = said is not None and said.facts.time_is_up
+        due = self._cadence.is_due(Now(step, since, time_is_up, is_writing is not False))
+        due = due or self._is_owed or self._since_step is None
+        again = is_calm and self._trial is None and self._wants_trial and since > 0
+        if is_writing is False:
+            return due or again
+        self._is_owed = due and is_writing is None
+        if due and is_writing:
+            self._leave_out(step)
+        return False
+
+    def _is_writing(self, said: Verdict | None) -> bool | None:
+        """Whether the newest is still being written, on any process; None where it is not known.
+
+        What was heard before it was begun says nothing of it.
+        """
+        if self._write is None or self._newest is None:
+            return False
+        if said is None or said.step <= self._newest.step:
+            return None
+        if not said.facts.is_writing:
+            self.settle()
+        return said.facts.is_writing
+
+    def _leave_out(self, step: int) -> None:
+        self._count_from(step)
+        self.left_out += 1
+        if self.left_out == 1 and self._newest is not None and self._write is not None:
+            warn(
+                f"The checkpoint of step {self._newest.step} is still being written to "
+                f"{self._folder.path} after {self._write.seconds:.3g} s, so that of step {step} is "
+                "left out, as others will be, without a word: the run does not wait for the disk. "
+                f"Its cadence is {self._cadence}; a run that is killed loses more than that. Save "
+                "less often (save_every), or to a faster disk."
+            )
+
+    def _count_from(self, step: int) -> None:
+        self._since_step, self._since_time, self._is_owed = step, self._clock(), False
+
+    @property
+    def _write(self) -> Write | None:
+        """Of the newest, while nobody has waited for it."""
+        return self._newest.write if self._newest is not None else None
+
+    def write(self, snapshot: Snapshot, *, is_calm: bool, by_hand: bool = False) -> None:
         """Begin to write, when the write before has ended."""
         self.settle()
-        step = snapshot.step
+        step, self._copy_bytes = snapshot.step, snapshot.nbytes
         if is_calm and self._trial is None:
-            self._trial, self._tried_at = _Trial(step, snapshot._replace(leaves={})), step
-        self._saved_at = step
+            self._trial = _Trial(step, snapshot._replace(leaves={}))
+            self._wants_trial = False
+        elif not by_hand:
+            self._wants_trial = True
+        self._count_from(step)
         try:
             if step not in (*self.journal.checkpoints, *self.journal.dropped):
                 self._folder.make_room(step)
@@ -177,11 +260,12 @@ class Disk:
             self.journal.dropped = [s for s in self.journal.dropped if s != step]
             self._folder.write(self.journal)
             self._folder.require_room(snapshot.nbytes)
-            wait = checkpoints.save(self._folder.checkpoint(step), snapshot)
+            write = Write(checkpoints.save(self._folder.checkpoint(step), snapshot))
         except Exception as error:
             self._lose(step, first_line(error))
         else:
-            self._newest = _Copy(step, wait)
+            self._newest = _Copy(step, write)
+            self._cadence.saved(step)
 
     def has(self, step: int) -> bool:
         """Whether this step is written, or being written."""
@@ -195,8 +279,7 @@ class Disk:
         if verdict.is_trouble:
             self._judge(trial.snapshot, verdict)
             self._trial = None
-            if self._may_retry:
-                self._tried_at = LONG_AGO
+            self._wants_trial = self._wants_trial or self._may_retry
             self._may_retry = False
             return False
         if not verdict.proves(trial.step, self._probation):
@@ -205,17 +288,18 @@ class Disk:
             self._trial = None
             return False
         self._trial, self._may_retry = trial._replace(is_over=True), True
-        if newest is None or newest.wait is None or newest.step != trial.step:
+        if newest is None or newest.write is None or newest.step != trial.step:
             self._settled()
         return True
 
     def settle(self) -> None:
         """Wait for the checkpoint that is being written. What it replaces is deleted."""
         newest = self._newest
-        if newest is None or newest.wait is None:
+        if newest is None or newest.write is None:
             return
-        self._newest = newest._replace(wait=None)
-        error = _try(newest.wait)
+        self._newest = newest._replace(write=None)
+        error = _try(newest.write)
+        self.write_seconds = newest.write.seconds
         if error:
             self._lose(newest.step, error)
         else:
@@ -223,9 +307,9 @@ class Disk:
 
     def abandon(self) -> None:
         """Wait for the checkpoint that is being written, without the other processes."""
-        if self._newest is not None and self._newest.wait is not None:
+        if self._newest is not None and self._newest.write is not None:
             try:
-                self._newest.wait()
+                self._newest.write()
             except Exception as error:
                 warn(f"The checkpoint of step {self._newest.step} failed ({first_line(error)}).")
 
@@ -250,7 +334,7 @@ class Disk:
         where = "the beginning" if newest is None else f"step {newest}"
         warn(
             f"The checkpoint of step {step} could not be written to {self._folder.path} "
-            f"({why}): free space there; the next try is in {self._every} steps. A run that stops "
+            f"({why}): free space there; the next try is after {self._cadence}. A run that stops "
             f"now goes on from {where}."
         )
 
@@ -286,7 +370,8 @@ class Disk:
             self._settled()
         self._newest = self._trial = None
         self._drop([s for s in self.journal.checkpoints if s > step])
-        self._saved_at = self._tried_at = max(self.journal.checkpoints, default=step)
+        self._count_from(max(self.journal.checkpoints, default=step))
+        self._wants_trial = False
 
 
 def _try(wait: Callable[[], Any]) -> str:

@@ -1,12 +1,14 @@
 """Going back to the last good state, around any training loop."""
 
 import logging
+import math
 import operator
 import os
 import warnings
 from collections.abc import Collection
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +18,15 @@ from lbw_optax.audit import GuardExhausted, check
 from lbw_optax.law import divergence
 from lbw_optax.law import events as ring
 from lbw_optax.law.divergence import UNCERTAIN, Reason
-from lbw_optax.rollback import verdict
+from lbw_optax.rollback import cadence, verdict
 from lbw_optax.rollback.agreement import first_text
 from lbw_optax.rollback.arrivals import Arrivals
-from lbw_optax.rollback.candidates import Candidates, Plan
+from lbw_optax.rollback.candidates import MEASURED, Candidates, Plan
 from lbw_optax.rollback.checkpoints import OtherModel, Unreadable
 from lbw_optax.rollback.folder import Folder
 from lbw_optax.rollback.journal import Rollback
+from lbw_optax.rollback.policy import SaveDecisionPolicy
+from lbw_optax.rollback.tiers import Tiers
 from lbw_optax.rollback.verdict import Report, Verdict
 from lbw_optax.state import GuardState, find_all, map_guards
 from lbw_optax.types import PyTree
@@ -50,9 +54,19 @@ class RollbackManager:
 
     Only a state that has proven healthy is gone back to: after it, the guard must have seen
     ``probation`` steps without a skip, a jump of the loss, or a loss above its level. Copies are
-    held in two tiers, each as large as the state: at most three in host memory (pinned, where the
-    backend has it), and Orbax checkpoints, written while the run goes on. Three proven ones are
-    kept on disk, and at most three that are not: on probation, the newest, and being written.
+    held in tiers, each as large as the state. In memory they are on the device where all of them
+    take no more than a twentieth of what is free there, else in host memory, which is pinned and
+    allocated before the first step where the backend can: two proven ones, four where they are
+    small, and as many as are on probation at a time, ``ceil((probation + 1) / snapshot_every)``. On
+    disk they are Orbax
+    checkpoints, written while the run goes on: three proven ones, and at most three that are not,
+    on probation, the newest, and being written.
+
+    The cadence in memory is chosen after 64 steps, and looked at again every 64: the smallest n for
+    which copies cost no more than the budget, copy / (n step) <= ``overhead``, with the seconds of
+    a copy and of a step as they were measured, and at most what keeps `max_distance`. Until then
+    it is 7. The slowest process decides for all. Where to go back to then depends on the machine's
+    speed: give a number for a run that is to be the same anywhere.
 
     Checkpoints to resume from are written at their cadence whatever the guard thinks. A state with
     a NaN in the optimizer's state, or in parameters that the guard finds broken, is none to go back
@@ -68,9 +82,10 @@ class RollbackManager:
     run that was not.
 
     The guard's verdict on a step is read one call later, so that the loop never waits for the step
-    that was just dispatched. A checkpoint that is still being written is waited for when the next
-    one is due, and when it is to be gone back to. One that cannot be written is a warning, and the
-    run goes on with those that it has. An uncertain reason (skips, loss) never ends a run: while
+    that was just dispatched. Nor does it wait for the disk: a checkpoint that is due while the last
+    is still being written is left out, and a warning says so once. Only a rollback, `save` and
+    `close` wait for it. One that cannot be written is a warning, and the run goes on with those
+    that it has. An uncertain reason (skips, loss) never ends a run: while
     nothing has proven healthy, and when the budget of rollbacks is spent, the run goes on with a
     warning. A rise of the loss that is there again right after a rollback is the data's or the
     objective's, and only one of several times its size is answered from then on.
@@ -81,8 +96,11 @@ class RollbackManager:
     Args:
       directory: for the checkpoints, made if it is missing; one run at a time.
       max_distance: no rollback is longer, in steps, and no two calls of `step` are further apart.
-      save_every: steps between checkpoints on disk.
-      snapshot_every: steps between copies in host memory; None switches that tier off.
+      save_every: steps between checkpoints on disk; or a `datetime.timedelta`, for so much time and
+        at least 100 steps; or a `SaveDecisionPolicy` of Orbax. Only where there are no copies in
+        host memory has it a part in `max_distance`: then a time is cut to half as many steps.
+      snapshot_every: steps between copies in memory; None switches that tier off.
+      overhead: share of the time that copies in memory may take, if `snapshot_every` is measured.
       probation: steps without trouble that prove a state healthy; certain signs show within two,
         and while the loss is suspected nothing is proven.
       max_rollbacks: in 1000 calls of `step`; one more for a certain reason raises, for an uncertain
@@ -126,14 +144,19 @@ class RollbackManager:
         directory: str | os.PathLike[str],
         *,
         max_distance: int = 50,
-        save_every: int = 25,
-        snapshot_every: int | None = 7,
+        save_every: int | timedelta | SaveDecisionPolicy = cadence.DEFAULT,
+        snapshot_every: int | Literal["measured"] | None = MEASURED,
+        overhead: float = 0.01,
         probation: int = 2,
         max_rollbacks: int = 5,
         reasons: Collection[str] = _ASKS,
     ):
-        plan = Plan(save_every, snapshot_every, probation)
-        _validate(plan, max_distance, max_rollbacks)
+        _validate_counts(max_distance, snapshot_every, probation, max_rollbacks)
+        # Without copies in memory it is the checkpoints that keep `max_distance`.
+        most = max_distance // 2 if snapshot_every is None else None
+        saves = cadence.of(save_every, most=most)
+        plan = Plan(saves, snapshot_every, probation, max_distance, _validate_share(overhead))
+        _validate_distance(plan)
         self._reasons = _validate_reasons(reasons)
         self._max_distance, self._max_rollbacks = max_distance, max_rollbacks
         self._folder = Folder(Path(directory))
@@ -185,7 +208,9 @@ class RollbackManager:
         self._require_open()
         step = self._last = self._follow(step)
         before = self._report
-        self._report = verdict.begin(step, tree, requested=self._requested is not None)
+        self._report = verdict.begin(
+            step, tree, requested=self._requested is not None, facts=self._candidates.facts(step)
+        )
         self._require_resumed()
         self._journal.calls += 1
         said = self._hear(before)
@@ -200,7 +225,7 @@ class RollbackManager:
         if step in self._to_come:
             return step, self._arrive_again(step, tree)
         self._is_calm = said is None or said.is_calm
-        self._candidates.take(step, tree, is_calm=self._is_calm)
+        self._candidates.take(step, tree, said, is_calm=self._is_calm)
         return step, tree
 
     def save(self, step: int, tree: PyTree) -> None:
@@ -228,9 +253,16 @@ class RollbackManager:
         """Index of the batch for the update that follows `step`; it never comes back to a batch."""
         return self._journal.data_step(step)
 
+    def report(self) -> Tiers:
+        """Where copies are kept, how often and why, and what they take: see `Tiers`.
+
+        It asks no other process and does not wait: for a log, as often as you like.
+        """
+        return self._candidates.tiers
+
     @property
     def memory_bytes(self) -> int:
-        """Bytes of host memory that the snapshots of this process take."""
+        """Bytes of memory that the copies of this process take; `report` says which memory."""
         return self._candidates.memory_bytes
 
     def close(self) -> None:
@@ -448,23 +480,48 @@ class RollbackManager:
         )
 
 
-def _validate(plan: Plan, max_distance: int, max_rollbacks: int) -> None:
-    counts = {**plan._asdict(), "max_distance": max_distance, "max_rollbacks": max_rollbacks}
+def _validate_counts(
+    max_distance: int, snapshot_every: Any, probation: int, max_rollbacks: int
+) -> None:
+    counts = {
+        "max_distance": max_distance,
+        "snapshot_every": snapshot_every,
+        "probation": probation,
+        "max_rollbacks": max_rollbacks,
+    }
     for name, x in counts.items():
-        if x is None and name == "snapshot_every":
+        if name == "snapshot_every" and x in (None, MEASURED):
             continue
         if not isinstance(x, int | np.integer) or isinstance(x, bool):
             raise ValueError(f"{name} must be an integer, got {x!r}.")
         if x < 1:
             raise ValueError(f"{name} must be at least 1, got {x}.")
-    every = {"save_every": plan.save_every, "snapshot_every": plan.snapshot_every or 1}
-    for name, x in every.items():
-        if x + plan.probation + 1 > max_distance:
-            raise ValueError(
-                f"max_distance={max_distance} is too small for {name}={x} and "
-                f"probation={plan.probation}: a good state can be {x + plan.probation + 1} steps "
-                f"old before the next has proven healthy; lower {name} or raise max_distance."
-            )
+
+
+def _validate_share(overhead: float) -> float:
+    if not isinstance(overhead, int | float) or not 0 < overhead < math.inf:
+        raise ValueError(f"overhead must be a finite share above 0, got {overhead!r}.")
+    return float(overhead)
+
+
+def _validate_distance(plan: Plan) -> None:
+    """Copies in memory keep `max_distance`; only where there are none must checkpoints do it."""
+    every = 1 if plan.snapshot_every == MEASURED else plan.snapshot_every
+    name, max_distance = "snapshot_every", plan.max_distance
+    if every is None:
+        name, every = "save_every", plan.save_every.at_most
+    if every is None:
+        raise ValueError(
+            f"Without copies in memory (snapshot_every=None) {plan.save_every} keeps no "
+            "max_distance: give save_every in steps, or snapshot_every."
+        )
+    age = every + plan.probation + 1
+    if age > max_distance:
+        raise ValueError(
+            f"max_distance={max_distance} is too small for {name}={every} and "
+            f"probation={plan.probation}: a good state can be {age} steps "
+            f"old before the next has proven healthy; lower {name} or raise max_distance."
+        )
 
 
 def _validate_reasons(reasons: Collection[str]) -> frozenset[str]:

@@ -50,20 +50,44 @@ class Snapshot(NamedTuple):
         return sum(_nbytes(leaf) for leaf in self.leaves.values())
 
 
-def take(step: int, tree: PyTree, *, for_disk: bool = False) -> Snapshot:
-    """Copy a state, to pinned host memory where the backend has it. Does not wait."""
+def take(step: int, tree: PyTree, *, for_disk: bool = False, on_device: bool = False) -> Snapshot:
+    """Copy a state, to pinned host memory where the backend has it. Does not wait.
+
+    Args:
+      step: updates that it has had.
+      tree: the state.
+      for_disk: with checksums.
+      on_device: to where it is instead.
+    """
     leaves = flatten(tree)
     sums = checksums(leaves) if for_disk else None
     floats = {name: x for name, x in leaves.items() if _may_be_nan(x)}
     has_nan = largest(_of_each(_has_nan, list(floats.values()))) if floats else jnp.zeros(0, bool)
     guarded = dict(zip(leaves, _are_guarded(tree), strict=True))
     names = [(plain_name(name), guarded[name]) for name in floats]
-    return Snapshot(step, _copy(leaves, to_host=True), sums, has_nan, names)
+    kind = PINNED if not on_device and any(map(_may_pin, leaves.values())) else None
+    return Snapshot(step, _copy(leaves, dict.fromkeys(leaves, kind)), sums, has_nan, names)
 
 
 def restore(snapshot: Snapshot, like: PyTree) -> PyTree:
     """The state once more, as fresh arrays: the snapshot stays whole when they are donated."""
-    return place(_copy(snapshot.leaves, to_host=False), like)
+    kinds = {name: _kind(x) for name, x in flatten(like).items()}
+    return place(_copy(snapshot.leaves, kinds), like)
+
+
+def reserve(tree: PyTree, copies: int) -> None:
+    """Let the backend allocate pinned memory for so many copies of a state, and wait.
+
+    To allocate it takes a hundred times as long as to write to it. The backend keeps what is freed,
+    and the copies that are taken later get it.
+    """
+    leaves = flatten(tree)
+    jax.block_until_ready([_copy(leaves, dict.fromkeys(leaves, PINNED)) for _ in range(copies)])
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes of a state, on this process."""
+    return sum(map(_nbytes, flatten(tree).values()))
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
@@ -201,15 +225,23 @@ def _unpack(x: Any, like: PyTree) -> Any:
     return type(like)(np.asarray(x)[()])
 
 
-def _copy(leaves: dict[str, Any], *, to_host: bool) -> dict[str, Any]:
-    arrays = {name: x for name, x in leaves.items() if isinstance(x, jax.Array)}
-    if any(_may_pin(x) for x in arrays.values()):
-        kind = PINNED if to_host else "device"
-        places = {name: x.sharding.with_memory_kind(kind) for name, x in arrays.items()}
-        copies = jax.device_put(arrays, places)
-    else:
-        copies = copy(arrays)
-    return {name: copies[name] if name in copies else leaves[name].copy() for name in leaves}
+def _copy(leaves: dict[str, Any], kinds: dict[str, str | None]) -> dict[str, Any]:
+    """Copies in these kinds of memory; None is where an array lies."""
+    stay: dict[str, str | None] = {}
+    move: dict[str, str | None] = {}
+    for name, x in leaves.items():
+        if isinstance(x, jax.Array):
+            kind = kinds[name] or _kind(x)
+            (stay if kind == _kind(x) != PINNED else move)[name] = kind
+    places = {name: leaves[name].sharding.with_memory_kind(kind) for name, kind in move.items()}
+    moved = jax.device_put({name: leaves[name] for name in move}, places, may_alias=False)
+    copies = copy({name: leaves[name] for name in stay}) | moved
+    return {name: copies[name] if name in copies else x.copy() for name, x in leaves.items()}
+
+
+def _kind(x: Any) -> str | None:
+    """Of the memory that an array lies in; None for NumPy's."""
+    return x.sharding.memory_kind if isinstance(x, jax.Array) else None
 
 
 @jax.jit
@@ -218,8 +250,10 @@ def copy(arrays: Any) -> Any:
     return jax.tree.map(jnp.copy, arrays)
 
 
-def _may_pin(x: jax.Array) -> bool:
+def _may_pin(x: Any) -> bool:
     """Whether this is an accelerator's array and there is pinned host memory beside it."""
+    if not isinstance(x, jax.Array):
+        return False
     device: Any = next(iter(x.sharding.device_set))
     return device.platform != "cpu" and PINNED in {m.kind for m in device.addressable_memories()}
 

@@ -39,6 +39,7 @@ class Numbers(NamedTuple):
       scale, least_scale: mean log(scale), in units of 1e-5.
       loss, least_loss: mean log abs(loss), in units of 1e-5.
       skips, least_skips: of all guards together.
+      time_is_up, is_writing, copy_every: as `Facts` says.
     """
 
     asked: Any
@@ -59,9 +60,26 @@ class Numbers(NamedTuple):
     least_loss: Any
     skips: Any
     least_skips: Any
+    time_is_up: Any
+    is_writing: Any
+    copy_every: Any
 
 
 _LEAST = ("calm_steps", "least_step", "least_saves", "least_scale", "least_loss", "least_skips")
+
+
+class Facts(NamedTuple):
+    """What each process knows by itself; the largest goes for all.
+
+    Attributes:
+      time_is_up: whether the next checkpoint is due by its clock.
+      is_writing: whether its part of the newest checkpoint is still being written.
+      copy_every: steps between copies in memory that it would choose, 0 for none yet.
+    """
+
+    time_is_up: bool = False
+    is_writing: bool = False
+    copy_every: int = 0
 
 
 class Report(NamedTuple):
@@ -86,6 +104,7 @@ class Verdict(NamedTuple):
       requested: a person asks for a rollback.
       differs: the copies of the guard's state are not the same.
       complaint: what is wrong with the calls of the processes, or "".
+      facts: of all processes, as they were before copies of this step were taken.
     """
 
     step: int
@@ -99,6 +118,7 @@ class Verdict(NamedTuple):
     requested: bool
     differs: bool
     complaint: str
+    facts: Facts = Facts()
 
     @property
     def is_trouble(self) -> bool:
@@ -113,9 +133,11 @@ class Verdict(NamedTuple):
         return self.is_calm and self.step >= step + probation
 
 
-def begin(step: int, tree: PyTree, *, requested: bool, saves: bool = False) -> Report:
+def begin(
+    step: int, tree: PyTree, *, requested: bool, saves: bool = False, facts: Facts | None = None
+) -> Report:
     """Pack what the guards in a state say, and start its way to the host. Does not wait."""
-    call = np.array([requested, step % 2**31, saves], np.int32)
+    call = np.array([requested, step % 2**31, saves, *(facts or Facts())], np.int32)
     numbers = largest(_pack([_parts(guard) for guard in find_all(tree)], call))
     numbers.copy_to_host_async()
     return Report(step, numbers)
@@ -139,6 +161,7 @@ def read(report: Report, guard_steps: int | None) -> Verdict:
         requested=bool(said.requested),
         differs=apart * _UNIT > TOLERANCE or said.skips != said.least_skips,
         complaint=_complain(said),
+        facts=Facts(bool(said.time_is_up), bool(said.is_writing), said.copy_every),
     )
 
 
@@ -184,6 +207,9 @@ def _pack(guards: list[dict[str, jax.Array]], call: jax.Array) -> jax.Array:
         least_loss=loss,
         skips=skips,
         least_skips=skips,
+        time_is_up=call[3],
+        is_writing=call[4],
+        copy_every=call[5],
     )
     signed = numbers._replace(**{name: -getattr(numbers, name) for name in _LEAST})
     return jnp.stack([x.astype(jnp.int32) for x in signed])

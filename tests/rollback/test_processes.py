@@ -21,7 +21,7 @@ pytestmark = pytest.mark.process
 TESTS = Path(__file__).parent.parent
 
 WORKER = """
-import json, os, resource, sys
+import datetime, json, os, resource, sys
 import jax
 rank, count, port, directory, mode, steps = sys.argv[1:7]
 rank, count, steps = int(rank), int(count), int(steps)
@@ -36,6 +36,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 import lbw_optax
+from lbw_optax.rollback import cadence, pace
 
 mesh = jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 def place(x, spec=None):
@@ -83,11 +84,36 @@ def bad(x):
     return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
 
 options = dict(save_every=8, snapshot_every=4, probation=3, max_distance=20)
-with lbw_optax.RollbackManager(directory, **options) as rollback:
+class Clock:
+    now = 0.0
+    def __call__(self):
+        self.now += faults["copy_seconds"][rank]
+        return self.now
+
+if "copy_seconds" in faults:  # a clock each, and time to save is up by the last one's only
+    options["snapshot_every"] = "measured"
+    options["save_every"] = datetime.timedelta(0 if rank == count - 1 else 10**6)
+    pace.TIMED, cadence.LEAST_STEPS = 8, 10
+
+class Patient(lbw_optax.RollbackManager):  # steps are short: the disk keeps up with them
+    def step(self, step, tree):
+        disk = self._candidates._disk
+        if disk._write is not None and (self._last or 0) - disk._since_step >= 6:
+            try:
+                disk._write()
+            except Exception:  # the manager says it
+                pass
+        return super().step(step, tree)
+
+with Patient(directory, **options) as rollback:
+    clock = Clock()
+    if "copy_seconds" in faults:
+        rollback._candidates._pace = pace.Pace(clock)
     step, tree = rollback.resume(start)
     print("from", step, flush=True)
     while step < steps:
         index = rollback.data_step(step)
+        clock.now += 1.0
         x, y = batch(index)
         if index in faults.get("batches", []):
             x = bad(x)
@@ -116,6 +142,7 @@ with lbw_optax.RollbackManager(directory, **options) as rollback:
 whole = multihost_utils.process_allgather(tree[0], tiled=True)
 print(json.dumps({
     "history": [r._asdict() for r in rollback.history],
+    "every": rollback.report().snapshot_every,
     "skips": int(lbw_optax.metrics(tree[1])["skips"]),
     "w": np.asarray(whole["w"]).reshape(8, 3).tolist(),
 }), flush=True)
@@ -185,6 +212,14 @@ def test_one_process_asks_for_all(tmp_path):
     ended = agree(finish(launch(2, tmp_path, "data", 30, request=[1, 22])))
     (rollback,) = ended["history"]
     assert (rollback["from_step"], rollback["reason"]) == (23, "the evaluation was wrong")
+
+
+def test_clocks_of_their_own_lead_to_one_cadence(tmp_path):
+    """The slowest copies decide in memory, and whoever's time is up on disk."""
+    ended = agree(finish(launch(2, tmp_path, "data", 34, copy_seconds=[0.011, 0.045])))
+    assert ended["every"] == 5
+    journal = json.loads((tmp_path / "journal.json").read_text())
+    assert max(int(step) for step in journal["checkpoints"]) >= 20
 
 
 # --- what one process finds out alone ----------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rollback_loop import QUICK, batch, nan_parameter, plain, run, start, update
+from rollback_loop import QUICK, Patient, batch, nan_parameter, plain, run, start, update
 from support import assert_same_bits
 
 from lbw_optax import AuditLog, RollbackManager
@@ -102,7 +102,7 @@ def test_a_resumed_run_with_rollbacks_is_the_uninterrupted_run(tmp_path):
 
 def test_what_is_saved_by_hand_is_where_it_goes_on(tmp_path):
     """Step 11 is between two checkpoints of its own."""
-    with RollbackManager(tmp_path, **QUICK) as rollback:
+    with Patient(tmp_path, **QUICK) as rollback:
         step, tree = rollback.resume(start())
         while step < 11:
             tree = update(tree, batch(rollback.data_step(step)))
@@ -118,7 +118,7 @@ def test_what_is_saved_by_hand_is_where_it_goes_on(tmp_path):
 @pytest.mark.parametrize("every", [4, 15])
 def test_saves_by_hand_prove_themselves_and_do_not_pile_up(tmp_path, every):
     """Also when they come before the one before has proven healthy, after six steps."""
-    with RollbackManager(tmp_path, snapshot_every=None, probation=6) as rollback:
+    with Patient(tmp_path, snapshot_every=None, probation=6) as rollback:
         step, tree = rollback.resume(start())
         while step < 60:
             tree = update(tree, batch(rollback.data_step(step)))
@@ -153,7 +153,7 @@ def test_the_budget_counts_calls_over_restarts(tmp_path):
     """One rollback in every four sessions of 150 calls: never two in a thousand."""
     options = {"max_rollbacks": 1, "save_every": 40, "max_distance": 100}
     for session in range(3):
-        with RollbackManager(tmp_path, **(QUICK | options)) as rollback:
+        with Patient(tmp_path, **(QUICK | options)) as rollback:
             step, tree = rollback.resume(start())
             for call in range(1100):
                 if call == 20:
@@ -483,7 +483,7 @@ def test_nothing_is_written_after_close(tmp_path):
 
 @pytest.mark.parametrize("wrong", [20, 19, 0, -3, 41, 10**12])
 def test_steps_come_in_order(tmp_path, wrong):
-    with RollbackManager(tmp_path, **QUICK) as rollback:
+    with Patient(tmp_path, **QUICK) as rollback:
         step, tree = rollback.resume(start())
         while step < 20:
             step, tree = rollback.step(step + 1, update(tree, batch(step)))
@@ -508,7 +508,7 @@ def test_a_run_that_was_under_way_may_begin_anywhere(tmp_path):
 
 def test_resuming_once_more(tmp_path):
     """Back to the newest checkpoint, and on from there to the same end."""
-    with RollbackManager(tmp_path, **QUICK) as rollback:
+    with Patient(tmp_path, **QUICK) as rollback:
         step, tree = rollback.resume(start())
         for until in (21, 60):
             while step < until:

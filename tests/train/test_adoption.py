@@ -43,7 +43,7 @@ def options(tmp_path):
         warmup=0.0,
         dtype="float32",
         eval_every=0,
-        save_every=5,
+        save_every=25,
         track=(),
     )
 

@@ -158,7 +158,7 @@ def test_damaged_input_is_named(main, damage, said, place, capsys):
         (["--mesh", "3", "1", "1"], ["data=3", "but there are 8"]),
         (["--mesh", "1", "1", "8"], ["the mesh does not divide these arrays evenly"]),
         (["--microbatches", "3"], ["a batch of 8 sequences cannot be cut into 3 microbatches"]),
-        (["--max-distance", "5"], ["max_distance=5 is too small"]),
+        (["--max-distance", "3"], ["max_distance=3 is too small"]),
         (["--data", "nowhere"], ["there is no directory nowhere"]),
         (["--track", "trackio"], ["--track trackio needs trackio: pip install trackio"]),
         (["--targets", "q_prog"], ["q_prog", "q_proj"]),

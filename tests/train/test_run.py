@@ -50,7 +50,7 @@ def options(tmp_path):
         learning_rate=1e-2,
         dtype="float32",
         eval_every=10,
-        save_every=5,
+        save_every=25,
         max_distance=30,
         track=(),
     )
@@ -87,11 +87,15 @@ def test_a_fault_leads_to_a_rollback_that_is_told_and_logged(options, corpus, ca
 
     (rollback,) = json.loads((options.out / "journal.json").read_text())["rollbacks"]
     assert rollback["from_step"] - rollback["to_step"] <= 30
-    assert f"rolled back from step {rollback['from_step']} to" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"rolled back from step {rollback['from_step']} to" in said
+    assert "copies in host memory every 7 steps (" in said
     lines = [json.loads(line) for line in (options.out / "log.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines]
     assert len(steps) == len(calls) == 40 + rollback["from_step"] - rollback["to_step"]
     assert np.isfinite(logs.history(options.out)["loss"]).all()
+    assert [lines[0][f"rollback_{name}"] for name in ("snapshot_every", "device_bytes")] == [7, 0]
+    assert not any("rollback_host_bytes" in line for line in lines[1:])  # nothing has changed
     actions = [
         json.loads(x)["action"] for x in (options.out / "events.jsonl").read_text().splitlines()
     ]
