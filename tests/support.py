@@ -1,6 +1,7 @@
 """What several test modules share: optimizers, a small problem, and comparison to the bit."""
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +27,11 @@ PLACEMENTS = {
     "wrapped": lambda inner: lbw_guard(inner),
     "chained": lambda inner: optax.chain(lbw_guard(), inner),
 }
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that a test starts: one device instead of the eight simulated ones."""
+    return {**os.environ, "XLA_FLAGS": os.environ["LBW_TEST_XLA_FLAGS"], **more}
 
 
 class Run(NamedTuple):

@@ -4,7 +4,6 @@ Each process is a real one with a simulated device of its own; they talk through
 """
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import support
 
 from lbw_optax import RollbackManager
 
@@ -157,12 +157,11 @@ def free_port() -> int:
 
 def launch(count: int, directory: Path, mode: str, steps: int, **faults) -> list[subprocess.Popen]:
     port = free_port()
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     arguments = [str(port), str(directory), mode, str(steps), json.dumps(faults)]
     return [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(rank), str(count), *arguments],
-            env=environment,
+            env=support.environment(JAX_PLATFORMS="cpu"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

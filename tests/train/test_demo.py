@@ -1,7 +1,6 @@
 """The demo as a user runs it: in a process of its own."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import support
 from matplotlib.image import imread
 
 from train import demo, mishap
@@ -30,8 +30,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(place):
-    without_test_flags = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
-    return without_test_flags | {"LBW_CACHE": str(place / "cache")}
+    return support.environment(LBW_CACHE=str(place / "cache"))
 
 
 @pytest.fixture(scope="module")

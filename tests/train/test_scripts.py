@@ -1,7 +1,6 @@
 """The scripts as a user runs them: processes of their own, killed, interrupted, run again."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import support
 from flax import nnx
 from matplotlib.image import imread
 
@@ -47,13 +47,12 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def environment(place):
     """One device, and one cache of tokens and of compiled programs for all processes."""
-    without_test_flags = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
-    return without_test_flags | {
-        "LBW_CACHE": str(place / "cache"),
-        "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
+    return support.environment(
+        LBW_CACHE=str(place / "cache"),
+        JAX_COMPILATION_CACHE_DIR=str(place / "programs"),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
+    )
 
 
 # A checkpoint that a kill has cut off is warned about.
