@@ -127,8 +127,8 @@ runpy.run_module("train.demo", run_name="__main__", alter_sys=True)
 """
 
 
-def test_interrupted_it_keeps_what_is_finished(finished, place, environment):
-    out = finished[1]
+def interrupted(place, out, environment, when):
+    """What the demo prints if Ctrl-C comes after a line of standard error that holds `when`."""
     arguments = ["--quick", "--data-dir", str(place), "--out", str(out)]
     command = [sys.executable, "-W", "error", "-c", INTERRUPTIBLE, *arguments]
     with subprocess.Popen(
@@ -139,11 +139,25 @@ def test_interrupted_it_keeps_what_is_finished(finished, place, environment):
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert any("test perplexity" in line for line in process.stderr)
+        assert any(when in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=100)
     assert process.returncode == 130
     assert "Traceback" not in errors
+    return output, errors
+
+
+def test_interrupted_while_the_first_step_is_compiled_it_says_so(tmp_path, place, environment):
+    told = {**environment, "JAX_LOG_COMPILES": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    output, errors = interrupted(place, tmp_path, told, "Compiling jit(train_step)")
+    assert errors.splitlines()[-1] == "train.demo: stopped before its end"
+    assert (output, list(tmp_path.iterdir())) == ("", [])
+
+
+def test_interrupted_it_keeps_what_is_finished(finished, place, environment):
+    out = finished[1]
+    output, errors = interrupted(place, out, environment, "test perplexity")
+    assert "stopping after this step" in errors
     kept = json.loads((out / "demo.json").read_text())["runs"]
     assert 1 <= len(kept) < 14
     assert f"Stopped: {len(kept)} of 14 runs" in output
