@@ -97,15 +97,20 @@ def _rejecting(guard: GuardState) -> str:
 def logged(line: dict[str, Any]) -> tuple[int, str]:
     """An intervention as the audit log has it, for the `logging` module: level and sentence."""
     action, step = line["action"], line.get("step")
-    level = logging.INFO if action in ("recover", "hold", "cut") else logging.WARNING
+    level = logging.INFO if action in ("recover", "hold", "cut", "restored") else logging.WARNING
     where = f"{line['guard']}: " if line.get("guard") else ""
-    return level, f"{where}Step {step}: {_say(line)}." if action != "lost" else where + _say(line)
+    return level, where + (_say(line) if step is None else f"Step {step}: {_say(line)}.")
 
 
 def _say(line: dict[str, Any]) -> str:
     action, cause = line["action"], CAUSES.get(line.get("signal", ""), line.get("signal", ""))
     if action == "lost":
         return f"{line['interventions']} interventions were not read in time, and are lost."
+    if action == "restored":
+        return (
+            "The run went on from an older state: interventions from number "
+            f"{line['from_number']} on are written anew."
+        )
     share, many = _plain(100 * line["rate_multiple"]), _plain(1 / max(line["rate_multiple"], 1e-30))
     rows = f" {line['count']} times, to step {line['last_step']}" if "count" in line else ""
     return {
