@@ -368,7 +368,7 @@ _OWN = ("step", "action", "signal", "value", "scale_after", "from_step", "to_ste
 def _is_another(known: dict[str, Any], line: dict[str, Any]) -> bool:
     """Whether an event is not the one that is known to be written under its number."""
     line = _as_json(line)
-    return any(known[k] != line.get(k) for k in _OWN if k in known)
+    return "step" in known and any(known[k] != line.get(k) for k in _OWN if k in known)
 
 
 def _goes_on(row: dict[str, Any], line: dict[str, Any]) -> bool:
@@ -490,9 +490,10 @@ def _of_row(line: dict[str, Any], i: int) -> dict[str, Any]:
     >>> _of_row({"step": 5, "action": "skip", "signal": "loss", "value": 2.0, "count": 3}, 2)
     {'step': 7, 'action': 'skip', 'signal': 'loss'}
     """
-    if i == 0 or type(line.get("step")) is not int:
-        return line
-    return {"step": line["step"] + i} | {k: line[k] for k in ("action", "signal") if k in line}
+    step = line.get("step")
+    if i == 0 or type(step) is not int:
+        return line if i == 0 else {}
+    return {"step": step + i} | {k: line[k] for k in ("action", "signal") if k in line}
 
 
 def _objects(content: bytes) -> Iterator[dict[str, Any]]:
