@@ -113,8 +113,13 @@ def one_law(records: Iterable[Record]) -> list[Record]:
 
 
 def law_named(records: Iterable[Record]) -> str:
-    """The law of records that are of one, to be said after their commits."""
-    return next((f"; law {record['law']}" for record in records if record.get("law")), "")
+    """The law, to be said after the commits; nothing of records that state none.
+
+    >>> law_named([{"law": "G"}, {"law": None}, {}, {"law": "I"}]), law_named([{}])
+    ('; law G, I', '')
+    """
+    laws = sorted({record["law"] for record in records if record.get("law")})
+    return f"; law {', '.join(laws)}" if laws else ""
 
 
 def made_with(records: Iterable[Record], newest: Record) -> str:

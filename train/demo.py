@@ -24,6 +24,7 @@ import optax
 from flax import nnx
 
 import lbw_optax
+from lbw_optax.law.control import LAW
 from train import data, figure, loop, lora, memory, mishap
 from train.command import interrupt_ends
 from train.interrupt import Interrupt, Stopped
@@ -321,7 +322,12 @@ class Bench:
         """What a result file says about code, machine, settings and text."""
         settings = self.settings._asdict() | {"config": vars(self.settings.config)}
         tokens = {name: len(getattr(self.corpus, name)) for name in data.SPLITS}
-        return self._provenance | {"seed": self.seed, "settings": settings, "tokens": tokens}
+        return self._provenance | {
+            "law": LAW,
+            "seed": self.seed,
+            "settings": settings,
+            "tokens": tokens,
+        }
 
 
 def _standard_recipe(steps: int) -> Callable[..., optax.GradientTransformation]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from lbw_optax import Event
+from lbw_optax.law.control import LAW
 from train import figure, jsonl, rundir
 from train.logs import history
 from train.options import Options, as_json
@@ -24,6 +25,7 @@ def write(
     logged = history(options.out)
     document = {
         **provenance(),
+        "law": LAW,
         "options": as_json(options),
         "perplexity": perplexity,
         "targets": targets,

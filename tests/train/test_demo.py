@@ -66,7 +66,7 @@ def test_progress_names_loss_scale_regime_and_time_left(finished):
 def test_the_json_holds_the_table_and_where_it_comes_from(finished):
     done, out = finished
     document = json.loads((out / "demo.json").read_text())
-    assert {"commit", "versions", "machine", "seed", "settings", "tokens", "seconds"} < set(
+    assert {"commit", "law", "versions", "machine", "seed", "settings", "tokens", "seconds"} < set(
         document
     )
     assert document["seed"] == 3

@@ -102,7 +102,7 @@ def test_a_run_directory_holds_config_log_events_figure_and_numbers(finished):
         assert history["step"].tolist() == list(range(1, 13))
         assert np.all(np.isfinite(history["loss"]))
         result = json.loads((directory / "result.json").read_text())
-        assert {"commit", "machine", "options", "context", "stride"} < set(result)
+        assert {"commit", "law", "machine", "options", "context", "stride"} < set(result)
         for split, perplexity in result["perplexity"].items():
             assert f"{split} perplexity {perplexity:.3f}" in done.stderr
             assert history[f"{split}_perplexity"][-1] == perplexity
