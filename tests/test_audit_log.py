@@ -431,7 +431,7 @@ def test_what_is_written_is_said_to_the_logger(tmp_path, caplog):
             audit.record(step, state)
     said = [record.getMessage() for record in caplog.records]
     assert said[:2] == [
-        "Step 3: skipped, for gradients are not finite.",
-        "Step 3: skipped 3 times, to step 5, for gradients are not finite.",
+        "Step 3: skipped, because gradients are not finite.",
+        "Step 3: skipped 3 times, to step 5, because gradients are not finite.",
     ]
     assert any("updates grow again" in sentence for sentence in said)
