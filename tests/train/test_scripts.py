@@ -127,11 +127,12 @@ def test_an_estimate_comes_before_anything_else_and_a_measured_one_later(finishe
 
 def test_a_run_ends_with_where_its_results_are(finished):
     done, out = finished
-    lines = [line.split() for line in done.stderr.splitlines()[-5:]]
+    lines = [line.split() for line in done.stderr.splitlines()[-6:]]
     assert lines == [
         ["adapter", str(out / "adapter")],
         ["result", str(out / "result.json")],
         ["figure", str(out / "figure.png")],
+        ["report", str(out / "report.html")],
         ["log", str(out / "log.jsonl")],
         ["events", str(out / "events.jsonl")],
     ]
