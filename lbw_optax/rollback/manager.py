@@ -556,7 +556,12 @@ def _rejoin(
 
 @jax.jit
 def _back(
-    guard: GuardState, left: GuardState, reason: Any, step: Any, to_step: Any, share: Any
+    guard: GuardState,
+    left: GuardState,
+    reason: jax.Array,
+    step: jax.Array,
+    to_step: jax.Array,
+    share: jax.Array,
 ) -> GuardState:
     control, last = guard.law.control, left.law.control
     log_ceiling = control.log_scale + jnp.log(share)
@@ -592,7 +597,7 @@ def _own(guard: GuardState) -> GuardState:
 
 
 @jax.jit
-def _calm_down(guard: GuardState, kept: Any) -> GuardState:
+def _calm_down(guard: GuardState, kept: jax.Array) -> GuardState:
     """Nothing asked, but for the reasons that are kept."""
     asking = guard.law.divergence
     quiet = divergence.after_rollback(asking)
