@@ -94,10 +94,13 @@ def train(run: Run, params: Any, state: Any, steps: int) -> tuple[Any, Any]:
     return params, state
 
 
-def storm(steps, every=1, bad=None):
-    """States after each step of a run with a NaN gradient at every so many steps, or at these."""
+def storm(steps, every=1, bad=None, state=None):
+    """States after each step of a run with a NaN gradient at every so many steps, or at these.
+
+    From this state, or the first one.
+    """
     run, params = guarded("sgd_momentum"), small_params()
-    state, good = run.init(params), gradients_of(params)
+    state, good = state or run.init(params), gradients_of(params)
     nan = jax.tree.map(lambda g: g * np.float32(np.nan), good)
     where = range(0, steps, every) if bad is None else bad
     for step in range(steps):

@@ -164,6 +164,12 @@ def test_lookahead_goes_around_the_guard():
     assert int(lbw_optax.metrics(state)["skips"]) == 0
 
 
+@pytest.mark.parametrize("wrap", [lambda tx: tx, optax.chain, lambda tx: optax.masked(tx, True)])
+def test_a_guard_in_a_guard_is_refused(wrap):
+    with pytest.raises(ValueError, match=r"another lbw_guard in it.* leave one of them out"):
+        lbw_guard(wrap(lbw_guard(optax.adamw(1e-2)))).init(small_params())
+
+
 def test_sam_goes_around_the_guard():
     sam = lambda inner: optax.contrib.sam(inner, optax.sgd(0.05), sync_period=2)  # noqa: E731
     with pytest.raises(ValueError, match=r"optax\.contrib\.sam\(lbw_guard"):

@@ -20,14 +20,17 @@ from lbw_optax.types import Loss, PyTree
 PROBE_LEAVES = 64
 # A leaf contributes this share of its coordinates to the probe, within these bounds.
 PROBE_SHARE, PROBE_LEAST, PROBE_MOST = 128, 1024, 16384
+# And about so many positions of an axis at least: fewer would miss whole rows of it.
+PROBE_POSITIONS = 8
 # The mean of the parameters is over this share of the run, and over so many steps at least.
 HORIZON, LEAST_HORIZON = 1 / 2, 4
 # The side of a matrix at which an update counts as it is, and the least that counts: an adapter's
 # rank says little of the stable rank of its update.
 SIDE, LEAST_SIDE = 96.0, 27
 # Corruption of memory, no step of an optimizer: updates this many times as long as the last and
-# longer than the parameters; parameters this many times as long as before.
-UPDATE_JUMP, PARAMETER_JUMP = 1000.0, 2.0
+# longer than the parameters; parameters this many times as long as those before and so many of the
+# last updates could make them.
+UPDATE_JUMP, PARAMETER_JUMP, REACH = 1000.0, 2.0, 2.0
 
 # Bucket i of the histogram counts 2^(2i-24) <= |g| < 2^(2i-22); the first and last take the rest.
 HISTOGRAM_EDGES = tuple(range(-24, 8, 2))
@@ -197,7 +200,7 @@ def observe_step(
     finite, from_zero = jnp.isfinite(norm), _from_zero(seen, length)
     has_step = finite & jnp.isfinite(length) & (norm > 0) & (length > 0)
     has_step = has_step & ~from_zero & ~refused
-    known, reach = seen.parameter_norm > 0, seen.parameter_norm + 2 * seen.update_norm
+    known, reach = seen.parameter_norm > 0, seen.parameter_norm + REACH * seen.update_norm
     # Nothing is known of a jump from no step at all, as accumulation makes them.
     jumps = (norm > length) & (norm > UPDATE_JUMP * seen.update_norm) & (seen.update_norm > 0)
     return seen._replace(
@@ -470,7 +473,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides = [1] * len(shape)
     order = sorted(range(len(shape)), key=lambda axis: shape[axis])
     for place, axis in enumerate(order):
-        wanted = min(excess ** (1 / (len(order) - place)), shape[axis] / 8)
+        wanted = min(excess ** (1 / (len(order) - place)), shape[axis] / PROBE_POSITIONS)
         if wanted > 1:
             strides[axis] = _prime_from(wanted)
             excess /= strides[axis]

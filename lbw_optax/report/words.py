@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from lbw_optax.law.control import LOW
-from lbw_optax.law.divergence import SKIP_STEPS, Reason
+from lbw_optax.law.divergence import SKIP_STEPS
 from lbw_optax.report.reading import Run, kept, steps
-from lbw_optax.sentences import ASKS, CAUSES
+from lbw_optax.sentences import cause
 
 # Of a cause, what to look at. {step} is the first, {where} names the first few.
 _LOOK = {
@@ -169,10 +169,7 @@ def _first(line: dict[str, Any]) -> str:
 
 def _why(line: dict[str, Any]) -> str:
     """The cause of an intervention in words; one that is not known, by its name."""
-    signal = str(line.get("signal", ""))
-    if signal.upper() in Reason.__members__ and line["action"] == "rollback":
-        return ASKS.get(Reason[signal.upper()], "a person asked for it")
-    return CAUSES.get(signal, signal)
+    return cause(line["action"], str(line.get("signal", "")))
 
 
 def _done(audit: list[dict[str, Any]]) -> str:

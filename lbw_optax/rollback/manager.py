@@ -34,8 +34,6 @@ from lbw_optax.types import PyTree
 _LOG = logging.getLogger("lbw_optax")
 # What the guard may ask for; broken parameters are always answered.
 _ASKS = ("parameters", "inner_state", "skips", "loss")
-# After a rollback the scale stays under this share of what it was, for so many steps.
-CEILING, CEILING_STEPS = 0.5, 20
 # `max_rollbacks` are allowed in so many calls of `step`.
 WINDOW = 1000
 # The copies of the guard's state may differ for so many steps: a fault of memory in one of them is
@@ -320,7 +318,7 @@ class RollbackManager:
         _warn(
             f"The guard asks for a rollback at step {step} ({_name(reason)}), and its budget of "
             f"{self._max_rollbacks} in {WINDOW} calls is spent{self._say_history()}. The run goes "
-            f"on, for this reason is not certain, and is not gone back for {_name(reason)} again. "
+            "on, for this reason is not certain, and does not go back for it again. "
             "Where that is as it should be, as a loss that rises in reinforcement learning or in a "
             f"curriculum, switch it off: reasons={tuple(sorted(self._reasons))}."
         )
@@ -422,7 +420,7 @@ class RollbackManager:
     ) -> PyTree:
         """Make the state that is gone back to ready to go on."""
         self._in_a_row += 1
-        good = _rejoin(good, left, reason, step, to_step, CEILING**self._in_a_row)
+        good = _rejoin(good, left, reason, step, to_step, divergence.CEILING**self._in_a_row)
         self._journal.jump(step, to_step)
         self._keep_arrival(to_step, good)
         rollback = Rollback(step, to_step, words, tier, step - to_step, self._journal.calls)
@@ -558,7 +556,12 @@ def _rejoin(
 
 @jax.jit
 def _back(
-    guard: GuardState, left: GuardState, reason: Any, step: Any, to_step: Any, share: Any
+    guard: GuardState,
+    left: GuardState,
+    reason: jax.Array,
+    step: jax.Array,
+    to_step: jax.Array,
+    share: jax.Array,
 ) -> GuardState:
     control, last = guard.law.control, left.law.control
     log_ceiling = control.log_scale + jnp.log(share)
@@ -567,7 +570,7 @@ def _back(
         log_scale=jnp.where(last.pinned, last.log_scale, control.log_scale),
         pinned=last.pinned,
         log_ceiling=log_ceiling,
-        ceiling_steps=jnp.int32(CEILING_STEPS),
+        ceiling_steps=jnp.int32(divergence.CEILING_STEPS),
     )
     known = divergence.leave(left.law.divergence, left.law.statistics.loss_unit)
     quiet = divergence.after_rollback(guard.law.divergence, known)
@@ -594,7 +597,7 @@ def _own(guard: GuardState) -> GuardState:
 
 
 @jax.jit
-def _calm_down(guard: GuardState, kept: Any) -> GuardState:
+def _calm_down(guard: GuardState, kept: jax.Array) -> GuardState:
     """Nothing asked, but for the reasons that are kept."""
     asking = guard.law.divergence
     quiet = divergence.after_rollback(asking)

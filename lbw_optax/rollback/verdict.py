@@ -3,7 +3,7 @@
 The worst of all guards, devices and processes counts, so that all processes act alike.
 """
 
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,10 @@ TOLERANCE = 1e-3
 # Fixed point for the two: int32 holds any logarithm of a float32.
 _UNIT = 1e-5
 
+Number = TypeVar("Number")  # an array on the device, a Python int on the host
 
-class Numbers(NamedTuple):
+
+class Numbers(NamedTuple, Generic[Number]):
     """What is packed, int32 each, in this order.
 
     Attributes:
@@ -42,27 +44,27 @@ class Numbers(NamedTuple):
       time_is_up, is_writing, copy_every: as `Facts` says.
     """
 
-    asked: Any
-    guard_steps: Any
-    calm_steps: Any
-    suspected: Any
-    broken: Any
-    exhausted: Any
-    governs: Any
-    requested: Any
-    step: Any
-    least_step: Any
-    saves: Any
-    least_saves: Any
-    scale: Any
-    least_scale: Any
-    loss: Any
-    least_loss: Any
-    skips: Any
-    least_skips: Any
-    time_is_up: Any
-    is_writing: Any
-    copy_every: Any
+    asked: Number
+    guard_steps: Number
+    calm_steps: Number
+    suspected: Number
+    broken: Number
+    exhausted: Number
+    governs: Number
+    requested: Number
+    step: Number
+    least_step: Number
+    saves: Number
+    least_saves: Number
+    scale: Number
+    least_scale: Number
+    loss: Number
+    least_loss: Number
+    skips: Number
+    least_skips: Number
+    time_is_up: Number
+    is_writing: Number
+    copy_every: Number
 
 
 _LEAST = ("calm_steps", "least_step", "least_saves", "least_scale", "least_loss", "least_skips")
@@ -145,7 +147,7 @@ def begin(
 
 def read(report: Report, guard_steps: int | None) -> Verdict:
     """The verdict, `guard_steps` being those of the verdict before."""
-    packed = Numbers(*np.asarray(report.numbers).tolist())
+    packed = Numbers[int](*np.asarray(report.numbers).tolist())
     said = packed._replace(**{name: -getattr(packed, name) for name in _LEAST})
     updates = 1 if guard_steps is None else said.guard_steps - guard_steps
     apart = max(said.scale - said.least_scale, said.loss - said.least_loss)
@@ -227,7 +229,7 @@ def _fixed(logs: jax.Array) -> jax.Array:
     return jnp.round(mean / _UNIT)
 
 
-def _complain(said: Numbers) -> str:
+def _complain(said: Numbers[int]) -> str:
     if said.saves != said.least_saves:
         return "save was called on some processes only: call it on all of them, at the same step"
     if said.step != said.least_step:

@@ -15,7 +15,6 @@ pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_op
 from jax.sharding import AxisType
 from small_model import SMALL
 
-from lbw_optax.report import report
 from train import data, logs, loop, model, run, sharding
 from train.options import Options
 from train.progress import Progress
@@ -100,7 +99,8 @@ def test_a_fault_leads_to_a_rollback_that_is_told_and_logged(options, corpus, ca
         json.loads(x)["action"] for x in (options.out / "events.jsonl").read_text().splitlines()
     ]
     assert actions.count("rollback") == 1
-    page = report([options.out]).read_text(encoding="utf-8")
+    assert f"report     {options.out / 'report.html'}" in said
+    page = (options.out / "report.html").read_text(encoding="utf-8")
     undone = rollback["from_step"] - rollback["to_step"]
     assert f"went back once, over {undone} steps, because the parameters are broken" in page
     assert f"<td>{undone:,}</td>" in page

@@ -101,7 +101,7 @@ def test_a_run_directory_holds_config_log_events_figure_and_numbers(finished):
         assert history["step"].tolist() == list(range(1, 13))
         assert np.all(np.isfinite(history["loss"]))
         result = json.loads((directory / "result.json").read_text())
-        assert {"commit", "machine", "options", "context", "stride"} < set(result)
+        assert {"commit", "law", "machine", "options", "context", "stride"} < set(result)
         for split, perplexity in result["perplexity"].items():
             assert f"{split} perplexity {perplexity:.3f}" in done.stderr
             assert history[f"{split}_perplexity"][-1] == perplexity
@@ -126,11 +126,12 @@ def test_an_estimate_comes_before_anything_else_and_a_measured_one_later(finishe
 
 def test_a_run_ends_with_where_its_results_are(finished):
     done, out = finished
-    lines = [line.split() for line in done.stderr.splitlines()[-5:]]
+    lines = [line.split() for line in done.stderr.splitlines()[-6:]]
     assert lines == [
         ["adapter", str(out / "adapter")],
         ["result", str(out / "result.json")],
         ["figure", str(out / "figure.png")],
+        ["report", str(out / "report.html")],
         ["log", str(out / "log.jsonl")],
         ["events", str(out / "events.jsonl")],
     ]
