@@ -297,6 +297,18 @@ class AuditLog:
             _LOG.log(*sentences.logged(line))
         return count
 
+    def note(self, recorded_at: int, **facts: Any) -> None:
+        """Write a line of your own, as what a person has ordered.
+
+        Args:
+          recorded_at: the step of the loop, as in the guard's own lines.
+          facts: the rest of the line: numbers, words, None. ``action`` should say what it is.
+        """
+        if self._file.closed:
+            raise ValueError(f"This AuditLog of {self._path} is closed: open a new one.")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._write([{"time": now, **facts, "recorded_at": recorded_at}])
+
     def _news(self, path: str, guard: GuardState, step: int) -> list[dict[str, Any]]:
         """What one guard did since the last call."""
         recorded, known = int(guard.events.recorded), self._known.get(path, {})

@@ -424,6 +424,7 @@ LANES = {
     "asked": ("would have gone back", "M{0:.1f} {1}m5-5l-9 5l9 5z"),
     "seen": ("stands out", "M{0:.1f} {1}m-4-4l8 8m0-8l-8 8"),
     "recover": ("grows again", "M{0:.1f} {1}m-5 4h10l-5-9z"),
+    "order": ("ordered", "M{0:.1f} {1}m-3-5h2v10h-2zm4 0h2v10h-2z"),
 }
 _LANE, _STRIP = 18, 16
 # The worst first, where several share a place in the picture.
