@@ -5,14 +5,20 @@ them waits for the others, or those would wait for ever.
 """
 
 import functools
+import time
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # Orbax takes it from there, too: it is in no public module
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Bytes of a text that is handed round.
 LONGEST = 1024
+# Seconds that processes wait for one another where one of them may have come alone.
+PATIENCE = 20.0
+_LOOK_AGAIN = 0.02
 
 
 def largest(numbers: jax.Array) -> jax.Array:
@@ -45,6 +51,33 @@ def first_text(text: str) -> str:
     everyones = multihost_utils.process_allgather(mine)
     texts = [bytes(x).rstrip(b"\0").decode(errors="ignore") for x in np.asarray(everyones)]
     return next((said for said in texts if said), "")
+
+
+def from_all(place: str, text: str) -> list[str] | None:
+    """What each process says at this place; None on all if one has not come within `PATIENCE`.
+
+    Nothing of it runs on a device: a process that has not come may be waiting there for the others,
+    in a training step that they have not begun.
+
+    Args:
+      place: a name that is used once.
+      text: what this process says.
+    """
+    client: Any = distributed.global_state.client
+    client.key_value_set(f"{place}/said/{jax.process_index()}", text)
+    until = time.monotonic() + PATIENCE
+    while True:
+        said = client.key_value_dir_get(f"{place}/said/")
+        is_late = time.monotonic() > until
+        if len(said) == jax.process_count() or is_late:
+            break
+        time.sleep(_LOOK_AGAIN)
+    have_come = "yes" if len(said) == jax.process_count() else "no"
+    try:  # the first who knows decides for all
+        client.key_value_set(f"{place}/all", have_come, allow_overwrite=False)
+    except jax.errors.JaxRuntimeError:
+        have_come = client.blocking_key_value_get(f"{place}/all", 10_000)
+    return [x for _, x in said] if have_come == "yes" else None
 
 
 def wait_for_all(name: str) -> None:

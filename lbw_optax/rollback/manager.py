@@ -1,5 +1,6 @@
 """Going back to the last good state, around any training loop."""
 
+import itertools
 import logging
 import math
 import operator
@@ -18,8 +19,8 @@ from lbw_optax.audit import GuardExhausted, check
 from lbw_optax.law import divergence
 from lbw_optax.law import events as ring
 from lbw_optax.law.divergence import UNCERTAIN, Reason
-from lbw_optax.rollback import cadence, verdict
-from lbw_optax.rollback.agreement import first_text
+from lbw_optax.rollback import agreement, cadence, verdict
+from lbw_optax.rollback.agreement import first_text, from_all
 from lbw_optax.rollback.arrivals import Arrivals
 from lbw_optax.rollback.candidates import MEASURED, Candidates, Plan
 from lbw_optax.rollback.checkpoints import OtherModel, Unreadable
@@ -41,6 +42,11 @@ WINDOW = 1000
 # The copies of the guard's state may differ for so many steps: a fault of memory in one of them is
 # answered by a rollback within two.
 APART = 3
+_SAVED_ALONE = (
+    "save was called on some processes only{at}, and not within {seconds:g} seconds on the others: "
+    "nothing was saved. Call it on all of them, at the same step."
+)
+_managers = itertools.count()  # the same number on all processes: all make the same ones
 
 
 class RollbackManager:
@@ -175,6 +181,9 @@ class RollbackManager:
         self._is_calm = True  # for all that is known
         self._apart = 0  # verdicts in a row in which copies of the guard's state differ
         self._requested: str | None = None
+        self._number = next(_managers)
+        self._saves = 0  # calls of `save` since the last of `step`
+        self._saved_alone = self._knows_alone = False
         self._last: int | None = None  # the step that was handed in last
         self._to_come: set[int] = set()  # steps of rollbacks that the resumed run comes by again
         self._resumed = False
@@ -209,8 +218,13 @@ class RollbackManager:
         step = self._last = self._follow(step)
         before = self._report
         self._report = verdict.begin(
-            step, tree, requested=self._requested is not None, facts=self._candidates.facts(step)
+            step,
+            tree,
+            requested=self._requested is not None,
+            saved_alone=self._saved_alone,
+            facts=self._candidates.facts(step),
         )
+        self._saves, self._saved_alone = 0, False
         self._require_resumed()
         self._journal.calls += 1
         said = self._hear(before)
@@ -232,15 +246,35 @@ class RollbackManager:
         """Write a checkpoint of this state now, and wait: a run that stops here resumes here.
 
         It is no candidate for a rollback until it has proven healthy. With several processes all
-        must call it.
+        must call it, within 20 seconds, or nothing is saved and a warning says so on all.
         """
         self._require_open()
         step = self._follow(step, again=True)
-        if jax.process_count() > 1:  # a process that calls `step` meanwhile is told, too
-            report = verdict.begin(step, tree, requested=False, saves=True)
-            self._require_same_calls(verdict.read(report, None))
+        if jax.process_count() > 1 and not self._all_save(step):
+            return
         self._require_resumed()
         self._candidates.save(step, tree, is_calm=self._is_calm)
+
+    def _all_save(self, step: int) -> bool:
+        """Whether all processes have called `save`; one that has come alone is told, and goes on.
+
+        Or it would wait in `save`, and the others for it in their next training step.
+        """
+        if self._candidates.is_whole(step):
+            return False
+        self._saves += 1
+        place = f"lbw_optax/save/{self._number}/{self._journal.calls}/{self._saves}"
+        steps = from_all(place, str(step))
+        if steps is None:
+            self._saved_alone = self._knows_alone = True
+            _warn(_SAVED_ALONE.format(at=f" at step {step}", seconds=agreement.PATIENCE))
+            return False
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"save was called at different steps on the processes ({', '.join(steps)}): call "
+                "it on all of them at the same one."
+            )
+        return True
 
     def request(self, reason: str) -> None:
         """Roll back at the next call of `step`, whatever the guard says.
@@ -292,6 +326,9 @@ class RollbackManager:
             return None
         said = verdict.read(report, self._guard_steps)
         self._require_same_calls(said)
+        if said.saved_alone and not self._knows_alone:
+            _warn(_SAVED_ALONE.format(at="", seconds=agreement.PATIENCE))
+        self._knows_alone = self._knows_alone and not said.saved_alone
         self._guard_steps = said.guard_steps
         self._apart = self._apart + 1 if said.differs else 0
         if "loss" not in self._reasons:  # or no state of a run that is sound would be proven

@@ -35,7 +35,7 @@ class Numbers(NamedTuple):
       governs: whether any guard does.
       requested: whether a person asks for a rollback.
       step, least_step: that the processes hand in.
-      saves, least_saves: whether they save by hand.
+      saved_alone: whether a process has saved by hand and the others have not.
       scale, least_scale: mean log(scale), in units of 1e-5.
       loss, least_loss: mean log abs(loss), in units of 1e-5.
       skips, least_skips: of all guards together.
@@ -52,8 +52,7 @@ class Numbers(NamedTuple):
     requested: Any
     step: Any
     least_step: Any
-    saves: Any
-    least_saves: Any
+    saved_alone: Any
     scale: Any
     least_scale: Any
     loss: Any
@@ -65,7 +64,7 @@ class Numbers(NamedTuple):
     copy_every: Any
 
 
-_LEAST = ("calm_steps", "least_step", "least_saves", "least_scale", "least_loss", "least_skips")
+_LEAST = ("calm_steps", "least_step", "least_scale", "least_loss", "least_skips")
 
 
 class Facts(NamedTuple):
@@ -103,6 +102,7 @@ class Verdict(NamedTuple):
       governs: whether a guard does.
       requested: a person asks for a rollback.
       differs: the copies of the guard's state are not the same.
+      saved_alone: a process has saved by hand and the others have not.
       complaint: what is wrong with the calls of the processes, or "".
       facts: of all processes, as they were before copies of this step were taken.
     """
@@ -117,6 +117,7 @@ class Verdict(NamedTuple):
     governs: bool
     requested: bool
     differs: bool
+    saved_alone: bool
     complaint: str
     facts: Facts = Facts()
 
@@ -134,10 +135,15 @@ class Verdict(NamedTuple):
 
 
 def begin(
-    step: int, tree: PyTree, *, requested: bool, saves: bool = False, facts: Facts | None = None
+    step: int,
+    tree: PyTree,
+    *,
+    requested: bool = False,
+    saved_alone: bool = False,
+    facts: Facts | None = None,
 ) -> Report:
     """Pack what the guards in a state say, and start its way to the host. Does not wait."""
-    call = np.array([requested, step % 2**31, saves, *(facts or Facts())], np.int32)
+    call = np.array([requested, step % 2**31, saved_alone, *(facts or Facts())], np.int32)
     numbers = largest(_pack([_parts(guard) for guard in find_all(tree)], call))
     numbers.copy_to_host_async()
     return Report(step, numbers)
@@ -160,6 +166,7 @@ def read(report: Report, guard_steps: int | None) -> Verdict:
         governs=bool(said.governs),
         requested=bool(said.requested),
         differs=apart * _UNIT > TOLERANCE or said.skips != said.least_skips,
+        saved_alone=bool(said.saved_alone),
         complaint=_complain(said),
         facts=Facts(bool(said.time_is_up), bool(said.is_writing), said.copy_every),
     )
@@ -199,8 +206,7 @@ def _pack(guards: list[dict[str, jax.Array]], call: jax.Array) -> jax.Array:
         requested=call[0],
         step=call[1],
         least_step=call[1],
-        saves=call[2],
-        least_saves=call[2],
+        saved_alone=call[2],
         scale=scale,
         least_scale=scale,
         loss=loss,
@@ -228,8 +234,6 @@ def _fixed(logs: jax.Array) -> jax.Array:
 
 
 def _complain(said: Numbers) -> str:
-    if said.saves != said.least_saves:
-        return "save was called on some processes only: call it on all of them, at the same step"
     if said.step != said.least_step:
         return (
             f"The processes hand in different steps ({said.least_step} to {said.step}): make the "

@@ -25,6 +25,7 @@ NOTHING: dict[str, Any] = {
     "governs": True,
     "requested": False,
     "differs": False,
+    "saved_alone": False,
     "complaint": "",
 }
 
