@@ -14,6 +14,8 @@ from jax._src import distributed  # Orbax takes it from there, too: it is in no 
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lbw_optax.types import PyTree
+
 # Bytes of a text that is handed round.
 LONGEST = 1024
 # Seconds that processes wait for one another where one of them may have come alone.
@@ -36,6 +38,24 @@ def largest(numbers: jax.Array) -> jax.Array:
     shape = (mesh.size, *numbers.shape)
     sharding = NamedSharding(mesh, PartitionSpec("process"))
     return _largest(jax.make_array_from_single_device_arrays(shape, sharding, [mine[None]]))
+
+
+def is_one_a_device(x: jax.Array) -> bool:
+    """Whether a vector lies with one number on each of several devices, as pmap leaves it."""
+    if jax.numpy.ndim(x) != 1 or not isinstance(x, jax.Array) or x.size < 2:
+        return False
+    return len(x.sharding.device_set) == x.size and x.sharding.shard_shape(x.shape) == (1,)
+
+
+def is_stack_of_equals(tree: PyTree, count: int) -> bool:
+    """Whether a stack of so many copies of a state holds the same in all: all floats, to the bit.
+
+    Random keys, which are to differ, are no floats.
+    """
+    leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    floats = [x for x in leaves if jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)]
+    stacked = [x for x in floats if x.ndim and x.shape[0] == count]
+    return bool(stacked) and bool(_are_equal(stacked))
 
 
 def first_text(text: str) -> str:
@@ -91,6 +111,12 @@ def _largest_here(copies: list[jax.Array], device: jax.Device | None = None) -> 
     place = device or next(iter(copies[0].devices()))
     with jax.set_mesh(Mesh(np.empty((), object), ())):
         return _largest_of([jax.device_put(x, place) for x in copies])
+
+
+@jax.jit
+def _are_equal(stacked: list[jax.Array]) -> jax.Array:
+    same = [jax.numpy.all((x == x[:1]) | ((x != x) & (x[:1] != x[:1]))) for x in stacked]
+    return jax.numpy.stack(same).all()
 
 
 @jax.jit

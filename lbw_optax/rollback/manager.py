@@ -20,7 +20,7 @@ from lbw_optax.law import divergence
 from lbw_optax.law import events as ring
 from lbw_optax.law.divergence import UNCERTAIN, Reason
 from lbw_optax.rollback import agreement, cadence, verdict
-from lbw_optax.rollback.agreement import first_text, from_all
+from lbw_optax.rollback.agreement import first_text, from_all, is_stack_of_equals
 from lbw_optax.rollback.arrivals import Arrivals
 from lbw_optax.rollback.candidates import MEASURED, Candidates, Plan
 from lbw_optax.rollback.checkpoints import OtherModel, Unreadable
@@ -45,6 +45,11 @@ APART = 3
 _SAVED_ALONE = (
     "save was called on some processes only{at}, and not within {seconds:g} seconds on the others: "
     "nothing was saved. Call it on all of them, at the same step."
+)
+_DIFFERS = (
+    "Copies of the guard's state have differed for three steps, on processes or devices of this "
+    "job: each was given a loss or gradients of its own. Pass the same to all of them, as "
+    "value=jax.lax.pmean(loss, axis_name)."
 )
 _managers = itertools.count()  # the same number on all processes: all make the same ones
 
@@ -182,6 +187,7 @@ class RollbackManager:
         self._apart = 0  # verdicts in a row in which copies of the guard's state differ
         self._requested: str | None = None
         self._number = next(_managers)
+        self._replicas: bool | None = None  # a stack of copies that are the same; None: not known
         self._saves = 0  # calls of `save` since the last of `step`
         self._saved_alone = self._knows_alone = False
         self._last: int | None = None  # the step that was handed in last
@@ -206,6 +212,8 @@ class RollbackManager:
         self._resumed = True
         is_new = not self._candidates.found()
         step, tree = self._candidates.resume(tree)
+        self._replicas = None
+        self._are_replicas(tree)
         # A run that was under way without checkpoints may begin at any step.
         self._last = None if is_new else step
         self._report = self._guard_steps = None
@@ -222,6 +230,7 @@ class RollbackManager:
             tree,
             requested=self._requested is not None,
             saved_alone=self._saved_alone,
+            replicas=self._are_replicas(tree),
             facts=self._candidates.facts(step),
         )
         self._saves, self._saved_alone = 0, False
@@ -373,10 +382,11 @@ class RollbackManager:
         """The guard must be able to do something, and be one and the same everywhere."""
         if self._apart >= APART:
             self._report, self._apart = None, 0
-            raise ValueError(
-                "Copies of the guard's state have differed for three steps, on processes or "
-                "devices of this job: each was given a loss or gradients of its own. Pass the same "
-                "to all of them, as value=jax.lax.pmean(loss, axis_name)."
+            if not self._replicas:
+                raise ValueError(_DIFFERS)
+            self._replicas = False  # they may be runs of their own that began alike
+            _warn(
+                f"{_DIFFERS} Independent runs, one on each device, may differ: none is looked at."
             )
         if said is None or not said.exhausted or self._report is None:
             return
@@ -417,6 +427,16 @@ class RollbackManager:
                 "run: begin with step, tree = rollback.resume(tree), or pass an empty directory."
             )
         self._resumed = True
+
+    def _are_replicas(self, tree: PyTree) -> bool:
+        """Whether this is a state for each device, and all were the same when the run began here.
+
+        So are the replicas of pmap. Independent runs, as of several seeds, begin differently.
+        """
+        if self._replicas is None:
+            steps = find_all(tree)[0].guard_steps
+            self._replicas = jnp.ndim(steps) == 1 and is_stack_of_equals(tree, len(steps))
+        return self._replicas
 
     def _require_same_calls(self, said: Verdict) -> None:
         if said.complaint:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax.law.divergence import Reason, is_suspected
-from lbw_optax.rollback.agreement import largest
+from lbw_optax.rollback.agreement import is_one_a_device, largest
 from lbw_optax.state import GuardState, Mode, find_all
 from lbw_optax.types import PyTree
 
@@ -140,11 +140,25 @@ def begin(
     *,
     requested: bool = False,
     saved_alone: bool = False,
+    replicas: bool = False,
     facts: Facts | None = None,
 ) -> Report:
-    """Pack what the guards in a state say, and start its way to the host. Does not wait."""
-    call = np.array([requested, step % 2**31, saved_alone, *(facts or Facts())], np.int32)
-    numbers = largest(_pack([_parts(guard) for guard in find_all(tree)], call))
+    """Pack what the guards in a state say, and start its way to the host. Does not wait.
+
+    Args:
+      step: that is handed in.
+      tree: the state.
+      requested: whether a person asks for a rollback.
+      saved_alone: whether `save` was called on this process only.
+      replicas: whether a state that is several in one, one on each device, is to be the same in
+        all of them.
+      facts: what this process knows.
+    """
+    guards = find_all(tree)
+    compares = replicas and is_one_a_device(guards[0].guard_steps)
+    said = [requested, step % 2**31, saved_alone, compares, *(facts or Facts())]
+    call = np.array(said, np.int32)
+    numbers = largest(_pack([_parts(guard) for guard in guards], call))
     numbers.copy_to_host_async()
     return Report(step, numbers)
 
@@ -193,8 +207,9 @@ def _pack(guards: list[dict[str, jax.Array]], call: jax.Array) -> jax.Array:
     """As int32 of which the largest counts: where the least does, the negative is packed."""
     seen = {name: jnp.stack([guard[name] for guard in guards]) for name in guards[0]}
     governs = seen["mode"] == Mode.GOVERN
-    scale, loss = _fixed(seen["log_scale"]), _fixed(_log_of(seen["loss"]))
-    skips = seen["skips"].sum()
+    scale, least_scale = _range(_fixed(seen["log_scale"]), call[3])
+    loss, least_loss = _range(_fixed(_log_of(seen["loss"])), call[3])
+    skips, least_skips = _range(seen["skips"].sum(0), call[3])
     numbers = Numbers(
         asked=jnp.where(seen["asked"] > 0, len(Reason) - seen["asked"], 0).max(),
         guard_steps=seen["guard_steps"].max(),
@@ -208,14 +223,14 @@ def _pack(guards: list[dict[str, jax.Array]], call: jax.Array) -> jax.Array:
         least_step=call[1],
         saved_alone=call[2],
         scale=scale,
-        least_scale=scale,
+        least_scale=least_scale,
         loss=loss,
-        least_loss=loss,
+        least_loss=least_loss,
         skips=skips,
-        least_skips=skips,
-        time_is_up=call[3],
-        is_writing=call[4],
-        copy_every=call[5],
+        least_skips=least_skips,
+        time_is_up=call[4],
+        is_writing=call[5],
+        copy_every=call[6],
     )
     signed = numbers._replace(**{name: -getattr(numbers, name) for name in _LEAST})
     return jnp.stack([x.astype(jnp.int32) for x in signed])
@@ -226,9 +241,15 @@ def _log_of(loss: jax.Array) -> jax.Array:
     return jnp.log(jnp.maximum(size, jnp.finfo(jnp.float32).tiny))
 
 
+def _range(x: jax.Array, compares: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The most and the least of several runs in one; where they may differ, one number for all."""
+    whole = x.sum() if jnp.issubdtype(x.dtype, jnp.integer) else jnp.round(x.mean())
+    return jnp.where(compares, x.max(), whole), jnp.where(compares, x.min(), whole)
+
+
 def _fixed(logs: jax.Array) -> jax.Array:
     """The mean over guards in fixed point; not a number counts as 1e4, which no logarithm is."""
-    mean = jnp.mean(logs.astype(jnp.float32))
+    mean = jnp.mean(logs.astype(jnp.float32), axis=0)
     mean = jnp.nan_to_num(mean, nan=1e4, posinf=1e4, neginf=-1e4)
     return jnp.round(mean / _UNIT)
 
