@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lbw_optax import law
+from lbw_optax import law, parts
 from lbw_optax import state as states
 from lbw_optax.apply import scaled
 from lbw_optax.law import control, events, telemetry
@@ -35,8 +35,9 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
     """The guard as a transformation of gradients."""
 
     def init_fn(params: PyTree) -> GuardState:
-        nothing = telemetry.sample_of_zeros(params)
-        here = nothing if telemetry.is_abstract(params) else telemetry.sample(params)
+        nothing = telemetry.as_row(telemetry.sample_of_zeros(params))
+        known = not telemetry.is_abstract(params)
+        here = telemetry.as_row(telemetry.sample(params)) if known else nothing
         probe = Probe(mean_parameters=nothing, parameters=here)
         return states.init(probe, bounds, mode)._replace(inner_state=optax.EmptyState())
 
@@ -50,6 +51,7 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
     ) -> tuple[PyTree, GuardState]:
         states.require(state)
         value, _ = telemetry.take_loss(value, extra_args)
+        parts.refuse(state, updates, params, value)
         control_before = state.law.control
         seen, probe = telemetry.observe_gradients(
             state.telemetry, state.probe, updates, params, value, control_before.age
@@ -79,9 +81,10 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
 
 def _moved(probe: Probe, params: PyTree) -> tuple[jax.Array, Probe]:
     """The step that has been taken since, probed; one that is not finite is not kept."""
-    before = jnp.asarray(probe.parameters)
+    row = jnp.asarray(probe.parameters)
+    before = row.reshape(-1)
     here = before if params is None else telemetry.sample(params)
     finite = jnp.isfinite(here)
     return jnp.where(finite, here - before, 0.0), probe._replace(
-        parameters=jnp.where(finite, here, before)
+        parameters=jnp.where(finite, here, before).reshape(row.shape)
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lbw_optax import chained, law
+from lbw_optax import chained, law, parts
 from lbw_optax import state as states
 from lbw_optax.apply import either, scaled
 from lbw_optax.chained import ChainedGuard
@@ -147,7 +147,7 @@ def govern(
     frozen = Frozen(inner.update)
 
     def init_fn(params: PyTree) -> GuardState:
-        probe = Probe(telemetry.sample_of_zeros(params), parameters=None)
+        probe = Probe(telemetry.as_row(telemetry.sample_of_zeros(params)), parameters=None)
         inner_state = inner.init(params)
         _refuse_to_and_fro(inner_state)
         _refuse_a_guard(inner_state)
@@ -163,6 +163,7 @@ def govern(
     ) -> tuple[PyTree, GuardState]:
         states.require(state)
         value, extra_args = telemetry.take_loss(value, extra_args)
+        parts.refuse(state, updates, params, value)
         gradients, trained = frozen.zeroed(updates, state.inner_state, params, extra_args)
         age, governing = state.law.control.age, state.mode == Mode.GOVERN
         seen, probe = telemetry.observe_gradients(

@@ -231,6 +231,8 @@ def _is_guard(node: PyTree) -> bool:
 
 def _plain(node: PyTree) -> GuardState:
     """The guard's own parts as bare arrays."""
+    if isinstance(node, GuardState) and isinstance(node.guard_steps, jax.Array):
+        return node  # as nearly always, and in every step of a loop
     return _rebuild(_skeleton(), node)._replace(inner_state=_child(node, "inner_state"))
 
 

@@ -183,6 +183,44 @@ def test_sam_goes_around_the_guard():
     assert optax.tree.norm(gradients_of(params)) < 0.3 * start
 
 
+def losses_of(tx, start, target, steps):
+    """Of full-batch steps on the squared distance, and the state after them."""
+
+    def step(carry, _):
+        params, state = carry
+        loss, gradients = jax.value_and_grad(lambda p: jnp.sum((p - target) ** 2))(params)
+        updates, state = tx.update(gradients, state, params, value=loss)
+        return (optax.apply_updates(params, updates), state), loss
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))
+    (_, state), losses = run((start, tx.init(start)))
+    return losses, state
+
+
+@pytest.mark.parametrize("place", ["inside", "around"])
+def test_the_soft_start_is_no_plateau(place):
+    """From all zeros: the rate is cut where the loss has ended to fall, and not before."""
+    plateau = lambda inner: optax.chain(inner, optax.contrib.reduce_on_plateau())  # noqa: E731
+    inner, target = optax.sgd(0.02), jnp.array([[3.0, -2.0], [1.0, 4.0]])
+    tx = lbw_guard(plateau(inner)) if place == "inside" else plateau(lbw_guard(inner))
+    for steps, scale in ((50, 1.0), (600, 0.0)):
+        losses, state = losses_of(tx, jnp.zeros((2, 2)), target, steps)
+        found = optax.tree.get(
+            state, "scale", filtering=lambda path, _: "Plateau" in repr(path[-1])
+        )
+        np.testing.assert_allclose(found, scale, atol=1e-3)
+    assert losses[-1] < 1e-9 * losses[0]
+
+
+def test_mechanize_goes_inside_the_guard():
+    mechanized = optax.contrib.mechanize(optax.sgd(0.1), weight_decay=0.0)
+    start, target = jnp.array([-1.0, 10.0, 1.0]), jnp.array([1.0, -1.0, 1.0])
+    bare, _ = losses_of(mechanized, start, target, 1000)
+    guarded_losses, state = losses_of(lbw_guard(mechanized), start, target, 1000)
+    assert guarded_losses[-100:].mean() < max(2 * bare[-100:].mean(), 1e-4 * bare[0])
+    assert lbw_optax.metrics(state)["scale"] > 0.5
+
+
 # --- in words -----------------------------------------------------------------------------------
 
 
