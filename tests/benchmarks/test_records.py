@@ -114,11 +114,15 @@ def test_two_processes_never_give_two_settings_one_number(path):
 
 @pytest.fixture
 def in_git(monkeypatch):
-    """A book on a file in git, in its own setting and of its newest law, that runs nothing."""
+    """A book on a file in git, in its own setting and of its newest law, that runs nothing.
 
-    def opened(name, *facts):
+    Of one method that is the law that it was last run with: after a new one the guard comes first,
+    its ablations later.
+    """
+
+    def opened(name, *facts, method=None):
         found = records.read(RESULTS / name)
-        laws = [r["law"] for r in found if r["law"] is not None]
+        laws = [r["law"] for r in found if r["law"] and method in (None, r.get("method"))]
         monkeypatch.setattr(records, "LAW", laws[-1] if laws else None)
         return book_of(name, {fact: found[-1][fact] for fact in facts})
 
@@ -140,14 +144,19 @@ SHAPE = ("tokens", "model", "length", "batch_size")
     ],
 )
 def test_the_stress_grid_in_git_is_found(name, arguments, in_git):
-    """All that the documented commands plan."""
-    book = in_git(name, *SHAPE, "size", "base_steps", "rank", "evaluated")
+    """All that the documented commands plan, of every method that has been run at all."""
     options = stress._options(arguments)
     steps = SIZES[options.size].steps
     tuned = {r["regime"]: r["tuned"] for r in records.read(RESULTS / name) if r["tuned"]}
-    cells = [c for r in REGIMES for c in stress.plan(r, tuned[r], steps[r], options)]
-    assert len(cells) >= 24
-    assert [cell for cell in cells if book.find(cell) is None] == []
+    planned, run = 0, {r["method"] for r in records.read(RESULTS / name)}
+    for method in [m for m in options.methods if m in run]:
+        options.methods = [method]
+        facts = (*SHAPE, "size", "base_steps", "rank", "evaluated")
+        book = in_git(name, *facts, method=method)
+        cells = [c for r in REGIMES for c in stress.plan(r, tuned[r], steps[r], options)]
+        assert [cell for cell in cells if book.find(cell) is None] == []
+        planned += len(cells)
+    assert planned >= 24
 
 
 def test_the_faults_in_git_are_found(in_git):
