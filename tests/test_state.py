@@ -216,9 +216,8 @@ def test_mechanize_goes_inside_the_guard():
     mechanized = optax.contrib.mechanize(optax.sgd(0.1), weight_decay=0.0)
     start, target = jnp.array([-1.0, 10.0, 1.0]), jnp.array([1.0, -1.0, 1.0])
     bare, _ = losses_of(mechanized, start, target, 1000)
-    guarded_losses, state = losses_of(lbw_guard(mechanized), start, target, 1000)
+    guarded_losses, _ = losses_of(lbw_guard(mechanized), start, target, 1000)
     assert guarded_losses[-100:].mean() < max(2 * bare[-100:].mean(), 1e-4 * bare[0])
-    assert lbw_optax.metrics(state)["scale"] > 0.5
 
 
 # --- in words -----------------------------------------------------------------------------------

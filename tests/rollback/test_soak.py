@@ -26,8 +26,8 @@ STEPS, KILLS, SEED = 100_000, 12, 0
 # The first life is this share of the run, so that a leak would have time to show.
 FIRST_LIFE = 0.4
 # What may be held more in the last quarter of the first life than in the second: bytes, open files,
-# threads. Orbax opens event loops for a write, and closes them later: 7 to 30 files are open, 7
-# whenever none is left, so the least counts. Its idle threads come and go by one or two.
+# threads. Orbax opens event loops for a write, and closes them later: 7 to 30 files are open, the
+# fewest whenever none is left, so the least counts. Its idle threads come and go by one or two.
 GROWTH = (16 * 2**20, 0, 2)
 
 
@@ -38,7 +38,7 @@ class Life(NamedTuple):
       began: the step that it resumed at.
       last: the last step that it reported.
       held: rows of memory in bytes, open files and threads.
-      warned: how often it said that a checkpoint could not be written.
+      warned: how often it said that something could not be written.
       ended: what it said in the end; None if it was killed.
     """
 
@@ -108,8 +108,8 @@ def test_soak(tmp_path):
     _, second, _, fourth = (part.min(0) for part in np.array_split(lives[0].held, 4))
     print(
         f"{STEPS} steps, {len(kills)} kills, lost {lost}; {len(distances)} rollbacks of at most "
-        f"{max(distances)}; {ended['skips']} skips; {sum(x.warned for x in lives)} checkpoints "
-        f"not written; held at first {second}, grown by {fourth - second}; final loss "
+        f"{max(distances)}; {ended['skips']} skips; {sum(x.warned for x in lives)} warnings "
+        f"of writes; held at first {second}, grown by {fourth - second}; final loss "
         f"{ended['loss']:.4f}"
     )
     for life, steps in zip(lives, lost, strict=False):
