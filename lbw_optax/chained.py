@@ -35,9 +35,8 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
     """The guard as a transformation of gradients."""
 
     def init_fn(params: PyTree) -> GuardState:
-        nothing = telemetry.as_row(telemetry.sample_of_zeros(params))
-        known = not telemetry.is_abstract(params)
-        here = telemetry.as_row(telemetry.sample(params)) if known else nothing
+        nothing = telemetry.sample_of_zeros(params)
+        here = nothing if telemetry.is_abstract(params) else telemetry.sample(params)
         probe = Probe(mean_parameters=nothing, parameters=here)
         return states.init(probe, bounds, mode)._replace(inner_state=optax.EmptyState())
 
@@ -81,10 +80,9 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
 
 def _moved(probe: Probe, params: PyTree) -> tuple[jax.Array, Probe]:
     """The step that has been taken since, probed; one that is not finite is not kept."""
-    row = jnp.asarray(probe.parameters)
-    before = row.reshape(-1)
+    before = jnp.asarray(probe.parameters)
     here = before if params is None else telemetry.sample(params)
     finite = jnp.isfinite(here)
     return jnp.where(finite, here - before, 0.0), probe._replace(
-        parameters=jnp.where(finite, here, before).reshape(row.shape)
+        parameters=jnp.where(finite, here, before)
     )

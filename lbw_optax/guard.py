@@ -147,7 +147,7 @@ def govern(
     frozen = Frozen(inner.update)
 
     def init_fn(params: PyTree) -> GuardState:
-        probe = Probe(telemetry.as_row(telemetry.sample_of_zeros(params)), parameters=None)
+        probe = Probe(telemetry.sample_of_zeros(params), parameters=None)
         inner_state = inner.init(params)
         _refuse_to_and_fro(inner_state)
         _refuse_a_guard(inner_state)

@@ -120,9 +120,14 @@ AXIS = "data"
 
 
 def map_over_devices(step, mesh, state, *, split_params=False, **options):
-    """One step on each device; the batch is split, and the parameters where it is said."""
+    """One step on each device; the batch is split, and parameters and moments where it is said."""
     spec, split = P(AXIS) if split_params else P(), P(AXIS)
-    state_spec = jax.tree.map(lambda x: spec if jnp.shape(x) == (16,) else P(), state)
+
+    def place(path, leaf):
+        is_moment = jnp.shape(leaf) == (16,) and "probe" not in jax.tree_util.keystr(path)
+        return spec if is_moment else P()
+
+    state_spec = jax.tree.map_with_path(place, state)
     specs = {"in_specs": (spec, state_spec, split), "out_specs": (spec, state_spec)}
     return jax.jit(jax.shard_map(step, mesh=mesh, **specs, **options))
 

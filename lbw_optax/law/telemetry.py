@@ -64,12 +64,11 @@ class Telemetry(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What is remembered of the parameters at a fixed sample of coordinates; float32[1, n] each.
+    """What is remembered of the parameters at a fixed sample of coordinates; float32[n] each.
 
     Of at most 64 leaves, drawn by size; leaf l with n_l coordinates, drawn with probability q_l,
     gives m_l of them, weighted by sqrt(n_l / (m_l q_l)), so that inner products of probes estimate
-    those of whole pytrees without bias. A row, which has the shape of no vector among the
-    parameters: who places a state by the shapes of its leaves does not cut it to pieces.
+    those of whole pytrees without bias.
     """
 
     mean_parameters: jax.Array  # over about half of the run
@@ -157,14 +156,13 @@ def observe_gradients(
     drawn = _draw(gradients)
     gradient = _weighted(drawn)
     here = jnp.zeros_like(gradient) if params is None else sample(params)
-    old_mean = probe.mean_parameters.reshape(-1)
-    _require_same_leaves(gradient, old_mean)
-    way = here - old_mean
+    _require_same_leaves(gradient, probe.mean_parameters)
+    way = here - probe.mean_parameters
     product = _length(gradient) * _length(way)
     has_overshoot = has_gradient & jnp.isfinite(product) & (product > 0) & (age > 0)
     steps = (age + 1).astype(jnp.float32)
     horizon = jnp.minimum(jnp.maximum(HORIZON * steps, LEAST_HORIZON), steps)
-    mean = old_mean + jnp.where(jnp.isfinite(way), way, 0.0) / horizon
+    mean = probe.mean_parameters + jnp.where(jnp.isfinite(way), way, 0.0) / horizon
     loss, has_loss, nonfinite_loss = _loss(value)
     seen = before._replace(
         gradient_norm=jnp.where(has_gradient, norm, before.gradient_norm),
@@ -177,7 +175,7 @@ def observe_gradients(
         has_loss=has_loss,
         histogram=_histogram(drawn),
     )
-    return seen, probe._replace(mean_parameters=mean.reshape(probe.mean_parameters.shape))
+    return seen, probe._replace(mean_parameters=mean)
 
 
 def observe_step(
@@ -252,8 +250,7 @@ def _from_zero(seen: Telemetry, length: jax.Array) -> jax.Array:
 
 def follow(probe: Probe, updates: PyTree) -> Probe:
     """The probe where parameters are not given: as seen from them, their mean has moved back."""
-    mean = probe.mean_parameters
-    return probe._replace(mean_parameters=mean - sample(updates).reshape(mean.shape))
+    return probe._replace(mean_parameters=probe.mean_parameters - sample(updates))
 
 
 def sample(tree: PyTree) -> jax.Array:
@@ -268,11 +265,6 @@ def sample_of_zeros(tree: PyTree) -> jax.Array:
     """The sample of a tree of zeros in these shapes, which may be abstract."""
     parts = _parts(_leaves(tree, jnp.inexact))
     return jnp.zeros([sum(_sample_size(part.leaf) for part in parts)], jnp.float32)
-
-
-def as_row(sampled: jax.Array) -> jax.Array:
-    """As a probe keeps it: float32[1, n]."""
-    return sampled[None]
 
 
 def is_abstract(tree: PyTree) -> bool:
