@@ -101,6 +101,14 @@ def test_without_a_guard_an_order_is_refused(tmp_path):
         standing.obey(optax.adam(1e-3).init(jnp.ones(2)), 1)
 
 
+@pytest.mark.parametrize(
+    "given", [[], [("hold", 0.5, "ana@n\u00f8de", "t"), ("reset", None, "b", "t")]]
+)
+def test_what_the_first_process_hands_round_arrives_as_it_was(given):
+    sent = [orders.Order(*fields) for fields in given]
+    assert orders._unpacked(orders._packed(sent)) == sent
+
+
 def test_a_rollback_that_is_ordered_is_made(tmp_path):
     pytest.importorskip("orbax.checkpoint", reason="needs the extra rollback")
     from rollback_loop import batch, start, update
