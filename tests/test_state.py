@@ -11,7 +11,7 @@ from support import assert_same_bits, gradients_of, guarded, run_of, small_param
 
 import lbw_optax
 from lbw_optax import lbw_guard
-from lbw_optax.law import telemetry
+from lbw_optax.law import divergence, telemetry
 
 LAYER = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
 LARGE = {
@@ -245,6 +245,17 @@ def _held(scale, mode="govern"):
     return change
 
 
+def _exhausted(run, params, state):
+    control = state.law.control._replace(exhausted=jnp.array(True))
+    return state._replace(law=state.law._replace(control=control))
+
+
+def _asking(run, params, state):
+    asked = jnp.int32(divergence.Reason.LOSS)
+    asking = state.law.divergence._replace(rollback_asked=asked)
+    return state._replace(law=state.law._replace(divergence=asking))
+
+
 def _resting(rejected):
     """At 2 % since step 12, of 33, and with that share of rejected steps."""
 
@@ -289,8 +300,13 @@ def _resting(rejected):
                 "say: Holding updates at 2 %"
             ),
         ),
+        (_exhausted, "The guard is exhausted after 3 steps: 0 skipped in all"),
+        (_asking, "Asking for a rollback at step 3: the loss has risen and stays there."),
     ],
-    ids=["soft start", "skips", "pinned", "nominal", "held", "rest", "rejecting", "observed"],
+    ids=[
+        *("soft start", "skips", "pinned", "nominal", "held", "rest", "rejecting", "observed"),
+        *("exhausted", "asking"),
+    ],
 )
 def test_explain(change, sentence):
     assert told(change).startswith(sentence)
