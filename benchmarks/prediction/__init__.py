@@ -1,0 +1,1 @@
+"""How well divergence is predicted: the classifier and published rules, on made and real runs."""

@@ -1,0 +1,106 @@
+"""The runs of one setting, side by side in one compiled program: what the guard saw in each step."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.atlas import cell, data, models
+from benchmarks.atlas.draw import Task
+from benchmarks.atlas.methods import own
+from benchmarks.prediction.tasks import STEPS, Lanes, lanes
+from lbw_optax import lbw_guard
+from lbw_optax.state import Mode
+
+class Factors(NamedTuple):
+    """What befalls the runs, step by step: float32[runs, steps] each, 1 where nothing does."""
+
+    gradients: np.ndarray
+    loss: np.ndarray
+    rate: np.ndarray
+    weights: np.ndarray  # of the first matrix
+
+
+def run(task: Task) -> dict[str, np.ndarray]:
+    """All runs of a setting: `loss` as it was logged, and the scalars of `Telemetry` by name.
+
+    Arrays are [run, step]; what befell the runs is in `lanes`.
+    """
+    befell = lanes(task)
+    pool = data.pool(task, None)
+    size = len(jax.tree.leaves(pool.train)[0])
+    index = np.stack(
+        [
+            np.random.default_rng([seed, 0]).integers(size, size=(task.steps, task.batch))
+            for seed in befell.seed
+        ]
+    )
+    starts = [models.init(task, int(seed) % 2**16) for seed in befell.seed]
+    params = jax.tree.map(lambda *x: jnp.stack(x), *starts)
+    rates = jnp.asarray(befell.rate * cell.guess(task), jnp.float32)
+    loss, seen = jax.device_get(
+        _program(task)(params, rates, factors(befell), befell.governs, index, pool.train)
+    )
+    scalars = {name: x for name, x in seen._asdict().items() if name != "histogram"}
+    return {"logged": loss, **scalars}
+
+
+def factors(befell: Lanes) -> Factors:
+    """The faults of `benchmarks.prediction.tasks`, as factors."""
+    step = np.arange(STEPS)[None]
+    since = step - befell.at[:, None]
+    strikes = (since >= 0) & (since < befell.length[:, None])
+    size = befell.size[:, None]
+
+    def where(kinds: dict[str, Any]) -> np.ndarray:
+        found = np.ones(strikes.shape, np.float32)
+        for kind, factor in kinds.items():
+            hit = strikes & (befell.fault == kind)[:, None]
+            found = np.where(hit, factor, found)
+        return found.astype(np.float32)
+
+    shifts = {"hard_batch": size, "level_shift": size}
+    return Factors(
+        gradients=where({**shifts, "scaled_gradient": size, "nan_gradient": np.nan}),
+        loss=where({**shifts, "nan_loss": np.nan}),
+        rate=where({"learning_rate": size, "drift": size ** (since + 1.0).clip(0)}),
+        weights=where({"broken_weights": size}),
+    )
+
+
+def _program(task: Task) -> Any:
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, 0, 0, 0, 0, None))
+    def go(params: Any, rate: Any, befalls: Any, governs: Any, index: Any, examples: Any) -> Any:
+        recipe = cell.recipe(task, rate)
+
+        def learning_rate(count: jax.Array) -> jax.Array:
+            return recipe.learning_rate(count) * befalls.rate[count]
+
+        tx = lbw_guard(own(recipe._replace(learning_rate=learning_rate)))
+        state = tx.init(params)
+        mode = jnp.where(governs, Mode.GOVERN, Mode.OBSERVE).astype(state.mode.dtype)
+        broken = next(name for name, leaf in models.shapes(task).items() if len(leaf.shape) > 1)
+
+        def step(carry: Any, now: Any) -> Any:
+            params, state = carry
+            factor, rows = now
+            batch = jax.tree.map(lambda x: x[rows], examples)
+            params = params | {broken: params[broken] * factor.weights}
+            loss, grads = jax.value_and_grad(functools.partial(models.loss, task))(params, batch)
+            loss, grads = loss * factor.loss, jax.tree.map(lambda g: g * factor.gradients, grads)
+            held = jnp.exp(state.law.control.log_scale)
+            updates, state = tx.update(grads, state, params, value=loss)
+            params = optax.apply_updates(params, updates)
+            # Who only observes applies the whole step.
+            applied = state.telemetry.relative_step / jnp.where(governs, 1.0, held)
+            seen = state.telemetry._replace(relative_step=applied, histogram=jnp.zeros(0))
+            return (params, state), (loss, seen)
+
+        _, told = jax.lax.scan(step, (params, state._replace(mode=mode)), (befalls, index))
+        return told
+
+    return go

@@ -1,0 +1,189 @@
+"""What the newest steps say of the next ones: how likely the run diverges soon, and of what kind.
+
+The classifier advises and nothing else: no rule of the law reads it. It is a gated recurrent unit
+of 16 cells over 16 inputs, all of them free of the unit of the loss and of the size of the model,
+so that it reads a log of loss and gradient norm as well as a run that is under the guard.
+`python -m benchmarks.prediction train` makes its weights.
+"""
+
+import enum
+import functools
+from importlib import resources
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lbw_optax.law import control, divergence, statistics
+from lbw_optax.law.statistics import Memory, Running
+from lbw_optax.law.step import Law
+from lbw_optax.law.telemetry import Telemetry
+
+CELLS = 16
+# Steps ahead of which a probability is given.
+HORIZONS = (10, 50)
+# How log |g| is remembered beside the law's own memory, which is five times as short.
+SLOW = Memory(decay=0.99, floor=0.1, prior=1.0)
+# A log of one norm, or of none, says nothing about gradients.
+LEAST_VARIANCE = 1e-12
+
+
+class Kind(enum.IntEnum):
+    """What stands behind a step that stands out."""
+
+    HARD_BATCH = 0  # it is gone by itself
+    UNSTABLE = 1  # the dynamics: steps are too long
+    BROKEN = 2  # the state, or the numbers
+
+
+class Memories(NamedTuple):
+    """What the classifier remembers from step to step."""
+
+    cells: jax.Array  # float32[16]
+    log_norm: Running  # of log |g|, slow
+
+
+class Risk(NamedTuple):
+    """What it says of a step; all in [0, 1].
+
+    Attributes:
+      soon: float32, the probability that the run diverges within 10 steps.
+      later: float32, the same within 50 steps.
+      kinds: float32[3], the probability of each `Kind`, given that something stands out.
+    """
+
+    soon: jax.Array
+    later: jax.Array
+    kinds: jax.Array
+
+
+class Weights(NamedTuple):
+    """Of the unit and of what is read from it; float32."""
+
+    inputs: jax.Array  # [16 inputs, 3 gates of 16 cells]
+    cells: jax.Array  # [16 cells, 3 gates of 16 cells]
+    bias: jax.Array  # [3 gates of 16 cells]
+    outputs: jax.Array  # [16 cells, 5]
+    output_bias: jax.Array  # [5]: soon, later, and three kinds
+
+
+def init() -> Memories:
+    """Before the first step."""
+    zero = jnp.zeros([], jnp.float32)
+    return Memories(jnp.zeros([CELLS], jnp.float32), Running(zero, zero, zero))
+
+
+def step(
+    memories: Memories, before: Law, after: Law, seen: Telemetry, weights: Weights | None = None
+) -> tuple[Memories, Risk]:
+    """Take one step in.
+
+    Args:
+      memories: after the step before.
+      before: what the law remembered before this step.
+      after: what it remembers after it.
+      seen: what the step showed.
+      weights: other ones than the shipped; for experiments.
+    """
+    found, log_norm = inputs(memories.log_norm, before, after, seen)
+    cells, logits = advance(weights or shipped(), memories.cells, found)
+    return Memories(cells, log_norm), risk(logits)
+
+
+def inputs(
+    log_norm: Running, before: Law, after: Law, seen: Telemetry
+) -> tuple[jax.Array, Running]:
+    """The 16 inputs of a step, float32 of about unit size, and the slow memory of log |g|.
+
+    Of the loss: how far it is from its mean, how far the fast mean is from the slow one, how far it
+    is above its lowest level in standard deviations and as a share of what it has fallen, and the
+    evidence of a lasting rise. Of the gradient norm: how far it is from its mean, from its slow
+    mean, and the one mean from the other. The overshoot's mean and newest value; the relative step
+    over its ceiling; the age of the law; what was not measured or not finite. 0 says nothing.
+    """
+    known, now, diverging = before.statistics, after.statistics, after.divergence
+    y, has_loss = statistics.relative_loss(known, seen), statistics.has_level(seen)
+    loss_std = statistics.std(known.loss, statistics.LOSS)
+    fell = now.loss_start.mean - diverging.lowest
+    has_lowest = diverging.lowest < statistics.LARGEST
+    above = jnp.where(has_lowest, diverging.recent - diverging.lowest, 0.0)
+    lost = jnp.where(has_lowest & (fell > 0), above / jnp.where(fell > 0, fell, 1.0), 0.0)
+
+    has_norm = seen.has_gradient & (seen.gradient_norm > 0)
+    log_now = jnp.log(jnp.where(has_norm, seen.gradient_norm, 1.0))
+    slow = statistics.update(log_norm, log_now, has_norm, SLOW)
+    has_norm = has_norm & (slow.variance > LEAST_VARIANCE)
+    slow_std = statistics.std(log_norm, SLOW)
+
+    has_step = seen.has_step & (seen.relative_step > 0)
+    age = after.control.age + 1
+    log_step = jnp.log(jnp.where(has_step, seen.relative_step, 1.0)) - control.log_ceiling(age)
+    has_way = after.control.age > 1
+    overshoots = now.overshoot.variance > 0
+
+    broken = (seen.nonfinite_loss > 0) | (seen.nonfinite_gradients > 0)
+    broken_state = seen.updates_broken | seen.parameters_broken | (seen.nonfinite_updates > 0)
+    found = [
+        jnp.where(has_loss, _squashed((y - known.loss.mean) / loss_std), 0.0),
+        _squashed((now.loss.mean - now.loss_slow.mean) / loss_std),
+        _squashed(above / diverging.quiet_std),
+        jnp.clip(lost, -1.0, 4.0) / 2,
+        diverging.loss_excess / divergence.ENOUGH_EVIDENCE,
+        jnp.where(
+            has_norm,
+            _squashed(
+                (log_now - known.gradient.mean)
+                / statistics.std(known.gradient, statistics.GRADIENT)
+            ),
+            0.0,
+        ),
+        jnp.where(has_norm, _squashed((log_now - log_norm.mean) / slow_std), 0.0),
+        jnp.where(has_norm, _squashed((now.gradient.mean - slow.mean) / slow_std), 0.0),
+        jnp.where(overshoots, _squashed(statistics.in_stds(now.overshoot)), 0.0),
+        jnp.where(overshoots, now.overshoot.last, 0.0),
+        jnp.where(has_step & has_way, jnp.clip(log_step / 3, -2.0, 2.0), 0.0),
+        1 / jnp.sqrt(age.astype(jnp.float32)),
+        has_norm,
+        overshoots,
+        broken,
+        broken_state,
+    ]
+    return jnp.stack([jnp.asarray(x, jnp.float32) for x in found]), slow
+
+
+def advance(weights: Weights, cells: jax.Array, found: jax.Array) -> tuple[jax.Array, jax.Array]:
+    r"""One step of the unit, and its five logits.
+
+    .. math::
+      (z, r) = \sigma(W x + U h + b), \qquad n = \tanh(W_n x + r \odot (U_n h) + b_n), \qquad
+      h \leftarrow (1 - z) \odot n + z \odot h
+
+    Source: Cho et al., 2014 (arXiv:1406.1078), with the reset gate after the product.
+    """
+    x = found @ weights.inputs + weights.bias
+    h = cells @ weights.cells
+    gates = jax.nn.sigmoid(x[: 2 * CELLS] + h[: 2 * CELLS])
+    keep, reset = gates[:CELLS], gates[CELLS:]
+    new = jnp.tanh(x[2 * CELLS :] + reset * h[2 * CELLS :])
+    cells = (1 - keep) * new + keep * cells
+    return cells, cells @ weights.outputs + weights.output_bias
+
+
+def risk(logits: jax.Array) -> Risk:
+    """Probabilities. What diverges within 10 steps does so within 50."""
+    soon, later = jax.nn.sigmoid(logits[0]), jax.nn.sigmoid(logits[1])
+    return Risk(soon, jnp.maximum(soon, later), jax.nn.softmax(logits[2:]))
+
+
+@functools.cache
+def shipped() -> Weights:
+    """The weights of the package."""
+    with (resources.files("lbw_optax.law") / "classifier.npz").open("rb") as file:
+        stored = np.load(file, allow_pickle=False)
+        return Weights(*(stored[name] for name in Weights._fields))
+
+
+def _squashed(x: jax.Array) -> jax.Array:
+    """Linear near 0 and logarithmic far from it."""
+    return jnp.arcsinh(x) / 3
