@@ -125,4 +125,3 @@ def _replay(seen: dict[str, Any]) -> Any:
 
     _, told = jax.lax.scan(one, (law.init(_BOUNDS), classifier.init().log_norm), seen)
     return told
-

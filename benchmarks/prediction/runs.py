@@ -1,4 +1,4 @@
-"""The runs of one setting, side by side in one compiled program: what the guard saw in each step."""
+"""The runs of one setting, side by side in one program: what a guard would see in each step."""
 
 import functools
 from typing import Any, NamedTuple
@@ -12,8 +12,9 @@ from benchmarks.atlas import cell, data, models
 from benchmarks.atlas.draw import Task
 from benchmarks.atlas.methods import own
 from benchmarks.prediction.tasks import STEPS, Lanes, lanes
-from lbw_optax import lbw_guard
-from lbw_optax.state import Mode
+from lbw_optax.law import telemetry
+from lbw_optax.law.telemetry import Probe
+
 
 class Factors(NamedTuple):
     """What befalls the runs, step by step: float32[runs, steps] each, 1 where nothing does."""
@@ -41,9 +42,7 @@ def run(task: Task) -> dict[str, np.ndarray]:
     starts = [models.init(task, int(seed) % 2**16) for seed in befell.seed]
     params = jax.tree.map(lambda *x: jnp.stack(x), *starts)
     rates = jnp.asarray(befell.rate * cell.guess(task), jnp.float32)
-    loss, seen = jax.device_get(
-        _program(task)(params, rates, factors(befell), befell.governs, index, pool.train)
-    )
+    loss, seen = jax.device_get(_program(task)(params, rates, factors(befell), index, pool.train))
     scalars = {name: x for name, x in seen._asdict().items() if name != "histogram"}
     return {"logged": loss, **scalars}
 
@@ -72,35 +71,38 @@ def factors(befell: Lanes) -> Factors:
 
 
 def _program(task: Task) -> Any:
+    """All runs of a setting. The law is not in it, for it would take longer to compile than to run:
+    `benchmarks.prediction.examples` reads what is recorded here with the law, once for all.
+    """
+
     @jax.jit
-    @functools.partial(jax.vmap, in_axes=(0, 0, 0, 0, 0, None))
-    def go(params: Any, rate: Any, befalls: Any, governs: Any, index: Any, examples: Any) -> Any:
+    @functools.partial(jax.vmap, in_axes=(0, 0, 0, 0, None))
+    def go(params: Any, rate: Any, befalls: Any, index: Any, examples: Any) -> Any:
         recipe = cell.recipe(task, rate)
 
         def learning_rate(count: jax.Array) -> jax.Array:
             return recipe.learning_rate(count) * befalls.rate[count]
 
-        tx = lbw_guard(own(recipe._replace(learning_rate=learning_rate)))
-        state = tx.init(params)
-        mode = jnp.where(governs, Mode.GOVERN, Mode.OBSERVE).astype(state.mode.dtype)
+        tx = optax.with_extra_args_support(own(recipe._replace(learning_rate=learning_rate)))
         broken = next(name for name, leaf in models.shapes(task).items() if len(leaf.shape) > 1)
 
         def step(carry: Any, now: Any) -> Any:
-            params, state = carry
-            factor, rows = now
+            params, state, seen, probe = carry
+            age, factor, rows = now
             batch = jax.tree.map(lambda x: x[rows], examples)
             params = params | {broken: params[broken] * factor.weights}
             loss, grads = jax.value_and_grad(functools.partial(models.loss, task))(params, batch)
             loss, grads = loss * factor.loss, jax.tree.map(lambda g: g * factor.gradients, grads)
-            held = jnp.exp(state.law.control.log_scale)
+            seen, probe = telemetry.observe_gradients(seen, probe, grads, params, loss, age)
             updates, state = tx.update(grads, state, params, value=loss)
+            seen = telemetry.observe_step(seen, updates, params, jnp.float32(1), jnp.array(False))
             params = optax.apply_updates(params, updates)
-            # Who only observes applies the whole step.
-            applied = state.telemetry.relative_step / jnp.where(governs, 1.0, held)
-            seen = state.telemetry._replace(relative_step=applied, histogram=jnp.zeros(0))
-            return (params, state), (loss, seen)
+            told = seen._replace(histogram=jnp.zeros(0))
+            return (params, state, seen, probe), (loss, told)
 
-        _, told = jax.lax.scan(step, (params, state._replace(mode=mode)), (befalls, index))
+        probe = Probe(telemetry.sample_of_zeros(params), parameters=None)
+        first = params, tx.init(params), telemetry.init(), probe
+        _, told = jax.lax.scan(step, first, (jnp.arange(task.steps), befalls, index))
         return told
 
     return go

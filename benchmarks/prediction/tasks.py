@@ -1,7 +1,7 @@
 """Short training runs, thousands of them: small tasks of the atlas × rates × faults.
 
-A setting is one small task and one optimizer; its runs (lanes) differ in learning rate, seed, fault
-and mode of the guard, and go through one compiled program side by side. Which settings train the
+A setting is one small task and one optimizer; its runs (lanes) differ in learning rate, seed and
+fault, and go through one compiled program side by side. Which settings train the
 classifier and which judge it is decided here, by family and by optimizer: those that judge it have
 a family, or an optimizer, that it has never seen.
 """
@@ -54,7 +54,6 @@ class Lanes(NamedTuple):
 
     rate: np.ndarray  # over the usual one
     seed: np.ndarray
-    governs: np.ndarray  # bool: the guard governs; else it observes
     fault: np.ndarray  # str
     at: np.ndarray
     length: np.ndarray
@@ -102,7 +101,6 @@ def lanes(task: Task) -> Lanes:
     return Lanes(
         rate=10 ** rng.uniform(LOWEST, HIGHEST, LANES),
         seed=rng.integers(2**31, size=LANES),
-        governs=rng.random(LANES) < 0.25,
         fault=fault,
         at=rng.integers(30, STEPS - 60, LANES),
         length=np.array([lengths.get(fault[i], short)[i] for i in pick]),
