@@ -22,12 +22,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import refuse
 from lbw_optax.law.control import LAW
 from train import jsonl
 from train.provenance import machines
 
 FOLDER = Path(__file__).resolve().parent / "results"
 """Of the result files in git."""
+RUNS = FOLDER.parent.parent / "runs"
+"""Of what is made on the way, and of the result files of quick runs: nothing of it is in git."""
 
 Cell = dict[str, Any]
 Record = dict[str, Any]
@@ -37,18 +40,21 @@ def read(path: Path) -> list[Record]:
     """All records, each with the facts of its setting.
 
     Raises:
-      ValueError: a record names a setting that no line before it states.
+      SystemExit: with one sentence, for a record that names a setting that no line before it
+        states, and for one that names none and says not itself what data it is of.
     """
     settings: dict[int, Record] = {}
     records = []
-    for line in jsonl.read(path):
+    for at, line in jsonl.numbered(path):
         number = line.pop("setting", None)
-        if "facts" in line:
+        if "facts" in line and number is not None:
             settings[number] = line["facts"]
-        elif number is None or number in settings:
-            records.append({**settings.get(number, {}), **line})
-        else:
-            raise ValueError(f"{path}: no line before {line} states setting {number}")
+            continue
+        if number is not None and number not in settings:
+            refuse(f"{path}, line {at}: no line before it states its setting {number}")
+        if number is None and "data" not in line:
+            refuse(f"{path}, line {at}: no record of a benchmark, for it states no data")
+        records.append({**settings.get(number, {}), **line})
     return records
 
 
@@ -60,13 +66,26 @@ def append(path: Path, record: Record, facts: Record) -> Record:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # two processes must not give two settings one number
-        stated = {line["setting"]: line["facts"] for line in jsonl.read(path) if "facts" in line}
+        lines = jsonl.read(path)
+        stated = {x["setting"]: x["facts"] for x in lines if x.keys() >= {"setting", "facts"}}
         new = max(stated, default=0) + 1
         number = next((n for n, known in stated.items() if known == facts), new)
-        lines = [{"setting": new, "facts": facts}] if number == new else []
-        line = jsonl.append(path, *lines, {"setting": number, **record})
+        first = [{"setting": new, "facts": facts}] if number == new else []
+        line = jsonl.append(path, *first, {"setting": number, **record})
     line.pop("setting")
     return {**facts, **line}
+
+
+def quick(results: Path) -> Path:
+    """Where the records of a ``--quick`` run go: they are no measurement."""
+    return RUNS / "quick" / results.name
+
+
+def out_help(results: Path) -> str:
+    """What ``--help`` says of ``--out``, where it may be left out."""
+    root = RUNS.parent
+    here, there = results.relative_to(root), quick(results).relative_to(root)
+    return f"result file, JSON Lines (default: {here}; with --quick {there}, which is not in git)"
 
 
 def law(guarded: bool) -> str | None:
@@ -94,8 +113,13 @@ def one_law(records: Iterable[Record]) -> list[Record]:
 
 
 def law_named(records: Iterable[Record]) -> str:
-    """The law of records that are of one, to be said after their commits."""
-    return next((f"; law {record['law']}" for record in records if record.get("law")), "")
+    """The law, to be said after the commits; nothing of records that state none.
+
+    >>> law_named([{"law": "G"}, {"law": None}, {}, {"law": "I"}]), law_named([{}])
+    ('; law G, I', '')
+    """
+    laws = sorted({record["law"] for record in records if record.get("law")})
+    return f"; law {', '.join(laws)}" if laws else ""
 
 
 def made_with(records: Iterable[Record], newest: Record) -> str:

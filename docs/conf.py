@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
 
 import lbw_optax
 
@@ -15,6 +17,8 @@ project = "lbw_optax"
 author = "The lbw_optax authors"
 copyright = author
 release = version = lbw_optax.__version__
+
+_LOG = logging.getLogger(__name__)
 
 extensions = [
     "myst_nb",
@@ -28,6 +32,8 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 
 html_theme = "sphinx_book_theme"
 html_title = "lbw_optax"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_theme_options = {"show_toc_level": 2}
 
 autodoc_member_order = "bysource"
@@ -71,9 +77,18 @@ intersphinx_mapping = _reachable()
 
 
 def setup(app: Sphinx) -> None:
-    """What autodoc is told to read otherwise."""
+    """What autodoc is told to read otherwise, and what the build checks."""
     app.connect("autodoc-process-docstring", _keep_bars)
     app.connect("autodoc-skip-member", _skip_fields)
+    app.connect("env-check-consistency", _require_all)
+
+
+def _require_all(app: Sphinx, env: BuildEnvironment) -> None:
+    """A public name without an entry is a warning, and so an error of `make docs`."""
+    entries = env.get_domain("py").objects
+    for name in (*lbw_optax.__all__, "RollbackManager"):
+        if f"lbw_optax.{name}" not in entries:
+            _LOG.warning("api.md has no entry for lbw_optax.%s", name)
 
 
 def _keep_bars(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

@@ -48,6 +48,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """What is made when it is asked for: `RollbackManager` needs Orbax, an extra.
 
+    Without Orbax this raises the ImportError that says so, also under ``hasattr``: of an
+    AttributeError ``from lbw_optax import RollbackManager`` would keep no word, and no exception
+    can be both.
+
     `diagnose` is for those who look at a log, and no training run should import it.
     """
     if name == "RollbackManager":

@@ -226,7 +226,9 @@ class AuditLog:
     loop that read it; of a rollback ``from_step`` and ``to_step`` instead of value and threshold.
     Where a state holds several guards, ``guard`` is the path of the one that a line is of. A log
     that is opened again goes on after its last line. If the ring was read too late, a line
-    ``{"action": "lost", ...}`` says how many interventions are missing.
+    ``{"action": "lost", ...}`` says how many interventions are missing. If the run has gone on from
+    an older state, ``{"action": "restored", "from_number": ...}`` says from which one on they are
+    written anew. A restored run that does again what is written is no news.
 
     A row of skipped steps with one cause is one line, with ``count`` and ``last_step``: it is
     written when the row ends, at 64 steps, or with :meth:`close`, so that a kill loses no more than
@@ -256,7 +258,7 @@ class AuditLog:
     def __init__(self, path: str | os.PathLike[str]):
         self._path = Path(path)
         self._file = _open_log(self._path)
-        self._next = _next_numbers(self._file)
+        self._next, self._known = _last_numbers(self._file)
         self._open_rows: dict[str, dict[str, Any]] = {}  # of each guard, what may go on
 
     def record(self, step: int, state: PyTree) -> int:
@@ -270,6 +272,7 @@ class AuditLog:
         paths = [""] if len(guards) == 1 else list(guards)
         written: list[dict[str, Any]] = []
         said: list[dict[str, Any]] = []
+        known: dict[str, dict[int, dict[str, Any]]] = {}
         count = 0
         open_rows: dict[str, dict[str, Any]] = {}
         for path, guard in zip(paths, guards.values(), strict=True):
@@ -277,36 +280,55 @@ class AuditLog:
             before = [self._open_rows[path]] if path in self._open_rows else []
             lines = _in_rows(before, fresh)
             said += lines[len(before) :]
-            count += sum("number" in line for line in fresh)
+            new = {line["number"]: line for line in fresh if "number" in line}
+            known[path] = self._known.get(path, {}) | new
+            count += len(new)
             if lines and _may_go_on(lines[-1], int(guard.guard_steps)):
                 open_rows[path] = lines.pop()
             said += [line for line in lines[: len(before)] if "count" in line]
             written += lines
         self._write(written)
         self._open_rows = open_rows
-        self._next |= {
-            path: int(guard.events.recorded)
-            for path, guard in zip(paths, guards.values(), strict=True)
-        }
+        for path, guard in zip(paths, guards.values(), strict=True):
+            self._next[path] = recorded = int(guard.events.recorded)
+            in_ring = range(recorded - ring.SIZE, recorded)
+            self._known[path] = {n: line for n, line in known[path].items() if n in in_ring}
         for line in said:
             _LOG.log(*sentences.logged(line))
         return count
 
+    def note(self, recorded_at: int, **facts: Any) -> None:
+        """Write a line of your own, as what a person has ordered.
+
+        Args:
+          recorded_at: the step of the loop, as in the guard's own lines.
+          facts: the rest of the line: numbers, words, None. ``action`` should say what it is.
+        """
+        if self._file.closed:
+            raise ValueError(f"This AuditLog of {self._path} is closed: open a new one.")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._write([{"time": now, **facts, "recorded_at": recorded_at}])
+
     def _news(self, path: str, guard: GuardState, step: int) -> list[dict[str, Any]]:
         """What one guard did since the last call."""
-        recorded = int(guard.events.recorded)
-        # After a restore the count is lower than what is written: go on from there.
-        first = min(self._next.get(path, 0), recorded)
-        events = [event for event in _read_events(guard) if event.number >= first]
-        lines = [
+        recorded, known = int(guard.events.recorded), self._known.get(path, {})
+        in_ring = [
             event._replace(guard=path)._asdict() | {"rate_multiple": event.scale_after}
-            for event in events
+            for event in _read_events(guard)
         ]
-        lost = recorded - first - len(events)
+        # After a restore the count is lower than what is written, or it has grown again with events
+        # that differ from those: go on from there.
+        others = [x["number"] for x in in_ring if _is_another(known.get(x["number"], {}), x)]
+        written = self._next.get(path, 0)
+        first = min(written, recorded, *others)
+        lines = [line for line in in_ring if line["number"] >= first]
+        now = math.exp(float(guard.law.control.log_scale))
+        seen = {"guard": path, "loss": float(guard.telemetry.loss), "rate_multiple": now}
+        lost = recorded - first - len(lines)
         if lost:
-            now = math.exp(float(guard.law.control.log_scale))
-            seen = {"loss": float(guard.telemetry.loss), "rate_multiple": now}
-            lines.insert(0, {"action": "lost", "interventions": lost, "guard": path, **seen})
+            lines.insert(0, {"action": "lost", "interventions": lost, **seen})
+        if first < written:
+            lines.insert(0, {"action": "restored", "from_number": first, **seen})
         read_at = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "recorded_at": step}
         # What an event does not have, as a rollback a threshold, is not in its line.
         return [{k: x for k, x in line.items() if x not in (None, "")} | read_at for line in lines]
@@ -349,6 +371,16 @@ def _in_rows(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[di
         else:
             rows.append(line)
     return rows
+
+
+# What tells two events of one number apart.
+_OWN = ("step", "action", "signal", "value", "scale_after", "from_step", "to_step")
+
+
+def _is_another(known: dict[str, Any], line: dict[str, Any]) -> bool:
+    """Whether an event is not the one that is known to be written under its number."""
+    line = _as_json(line)
+    return "step" in known and any(known[k] != line.get(k) for k in _OWN if k in known)
 
 
 def _goes_on(row: dict[str, Any], line: dict[str, Any]) -> bool:
@@ -444,16 +476,36 @@ def _end_with_a_line(file: FileIO) -> None:
         _append(file, b"\n")
 
 
-def _next_numbers(file: FileIO) -> dict[str, int]:
-    """Of each guard, one past the last event in the file."""
+def _last_numbers(
+    file: FileIO,
+) -> tuple[dict[str, int], dict[str, dict[int, dict[str, Any]]]]:
+    """Of each guard, one past the last event in the file, and the last events by number."""
     newest: dict[str, int] = {}
+    known: dict[str, dict[int, dict[str, Any]]] = {}
     for line in _objects(_read(file)):
-        number = line.get("number")
-        if type(number) is int and number >= 0:
-            count = line.get("count", 1)
-            past = number + (count if type(count) is int and count > 0 else 1)
-            newest.setdefault(str(line.get("guard", "")), past)
-    return newest
+        guard = str(line.get("guard", ""))
+        restored = line.get("action") == "restored"
+        number = line.get("from_number" if restored else "number")
+        if type(number) is not int or number < 0:
+            continue
+        count = line.get("count", 1)
+        count = 0 if restored else count if type(count) is int and count > 0 else 1
+        past = newest.setdefault(guard, number + count)
+        for at in range(max(number, past - ring.SIZE), min(number + count, past)):
+            known.setdefault(guard, {}).setdefault(at, _of_row(line, at - number))
+    return newest, known
+
+
+def _of_row(line: dict[str, Any], i: int) -> dict[str, Any]:
+    """What a line says of the event that is i-th in its row: all of the first, of others the step.
+
+    >>> _of_row({"step": 5, "action": "skip", "signal": "loss", "value": 2.0, "count": 3}, 2)
+    {'step': 7, 'action': 'skip', 'signal': 'loss'}
+    """
+    step = line.get("step")
+    if i == 0 or type(step) is not int:
+        return line if i == 0 else {}
+    return {"step": step + i} | {k: line[k] for k in ("action", "signal") if k in line}
 
 
 def _objects(content: bytes) -> Iterator[dict[str, Any]]:

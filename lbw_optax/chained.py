@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lbw_optax import law
+from lbw_optax import law, parts
 from lbw_optax import state as states
 from lbw_optax.apply import scaled
 from lbw_optax.law import control, events, telemetry
@@ -50,6 +50,7 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
     ) -> tuple[PyTree, GuardState]:
         states.require(state)
         value, _ = telemetry.take_loss(value, extra_args)
+        parts.refuse(state, updates, params, value)
         control_before = state.law.control
         seen, probe = telemetry.observe_gradients(
             state.telemetry, state.probe, updates, params, value, control_before.age

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lbw_optax import chained, law
+from lbw_optax import chained, law, parts
 from lbw_optax import state as states
 from lbw_optax.apply import either, scaled
 from lbw_optax.chained import ChainedGuard
@@ -150,6 +150,7 @@ def govern(
         probe = Probe(telemetry.sample_of_zeros(params), parameters=None)
         inner_state = inner.init(params)
         _refuse_to_and_fro(inner_state)
+        _refuse_a_guard(inner_state)
         return states.init(probe, bounds, mode)._replace(inner_state=inner_state)
 
     def update_fn(
@@ -162,6 +163,7 @@ def govern(
     ) -> tuple[PyTree, GuardState]:
         states.require(state)
         value, extra_args = telemetry.take_loss(value, extra_args)
+        parts.refuse(state, updates, params, value)
         gradients, trained = frozen.zeroed(updates, state.inner_state, params, extra_args)
         age, governing = state.law.control.age, state.mode == Mode.GOVERN
         seen, probe = telemetry.observe_gradients(
@@ -207,6 +209,14 @@ def _refuse_to_and_fro(inner_state: PyTree) -> None:
         raise ValueError(
             "optax.contrib.sam steps to and fro, which the guard would hold for divergence: put "
             "the guard inside, optax.contrib.sam(lbw_guard(optimizer), adversarial_optimizer)."
+        )
+
+
+def _refuse_a_guard(inner_state: PyTree) -> None:
+    if any(isinstance(node, GuardState) for node in _nodes(inner_state, GuardState)):
+        raise ValueError(
+            "This lbw_guard governs an optimizer with another lbw_guard in it, and two guards "
+            "would both scale each step: leave one of them out."
         )
 
 

@@ -24,6 +24,7 @@ ASKS = {
     Reason.INNER_STATE: "the optimizer's state makes broken updates out of sound gradients",
     Reason.SKIPS: "too many steps in a row were skipped",
     Reason.LOSS: "the loss has risen and stays there",
+    Reason.REQUEST: "a person asked for it",
 }
 # Up to this many interventions are told when a run is stopped.
 TOLD = 5
@@ -94,32 +95,50 @@ def _rejecting(guard: GuardState) -> str:
     )
 
 
+def cause(action: str, signal: str) -> str:
+    """Why an intervention was made; of a signal that is not known, its name.
+
+    >>> cause("skip", "loss"), cause("rollback", "loss")
+    ('the loss jumped', 'the loss has risen and stays there')
+    """
+    if action == "rollback" and signal.upper() in Reason.__members__:
+        return ASKS.get(Reason[signal.upper()], signal)
+    return CAUSES.get(signal, signal)
+
+
 def logged(line: dict[str, Any]) -> tuple[int, str]:
     """An intervention as the audit log has it, for the `logging` module: level and sentence."""
     action, step = line["action"], line.get("step")
-    level = logging.INFO if action in ("recover", "hold", "cut") else logging.WARNING
+    level = logging.INFO if action in ("recover", "hold", "cut", "restored") else logging.WARNING
     where = f"{line['guard']}: " if line.get("guard") else ""
-    return level, f"{where}Step {step}: {_say(line)}." if action != "lost" else where + _say(line)
+    return level, where + (_say(line) if step is None else f"Step {step}: {_say(line)}.")
 
 
 def _say(line: dict[str, Any]) -> str:
-    action, cause = line["action"], CAUSES.get(line.get("signal", ""), line.get("signal", ""))
+    action, why = line["action"], cause(line["action"], str(line.get("signal", "")))
     if action == "lost":
         return f"{line['interventions']} interventions were not read in time, and are lost."
+    if action == "restored":
+        return (
+            "The run went on from an older state: interventions from number "
+            f"{line['from_number']} on are written anew."
+        )
     share, many = _plain(100 * line["rate_multiple"]), _plain(1 / max(line["rate_multiple"], 1e-30))
     rows = f" {line['count']} times, to step {line['last_step']}" if "count" in line else ""
     return {
-        "skip": f"skipped{rows}, for {cause}",
-        "clip": f"gradient scaled back{rows}, for {cause}",
-        "hold": f"no growth of the updates for a while, at {share} %: {cause}",
-        "cut": f"updates cut to {share} %: {cause}",
+        "skip": f"skipped{rows}, because {why}",
+        "clip": f"gradient scaled back{rows}, because {why}",
+        "hold": f"no growth of the updates for a while, at {share} %: {why}",
+        "cut": f"updates cut to {share} %: {why}",
         "recover": f"updates grow again, at {share} %",
         "held": f"holding updates at {share} %: the learning rate looks {many} times too high",
         "rejecting": (
             f"{_plain(100 * line.get('value', 0.0))} % of the steps of late were rejected, the "
-            f"newest for this: {cause}; look at the data"
+            f"newest for this: {why}; look at the data"
         ),
-        "rollback": f"back from step {line.get('from_step')} to {line.get('to_step')}: {cause}",
+        "rollback": (
+            f"back from step {line.get('from_step')} to {line.get('to_step')}, because {why}"
+        ),
     }.get(action, action)
 
 
@@ -134,7 +153,8 @@ def _plain(x: float) -> str:
 
 def _tell(event: Event) -> str:
     if event.from_step is not None:
-        return f"step {event.from_step}: back to {event.to_step} for {event.signal}"
+        why = cause(event.action, event.signal)
+        return f"step {event.from_step}: back to {event.to_step}, because {why}"
     return (
         f"step {event.step}: {event.action} for {event.signal} = {event.value:.3g} "
         f"(threshold {event.threshold:.3g})"

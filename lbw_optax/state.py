@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import PyTreeDef
 
 from lbw_optax import law
 from lbw_optax.law import events, telemetry
@@ -131,7 +132,7 @@ def map_guards(change: Callable[[GuardState], GuardState], state: PyTree) -> PyT
     """
     find_all(state)
 
-    def visit(node: PyTree) -> Any:
+    def visit(node: PyTree) -> PyTree:
         return _put(node, change(_plain(node))) if _is_guard(node) else node
 
     return jax.tree.map(visit, state, is_leaf=_is_guard)
@@ -160,9 +161,9 @@ def adopt(state: PyTree, bare: PyTree) -> PyTree:
     """
     find_all(state)
     bare_leaves, found = jax.tree.flatten(bare)
-    structure: Any
+    structure: PyTreeDef
     nodes, structure = jax.tree.flatten(state, is_leaf=_is_guard)
-    wanted: Any = jax.tree.structure(strip(state))
+    wanted: PyTreeDef = jax.tree.structure(strip(state))
     if wanted != found:
         raise ValueError(
             "The unguarded state is not what this optimizer holds without its guard: "
@@ -230,10 +231,12 @@ def _is_guard(node: PyTree) -> bool:
 
 def _plain(node: PyTree) -> GuardState:
     """The guard's own parts as bare arrays."""
+    if isinstance(node, GuardState) and isinstance(node.guard_steps, jax.Array):
+        return node  # as nearly always, and in every step of a loop
     return _rebuild(_skeleton(), node)._replace(inner_state=_child(node, "inner_state"))
 
 
-def _rebuild(skeleton: PyTree, node: PyTree) -> Any:
+def _rebuild(skeleton: PyTree, node: PyTree) -> PyTree:
     if skeleton is None:
         return None
     if not isinstance(skeleton, tuple):
@@ -248,7 +251,7 @@ def _put(node: PyTree, guard: GuardState) -> PyTree:
     return jax.tree.unflatten(structure, [_follow(guard, path, leaf) for path, leaf in paths])
 
 
-def _follow(guard: GuardState, path: tuple[Any, ...], leaf: Any) -> Any:
+def _follow(guard: GuardState, path: tuple[Any, ...], leaf: PyTree) -> PyTree:
     """The guard's array at this path; the inner state's leaves stay."""
     part: PyTree = guard
     for key in path:
@@ -267,7 +270,7 @@ def _with_inner(node: PyTree, inner_state: PyTree) -> PyTree:
     return node._replace(inner_state=inner_state)
 
 
-def _child(node: PyTree, name: str) -> Any:
+def _child(node: PyTree, name: str) -> PyTree:
     if isinstance(node, Mapping):
         return node.get(name, optax.EmptyState() if name == "inner_state" else None)
     return getattr(node, name)

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
+
+from lbw_optax.types import PyTree
 
 FOREVER = 2**31 - 1
 """As a length: the fault does not end."""
@@ -115,13 +118,13 @@ class Fault:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(KINDS[self.kind], name))
 
-    def active(self, step: Any) -> jax.Array:
+    def active(self, step: ArrayLike) -> jax.Array:
         """Whether it strikes in this step: bool scalar."""
         since = jnp.asarray(step) - self.at
         return (since >= 0) & (since < self.length) & (since % KINDS[self.kind].every == 0)
 
     def batch(
-        self, step: Any, inputs: jax.Array, targets: jax.Array, vocab_size: int
+        self, step: ArrayLike, inputs: jax.Array, targets: jax.Array, vocab_size: int
     ) -> tuple[jax.Array, jax.Array]:
         """Tokens and the tokens to predict, int32[batch, length] each; targets[t] = inputs[t+1]."""
         rows, length = inputs.shape
@@ -142,7 +145,7 @@ class Fault:
         hit = strikes & (jnp.arange(rows) < replaced)[:, None]
         return jnp.where(hit, bad[:, :-1], inputs), jnp.where(hit, bad[:, 1:], targets)
 
-    def activations(self, step: Any, x: jax.Array) -> jax.Array:
+    def activations(self, step: ArrayLike, x: jax.Array) -> jax.Array:
         """Activations of any shape, inside the model: one element turns NaN, its gradient too."""
         if self.kind != "nan_activation":
             return x
@@ -150,7 +153,9 @@ class Fault:
         # A product, for the gradient of what is merely replaced would be zero.
         return x * _change_one(ones, strikes, self._key(step), lambda x: x * jnp.nan)
 
-    def gradients(self, step: Any, loss: Any, grads: Any) -> tuple[Any, Any]:
+    def gradients(
+        self, step: ArrayLike, loss: ArrayLike, grads: PyTree
+    ) -> tuple[ArrayLike, PyTree]:
         """Loss and gradients, after they were computed and before the optimizer sees them."""
         strikes = self.active(step)
         value = jnp.nan if self.kind.startswith("nan") else jnp.inf
@@ -165,13 +170,13 @@ class Fault:
                 loss, grads = self._scaled(strikes, (loss, grads))
         return loss, grads
 
-    def params(self, step: Any, params: Any) -> Any:
+    def params(self, step: ArrayLike, params: PyTree) -> PyTree:
         """The parameters, before the step uses them."""
         if self.kind != "flipped_parameter":
             return params
         return _flip_one(params, self.active(step), self._key(step), self.size)
 
-    def opt_state(self, step: Any, opt_state: Any) -> Any:
+    def opt_state(self, step: ArrayLike, opt_state: PyTree) -> PyTree:
         """The optimizer state, before the step uses it; Adam's moments may lie anywhere in it."""
         if self.kind not in ("flipped_mu", "flipped_nu"):
             return opt_state
@@ -180,7 +185,7 @@ class Fault:
         if not moments:
             raise ValueError(f"This optimizer state has no {name}: flip bits in that of an Adam.")
 
-        def visit(node: Any) -> Any:
+        def visit(node: PyTree) -> PyTree:
             if not _has_moments(node):
                 return node
             old = getattr(node, name)
@@ -188,11 +193,11 @@ class Fault:
 
         return jax.tree.map(visit, opt_state, is_leaf=_has_moments)
 
-    def schedule(self, learning_rate: Any) -> optax.Schedule:
+    def schedule(self, learning_rate: optax.ScalarOrSchedule) -> optax.Schedule:
         """A constant or an Optax schedule, with the fault in it; `step` is the schedule's count."""
         healthy = learning_rate if callable(learning_rate) else lambda count: learning_rate
 
-        def schedule(count: Any) -> Any:
+        def schedule(count: ArrayLike) -> ArrayLike:
             since = jnp.asarray(count) - self.at
             match self.kind:
                 case "learning_rate":
@@ -206,18 +211,18 @@ class Fault:
 
         return schedule
 
-    def _key(self, step: Any) -> jax.Array:
+    def _key(self, step: ArrayLike) -> jax.Array:
         return jax.random.fold_in(jax.random.key(self.seed), step)
 
-    def _scaled(self, strikes: jax.Array, tree: Any) -> Any:
-        def scale(x: Any) -> jax.Array:
+    def _scaled(self, strikes: jax.Array, tree: PyTree) -> PyTree:
+        def scale(x: ArrayLike) -> jax.Array:
             wide = jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
             return jnp.where(strikes, (wide * self.size).astype(jnp.result_type(x)), x)
 
         return jax.tree.map(scale, tree)
 
 
-def _fill_leaf(tree: Any, strikes: jax.Array, key: jax.Array, value: float) -> Any:
+def _fill_leaf(tree: PyTree, strikes: jax.Array, key: jax.Array, value: float) -> PyTree:
     """One leaf of the tree, all of it, takes this value."""
 
     def fill(leaves: list[jax.Array]) -> list[jax.Array]:
@@ -230,7 +235,7 @@ def _fill_leaf(tree: Any, strikes: jax.Array, key: jax.Array, value: float) -> A
     return _change_floats(tree, fill)
 
 
-def _flip_one(tree: Any, strikes: jax.Array, key: jax.Array, bit: Any) -> Any:
+def _flip_one(tree: PyTree, strikes: jax.Array, key: jax.Array, bit: ArrayLike) -> PyTree:
     """One bit of one element; bits are counted from the sign, which is 0, downwards."""
 
     def flip(x: jax.Array) -> jax.Array:
@@ -243,8 +248,8 @@ def _flip_one(tree: Any, strikes: jax.Array, key: jax.Array, bit: Any) -> Any:
 
 
 def _change_one(
-    tree: Any, strikes: jax.Array, key: jax.Array, change: Callable[[jax.Array], jax.Array]
-) -> Any:
+    tree: PyTree, strikes: jax.Array, key: jax.Array, change: Callable[[jax.Array], jax.Array]
+) -> PyTree:
     """One element of the whole tree, every one as likely as any other."""
 
     def change_leaves(leaves: list[jax.Array]) -> list[jax.Array]:
@@ -262,7 +267,7 @@ def _change_one(
     return _change_floats(tree, change_leaves)
 
 
-def _change_floats(tree: Any, change: Callable[[list[jax.Array]], list[jax.Array]]) -> Any:
+def _change_floats(tree: PyTree, change: Callable[[list[jax.Array]], list[jax.Array]]) -> PyTree:
     """The tree with its leaves of real numbers changed; integers and empty leaves stay."""
     leaves, structure = jax.tree.flatten(tree)
     places = [
@@ -273,5 +278,5 @@ def _change_floats(tree: Any, change: Callable[[list[jax.Array]], list[jax.Array
     return jax.tree.unflatten(structure, leaves)
 
 
-def _has_moments(node: Any) -> bool:
+def _has_moments(node: PyTree) -> bool:
     return hasattr(node, "mu") and hasattr(node, "nu") and hasattr(node, "_replace")

@@ -1,6 +1,7 @@
 """What several test modules share: optimizers, a small problem, and comparison to the bit."""
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +27,11 @@ PLACEMENTS = {
     "wrapped": lambda inner: lbw_guard(inner),
     "chained": lambda inner: optax.chain(lbw_guard(), inner),
 }
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that a test starts: one device instead of the eight simulated ones."""
+    return {**os.environ, "XLA_FLAGS": os.environ["LBW_TEST_XLA_FLAGS"], **more}
 
 
 class Run(NamedTuple):
@@ -88,10 +94,13 @@ def train(run: Run, params: Any, state: Any, steps: int) -> tuple[Any, Any]:
     return params, state
 
 
-def storm(steps, every=1, bad=None):
-    """States after each step of a run with a NaN gradient at every so many steps, or at these."""
+def storm(steps, every=1, bad=None, state=None):
+    """States after each step of a run with a NaN gradient at every so many steps, or at these.
+
+    From this state, or the first one.
+    """
     run, params = guarded("sgd_momentum"), small_params()
-    state, good = run.init(params), gradients_of(params)
+    state, good = state or run.init(params), gradients_of(params)
     nan = jax.tree.map(lambda g: g * np.float32(np.nan), good)
     where = range(0, steps, every) if bad is None else bad
     for step in range(steps):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -11,6 +12,8 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 
+import jax
+import jax.numpy as jnp
 import optax
 import pytest
 from support import small_params, storm
@@ -132,6 +135,51 @@ def test_after_a_restore_a_reopened_log_goes_on_from_there(tmp_path):
     with AuditLog(path) as audit:
         assert audit.record(7, states[7]) == 2
     assert numbers(path) == [*range(10), 5, 6, 7]
+
+
+def numbers_in(state):
+    return [event.number for event in lbw_optax.events(state)]
+
+
+def restored(path):
+    return [line["from_number"] for line in lines(path) if line["action"] == "restored"]
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+@pytest.mark.parametrize("steps", [3, 100])
+def test_a_run_that_went_on_from_an_older_state(tmp_path, steps, reopened):
+    """What happens then has the numbers of what is written; it is first read when some has."""
+    path, saved = tmp_path / "audit.jsonl", tmp_path / "saved"
+    states = [state for _, state in storm(60, bad=range(0, 60, 2))]
+    saved.write_bytes(pickle.dumps(jax.device_get(states[19])))
+    before, first_life = (len(numbers_in(state)) for state in (states[19], states[59]))
+    audit = AuditLog(path)
+    audit.record(59, states[59])
+    if reopened:
+        audit.close()
+        audit = AuditLog(path)
+    back = jax.tree.map(jnp.asarray, pickle.loads(saved.read_bytes()))
+    *_, (_, state) = storm(steps, bad=range(1, steps, 2), state=back)
+    again = range(before, int(lbw_optax.metrics(state)["events"]))
+    assert (again.stop < first_life) == (steps == 3)
+    with audit:
+        assert audit.record(99, state) == len(again)
+        assert audit.record(99, state) == 0
+    with AuditLog(path) as audit:
+        assert audit.record(99, state) == 0
+    assert numbers(path) == [*range(first_life), *again]
+    assert restored(path) == [before]
+
+
+def test_a_restored_run_that_does_the_same_again_is_no_news(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    states = [state for _, state in storm(60, bad=range(0, 60, 2))]
+    with AuditLog(path) as audit:
+        written = audit.record(49, states[49])
+    with AuditLog(path) as audit:
+        assert audit.record(39, states[49]) == 0
+        assert audit.record(59, states[59]) == len(numbers_in(states[59])) - written
+    assert restored(path) == []
 
 
 def test_a_path_in_a_missing_folder(tmp_path):
@@ -383,7 +431,7 @@ def test_what_is_written_is_said_to_the_logger(tmp_path, caplog):
             audit.record(step, state)
     said = [record.getMessage() for record in caplog.records]
     assert said[:2] == [
-        "Step 3: skipped, for gradients are not finite.",
-        "Step 3: skipped 3 times, to step 5, for gradients are not finite.",
+        "Step 3: skipped, because gradients are not finite.",
+        "Step 3: skipped 3 times, to step 5, because gradients are not finite.",
     ]
     assert any("updates grow again" in sentence for sentence in said)

@@ -1,5 +1,7 @@
 """Eight simulated devices: explicit and automatic sharding."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -110,6 +112,95 @@ def test_fsdp_with_automatic_sharding_equals_one_device(placement):
     for name, leaf in sharded[-1].items():
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, FSDP[name]), leaf.ndim)
     assert step._cache_size() <= bare_step._cache_size()
+
+
+# --- inside shard_map --------------------------------------------------------------------------
+
+AXIS = "data"
+
+
+def map_over_devices(step, mesh, state, *, split_params=False, **options):
+    """One step on each device; the batch is split, and parameters and moments where it is said."""
+    spec, split = P(AXIS) if split_params else P(), P(AXIS)
+
+    def place(path, leaf):
+        is_moment = jnp.shape(leaf) == (16,) and "probe" not in jax.tree_util.keystr(path)
+        return spec if is_moment else P()
+
+    state_spec = jax.tree.map_with_path(place, state)
+    specs = {"in_specs": (spec, state_spec, split), "out_specs": (spec, state_spec)}
+    return jax.jit(jax.shard_map(step, mesh=mesh, **specs, **options))
+
+
+def step_on_one_device(params, state, x, *, loss="all", gradients="all"):
+    value, grads = jnp.mean((params[None] - x) ** 2), 2 * jnp.mean(params[None] - x, 0)
+    value = jax.lax.pmean(value, AXIS) if loss == "all" else value
+    grads = jax.lax.pmean(grads, AXIS) if gradients == "all" else grads
+    updates, state = ADAMW.update(grads, state, params, value=value)
+    return optax.apply_updates(params, updates), state
+
+
+ADAMW = lbw_optax.lbw_guard(INNER["adamw"]())
+DEVICES = jax.make_mesh((4,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+WEIGHTS, TARGETS = np.linspace(1, 3, 16).astype("f"), np.linspace(0, 1, 64).reshape(4, 16)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_shard_map_with_replicated_parameters(check):
+    params = jnp.asarray(WEIGHTS)
+    state = ADAMW.init(params)
+    step = map_over_devices(step_on_one_device, DEVICES, state, check_vma=check)
+    moved, after = step(params, state, TARGETS.astype("f"))
+    value, grads = jnp.mean((params[None] - TARGETS) ** 2), 2 * jnp.mean(params[None] - TARGETS, 0)
+    updates, alone = jax.jit(ADAMW.update)(grads, state, params, value=value)
+    chex.assert_trees_all_close(moved, params + updates, rtol=1e-6)
+    chex.assert_trees_all_close(after.law, alone.law, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("own", "sentence"),
+    [
+        ({"loss": "own"}, r"mesh axis 'data', .*pass value=jax.lax.pmean\(loss, 'data'\)"),
+        ({"gradients": "own"}, r"average them before update, jax.lax.pmean\(grads, 'data'\)"),
+    ],
+)
+def test_what_differs_from_device_to_device_is_refused(own, sentence):
+    state = ADAMW.init(jnp.asarray(WEIGHTS))
+    step = functools.partial(step_on_one_device, **own)
+    with pytest.raises(ValueError, match=sentence):
+        map_over_devices(step, DEVICES, state)(jnp.asarray(WEIGHTS), state, TARGETS.astype("f"))
+
+
+@pytest.mark.parametrize(
+    ("placement", "check"), [("wrapped", True), ("wrapped", False), ("chained", True)]
+)
+def test_parts_of_parameters_are_refused(placement, check):
+    """As ZeRO by hand: parameters, gradients and moments are cut, by their shapes."""
+    tx = PLACEMENTS[placement](INNER["adamw"]())
+    params = jnp.asarray(WEIGHTS)
+    state = tx.init(params)
+
+    def step(params, state, _):
+        updates, state = tx.update(params, state, params, value=jnp.float32(1))
+        return optax.apply_updates(params, updates), state
+
+    mapped = map_over_devices(step, DEVICES, state, split_params=True, check_vma=check)
+    with pytest.raises(ValueError, match="outside of shard_map, under jit with shardings"):
+        mapped(params, state, TARGETS.astype("f"))
+
+
+def test_a_run_of_its_own_on_each_device_is_no_part():
+    params = jnp.asarray(TARGETS, jnp.float32)
+    state = jax.vmap(ADAMW.init)(params)
+
+    def step(params, state):
+        run = jax.tree.map(lambda x: x[0], (params, state))
+        new = step_on_one_device(*run, jnp.ones((1, 16)), loss="own", gradients="own")
+        return jax.tree.map(lambda x: x[None], new)
+
+    mapped = jax.shard_map(step, mesh=DEVICES, in_specs=P(AXIS), out_specs=P(AXIS))
+    moved, _ = jax.jit(mapped)(params, state)
+    assert (moved != params).all()
 
 
 def test_explicit_sharding_without_a_loss_compiles_once():

@@ -11,7 +11,7 @@ from support import assert_same_bits, gradients_of, guarded, run_of, small_param
 
 import lbw_optax
 from lbw_optax import lbw_guard
-from lbw_optax.law import telemetry
+from lbw_optax.law import divergence, telemetry
 
 LAYER = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
 LARGE = {
@@ -164,6 +164,12 @@ def test_lookahead_goes_around_the_guard():
     assert int(lbw_optax.metrics(state)["skips"]) == 0
 
 
+@pytest.mark.parametrize("wrap", [lambda tx: tx, optax.chain, lambda tx: optax.masked(tx, True)])
+def test_a_guard_in_a_guard_is_refused(wrap):
+    with pytest.raises(ValueError, match=r"another lbw_guard in it.* leave one of them out"):
+        lbw_guard(wrap(lbw_guard(optax.adamw(1e-2)))).init(small_params())
+
+
 def test_sam_goes_around_the_guard():
     sam = lambda inner: optax.contrib.sam(inner, optax.sgd(0.05), sync_period=2)  # noqa: E731
     with pytest.raises(ValueError, match=r"optax\.contrib\.sam\(lbw_guard"):
@@ -175,6 +181,43 @@ def test_sam_goes_around_the_guard():
         params = optax.apply_updates(params, updates)
     start = optax.tree.norm(gradients_of(small_params()))
     assert optax.tree.norm(gradients_of(params)) < 0.3 * start
+
+
+def losses_of(tx, start, target, steps):
+    """Of full-batch steps on the squared distance, and the state after them."""
+
+    def step(carry, _):
+        params, state = carry
+        loss, gradients = jax.value_and_grad(lambda p: jnp.sum((p - target) ** 2))(params)
+        updates, state = tx.update(gradients, state, params, value=loss)
+        return (optax.apply_updates(params, updates), state), loss
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))
+    (_, state), losses = run((start, tx.init(start)))
+    return losses, state
+
+
+@pytest.mark.parametrize("place", ["inside", "around"])
+def test_the_soft_start_is_no_plateau(place):
+    """From all zeros: the rate is cut where the loss has ended to fall, and not before."""
+    plateau = lambda inner: optax.chain(inner, optax.contrib.reduce_on_plateau())  # noqa: E731
+    inner, target = optax.sgd(0.02), jnp.array([[3.0, -2.0], [1.0, 4.0]])
+    tx = lbw_guard(plateau(inner)) if place == "inside" else plateau(lbw_guard(inner))
+    for steps, scale in ((50, 1.0), (600, 0.0)):
+        losses, state = losses_of(tx, jnp.zeros((2, 2)), target, steps)
+        found = optax.tree.get(
+            state, "scale", filtering=lambda path, _: "Plateau" in repr(path[-1])
+        )
+        np.testing.assert_allclose(found, scale, atol=1e-3)
+    assert losses[-1] < 1e-9 * losses[0]
+
+
+def test_mechanize_goes_inside_the_guard():
+    mechanized = optax.contrib.mechanize(optax.sgd(0.1), weight_decay=0.0)
+    start, target = jnp.array([-1.0, 10.0, 1.0]), jnp.array([1.0, -1.0, 1.0])
+    bare, _ = losses_of(mechanized, start, target, 1000)
+    guarded_losses, _ = losses_of(lbw_guard(mechanized), start, target, 1000)
+    assert guarded_losses[-100:].mean() < max(2 * bare[-100:].mean(), 1e-4 * bare[0])
 
 
 # --- in words -----------------------------------------------------------------------------------
@@ -200,6 +243,17 @@ def _held(scale, mode="govern"):
         return state._replace(law=state.law._replace(control=control))
 
     return change
+
+
+def _exhausted(run, params, state):
+    control = state.law.control._replace(exhausted=jnp.array(True))
+    return state._replace(law=state.law._replace(control=control))
+
+
+def _asking(run, params, state):
+    asked = jnp.int32(divergence.Reason.LOSS)
+    asking = state.law.divergence._replace(rollback_asked=asked)
+    return state._replace(law=state.law._replace(divergence=asking))
 
 
 def _resting(rejected):
@@ -246,8 +300,13 @@ def _resting(rejected):
                 "say: Holding updates at 2 %"
             ),
         ),
+        (_exhausted, "The guard is exhausted after 3 steps: 0 skipped in all"),
+        (_asking, "Asking for a rollback at step 3: the loss has risen and stays there."),
     ],
-    ids=["soft start", "skips", "pinned", "nominal", "held", "rest", "rejecting", "observed"],
+    ids=[
+        *("soft start", "skips", "pinned", "nominal", "held", "rest", "rejecting", "observed"),
+        *("exhausted", "asking"),
+    ],
 )
 def test_explain(change, sentence):
     assert told(change).startswith(sentence)

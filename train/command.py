@@ -132,7 +132,7 @@ def _sentence(box: str) -> str:
     return re.sub(r"\s+", " ", text).partition("Got errors")[0].strip()
 
 
-_STOPPED = "{}: stopped before the first step; nothing was saved\n"
+_STOPPED = "stopped before the first step; nothing was saved"
 
 
 def guarded_main(prog: str, job: Callable[[], int]) -> int:
@@ -142,12 +142,12 @@ def guarded_main(prog: str, job: Callable[[], int]) -> int:
     # Transformers says on import that it found no PyTorch; here it is for tokenizers only.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        with _interrupt_ends(prog):
+        with interrupt_ends(prog, _STOPPED):
             return job()
     except Stopped:
         return 130
     except KeyboardInterrupt:
-        print(_STOPPED.format(prog), end="", file=sys.stderr)
+        print(f"{prog}: {_STOPPED}", file=sys.stderr)
         return 130
     except GuardExhausted as error:
         print(f"{prog}: {error}", file=sys.stderr)
@@ -159,14 +159,15 @@ def guarded_main(prog: str, job: Callable[[], int]) -> int:
 
 
 @contextlib.contextmanager
-def _interrupt_ends(prog: str) -> Iterator[None]:
-    """Before the first step there is nothing to save: Ctrl-C ends the process at once.
+def interrupt_ends(prog: str, sentence: str) -> Iterator[None]:
+    """While there is nothing to save, Ctrl-C ends the process at once, with a sentence.
 
-    An exception that a handler raises may be lost in whatever library is at work.
+    An exception that a handler raises may be lost in whatever library is at work. Raised while XLA
+    compiles, it has also crashed the interpreter at its end.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        os.write(2, _STOPPED.format(prog).encode())
+        os.write(2, f"{prog}: {sentence}\n".encode())
         os._exit(130)
 
     before = signal.getsignal(signal.SIGINT)

@@ -9,6 +9,7 @@ goes back to before them, and AdamW alone is lost.
 """
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,10 @@ import optax
 from flax import nnx
 
 import lbw_optax
+from lbw_optax.law.control import LAW
 from train import data, figure, loop, lora, memory, mishap
+from train.command import interrupt_ends
+from train.interrupt import Interrupt, Stopped
 from train.jsonl import finite
 from train.model import PRESETS, Config, Decoder, next_token_loss, split
 from train.progress import Progress
@@ -34,6 +38,7 @@ METHODS = {"adamw": "AdamW", "guard": "guard"}
 MISHAP, ROLLBACK = "mishap", "guard + rollback"
 MISHAP_TITLE = f"LoRA, 100×, {mishap.LENGTH} bad batches"
 MULTIPLES = (1, 10, 100)
+HARD = "\nstopped at once; what was finished is not kept\n"
 # The best of the grid for AdamW: benchmarks/results/demo_tuning.json, made with --tune.
 RATES = {"scratch": 2e-3, "lora": 1e-3}
 GRID = {
@@ -89,15 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     settings = QUICK if options.quick else FULL
     try:
-        corpus = data.load(options.data_dir, vocab_size=settings.config.vocab_size)
-        bench = Bench(settings, corpus, options.seed)
-        return tune(bench, options.tune) if options.tune else compare(bench, options.out)
+        with interrupt_ends("train.demo", "stopped before its end"):
+            corpus = data.load(options.data_dir, vocab_size=settings.config.vocab_size)
+            bench = Bench(settings, corpus, options.seed)
+            return tune(bench, options.tune) if options.tune else compare(bench, options.out)
     except data.DataError as error:
         parser.exit(2, f"train.demo: {error}\n")
     except OSError as error:
         parser.exit(2, f"train.demo: cannot write {error.filename or 'a file'}: {error.strerror}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "train.demo: stopped before the first run was finished\n")
 
 
 def compare(bench: "Bench", out: Path) -> int:
@@ -107,14 +111,13 @@ def compare(bench: "Bench", out: Path) -> int:
     steps = sum(map(bench.settings.steps, TITLES)) * len(MULTIPLES) * len(METHODS)
     steps += bench.settings.lora_steps * len(METHODS)
     runs: list[Run] = []
-    with Progress(steps) as progress:
-        try:
-            for run in _runs(bench, progress):
-                runs.append(run)
-                progress.note(f"{_title(run)}: test perplexity {run.perplexity:.2f}")
-        except KeyboardInterrupt:
-            if not runs:
-                raise
+    after = contextlib.ExitStack()
+    with _Progress(steps) as progress, after, contextlib.suppress(Stopped):
+        for run in _runs(bench, progress):
+            if not runs:  # until here Ctrl-C has ended the process at once
+                progress.interrupted = after.enter_context(Interrupt(HARD))
+            runs.append(run)
+            progress.note(f"{_title(run)}: test perplexity {run.perplexity:.2f}")
     seconds = time.perf_counter() - started
     _write_json(out / "demo.json", _document(bench, runs) | {"seconds": round(seconds, 1)})
     figure.figure(_panels(runs), out / "demo.png")
@@ -125,6 +128,17 @@ def compare(bench: "Bench", out: Path) -> int:
         print(f"Stopped: {len(runs)} of {planned} runs were finished, and only these are shown.")
         return 130
     return 0
+
+
+class _Progress(Progress):
+    """Ends the run that it counts between two steps, once it is interrupted."""
+
+    interrupted: Interrupt | None = None
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        super().step(step, metrics)
+        if self.interrupted:
+            raise Stopped
 
 
 def _runs(bench: "Bench", progress: Progress) -> Iterator[Run]:
@@ -308,7 +322,12 @@ class Bench:
         """What a result file says about code, machine, settings and text."""
         settings = self.settings._asdict() | {"config": vars(self.settings.config)}
         tokens = {name: len(getattr(self.corpus, name)) for name in data.SPLITS}
-        return self._provenance | {"seed": self.seed, "settings": settings, "tokens": tokens}
+        return self._provenance | {
+            "law": LAW,
+            "seed": self.seed,
+            "settings": settings,
+            "tokens": tokens,
+        }
 
 
 def _standard_recipe(steps: int) -> Callable[..., optax.GradientTransformation]:

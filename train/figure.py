@@ -126,19 +126,33 @@ def _rows(curves: Sequence[Curve]) -> dict[str, Draw]:
 
 
 def _draw_losses(axes: Any, curves: Sequence[Curve], colours: Colours) -> None:
-    for curve in curves:
+    from matplotlib.patheffects import withStroke
+
+    widths = _widths(curves)
+    for curve, width in zip(curves, widths, strict=True):
         colour, guarded = colours[curve.group or curve.name], curve.scale is not None
         end = _end(curve.loss)
         smoothed = smooth(curve.loss)[: end + 1]
         axes.plot(
             smoothed,
             color=colour,
-            linestyle="-" if guarded else (0, (4, 1.5)),
-            linewidth=1.8 if guarded else 1.3,
+            linestyle="-" if guarded else (0, (3, 3)),
+            linewidth=width,
+            zorder=2 if guarded else 2.5,
+            # Dashes with a white edge can be seen on a line of their colour.
+            path_effects=None if guarded else [withStroke(linewidth=2.6, foreground="white")],
             label=" ".join(filter(None, (curve.name, curve.group))),
         )
         if 0 <= end < len(curve.loss) - 1:
-            axes.plot(end, smoothed[-1], "X", color=colour, ms=9, label="not finite from here on")
+            axes.plot(
+                end,
+                smoothed[-1],
+                "X",
+                color=colour,
+                ms=9,
+                zorder=3,
+                label="not finite from here on",
+            )
         if curve.valid is not None:
             at = np.flatnonzero(np.isfinite(curve.valid))
             axes.plot(at, curve.valid[at], "o", color="black", ms=4, label="valid split")
@@ -146,6 +160,15 @@ def _draw_losses(axes: Any, curves: Sequence[Curve], colours: Colours) -> None:
     if _spread(curves) > 4:
         _logarithmic(axes, labelled=(1, 2, 5))
     axes.legend(ncols=2)
+
+
+def _widths(curves: Sequence[Curve]) -> list[float]:
+    """Of lines: where guarded runs coincide, the edges of the first ones can still be seen."""
+    above = np.cumsum([curve.scale is not None for curve in reversed(curves)])[::-1]
+    return [
+        1.3 if curve.scale is None else 1.8 + 1.2 * float(number - 1)
+        for curve, number in zip(curves, above, strict=True)
+    ]
 
 
 def _draw_scales(axes: Any, curves: Sequence[Curve], colours: Colours) -> None:

@@ -24,14 +24,17 @@ class Interrupt:
 
     Only in the main thread, where Python handles signals.
 
+    Args:
+      hard: what the second Ctrl-C says.
+
     >>> with Interrupt() as interrupted:
     ...     signal.raise_signal(signal.SIGTERM)
     ...     bool(interrupted)
     True
     """
 
-    def __init__(self) -> None:
-        self._asked = False
+    def __init__(self, hard: str = HARD) -> None:
+        self._asked, self._hard = False, hard
 
     def __bool__(self) -> bool:
         return self._asked
@@ -42,7 +45,7 @@ class Interrupt:
         os.set_blocking(self._write, False)
         # Python's own C handler writes each signal's number here, whatever the main thread does.
         self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=_answer, args=(read,), daemon=True)
+        self._thread = threading.Thread(target=_answer, args=(read, self._hard), daemon=True)
         self._thread.start()
         for number in SIGNALS:
             signal.signal(number, self._ask)
@@ -59,14 +62,14 @@ class Interrupt:
         self._thread.join()
 
 
-def _answer(read: int) -> None:
+def _answer(read: int, hard: str) -> None:
     """Answer the first signal, and obey the second Ctrl-C, until the other end is closed."""
     asked = False
     while number := os.read(read, 1):
         if number[0] not in SIGNALS:
             continue
         if asked and number[0] == signal.SIGINT:
-            os.write(2, HARD.encode())
+            os.write(2, hard.encode())
             os._exit(130)
         if not asked:
             os.write(2, SOFT.encode())

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,15 +28,20 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     Not-a-number and infinity come back as None.
     """
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    return [record for _, record in numbered(path)]
+
+
+def numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `read` gives them, each with the number of its line, from 1."""
+    content = path.read_bytes() if path.exists() else b""
+    # Only the byte that `append` ends a line with: a string may hold what Unicode ends lines with.
+    for number, line in enumerate(content.split(b"\n"), start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line.decode(errors="replace"))
         except json.JSONDecodeError:
             continue
-    return [record for record in records if isinstance(record, dict)]
+        if isinstance(record, dict):
+            yield number, record
 
 
 def _is_torn(file: BinaryIO) -> bool:

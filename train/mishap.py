@@ -66,7 +66,7 @@ def survive(
     with (
         tempfile.TemporaryDirectory() as directory,
         # A cadence of its own, so that it goes back to the same step on every machine.
-        lbw_optax.RollbackManager(directory, snapshot_every=7, save_every=25) as rollback,
+        lbw_optax.RollbackManager(directory, snapshot_every=7) as rollback,
     ):
         step, state = rollback.resume(state)
         while step < task.steps:

@@ -258,6 +258,7 @@ def steps(
         watch.copies(rollback.report())
         if step < made:
             watch.rolled_back(rollback.history[-1])
+        state = watch.obey(step, state, rollback)
         yield step, state
 
 

@@ -1,11 +1,14 @@
-"""What a finished run leaves in its directory: ``result.json`` and ``figure.png``."""
+"""What a finished run leaves in its directory: ``result.json``, ``figure.png``, ``report.html``."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lbw_optax import Event
+from lbw_optax.law.control import LAW
+from lbw_optax.report import report
 from train import figure, jsonl, rundir
 from train.logs import history
 from train.options import Options, as_json
@@ -15,15 +18,16 @@ from train.provenance import provenance
 def write(
     options: Options, perplexity: dict[str, float], targets: dict[str, int], *, seconds: float
 ) -> None:
-    """Figure and numbers, from the log; `seconds` are those of the last process.
+    """Figure, numbers and report, from the log; `seconds` are those of the last process.
 
     A held-out perplexity is over the first "targets" tokens of a split: each counts once, predicted
     from at most "context" tokens before it, in windows that begin every "stride" tokens.
-    ``result.json`` comes last: where it is, the run is finished.
+    Where ``result.json`` is, the run is finished; the report, which says so, comes after it.
     """
     logged = history(options.out)
     document = {
         **provenance(),
+        "law": LAW,
         "options": as_json(options),
         "perplexity": perplexity,
         "targets": targets,
@@ -35,6 +39,10 @@ def write(
     }
     _draw(options, logged)
     rundir.write_json(options.out / "result.json", jsonl.finite(document))
+    try:
+        report([options.out])
+    except (OSError, ValueError) as error:  # the run has ended well without one
+        print(f"{options.out} has no report: {error}", file=sys.stderr)
 
 
 def places(out: Path) -> str:

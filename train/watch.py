@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Self
 import jax
 
 import lbw_optax
+from lbw_optax.orders import Orders
 from lbw_optax.rollback.manager import Rollback
 from lbw_optax.rollback.tiers import Tiers
 from train import estimate, recipes
@@ -49,6 +50,7 @@ class Watch:
         self._speed = Speed(tokens=cost.tokens, flops=cost.flops, peak=peak)
         self._logs = Logs(options.out, options.track, as_json(options))
         self._audit = lbw_optax.AuditLog(options.out / "events.jsonl")
+        self._orders = Orders(options.out)
         self._progress = Progress(options.steps)
         self._progress.start(options.out.name, options.steps)
         self._governs = options.optimizer.startswith("lbw")
@@ -74,6 +76,14 @@ class Watch:
         self._audit.record(number, opt_state)
         if self._governs:
             lbw_optax.check(opt_state)
+
+    def obey(self, number: int, state: Any, rollback: lbw_optax.RollbackManager) -> Any:
+        """The state after update `number` and after what `lbw-watch` has ordered since."""
+        try:
+            return self._orders.obey(state, number, log=self._audit, rollbacks=rollback)
+        except ValueError as error:  # the optimizer has no guard
+            self.note(f"the order is not obeyed: {error}")
+            return state
 
     def evaluated(self, name: str, perplexity: float) -> None:
         """Add a measurement to the newest step; the time that it took is no step's."""

@@ -29,7 +29,7 @@ from benchmarks.atlas.grid import facts_of
 from benchmarks.atlas.methods import METHODS, OWN, QUICK
 from benchmarks.command import check_names, refuse
 from benchmarks.ladder import ladder
-from benchmarks.records import FOLDER, Cell, Record, law
+from benchmarks.records import FOLDER, Cell, Record, law, out_help, quick
 from benchmarks.runner import Book
 from benchmarks.stress.run import interventions
 from train import jsonl
@@ -140,8 +140,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--quick", action="store_true", help="few tasks, methods and rates")
     add("--cache", type=Path, help="a folder that keeps the bases of fine-tuned tasks")
-    add("--out", type=Path, default=RESULTS, help="result file, JSON Lines")
+    add("--out", type=Path, help=out_help(RESULTS))
     options = parser.parse_args(arguments)
+    options.out = options.out or (quick(RESULTS) if options.quick else RESULTS)
     known = tasks(None if options.half == "all" else options.half)
     lrs = options.lrs or (QUICK_LRS if options.quick else [str(k) for k in MULTIPLES])
     quickest = sorted(known, key=lambda name: known[name].steps)[:QUICK_TASKS]

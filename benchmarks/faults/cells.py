@@ -39,7 +39,7 @@ from benchmarks.faults.methods import (
     mix,
 )
 from benchmarks.faults.run import State, Text
-from benchmarks.records import FOLDER, Cell, Record, law
+from benchmarks.records import FOLDER, Cell, Record, law, out_help, quick
 from benchmarks.runner import Book
 from lbw_optax.testing import Fault
 from train.data import DataError
@@ -219,8 +219,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", default=list(METHODS), metavar="NAME", help=" ".join(METHODS))
     add("--seeds", nargs="+", type=int, metavar="N", help="default: as many as a part needs")
     add("--quick", action="store_true", help="few faults and seeds, no calm runs")
-    add("--out", type=Path, default=RESULTS, help="result file, JSON Lines")
+    add("--out", type=Path, help=out_help(RESULTS))
     options = parser.parse_args(arguments)
+    options.out = options.out or (quick(RESULTS) if options.quick else RESULTS)
     options.faults = options.faults or list(QUICK_FAULTS if options.quick else SCENARIOS)
     check_names(options.parts, PARTS, "part")
     check_names(options.faults, SCENARIOS, "fault")

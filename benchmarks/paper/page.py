@@ -15,6 +15,7 @@ from flax import nnx
 from benchmarks import markdown
 from benchmarks.paper import rows as paper_rows
 from benchmarks.paper.rows import CASES, LARGE_RATES, METHODS, Case
+from benchmarks.records import law_named
 from train import estimate, jsonl, lora, qwen_lora, recipes, run, tinyllama_full
 from train.model import Decoder, split
 from train.options import Options
@@ -116,7 +117,7 @@ def _notes(records: Sequence[dict[str, Any]]) -> str:
         f"here: {', '.join(f'{rate:g} ({kind})' for kind, rate in rates.items())}. Seconds are of "
         "the whole run with its compilation and evaluation; the AdamW runs are watched by a guard "
         "that does not act, so the two differ by what it does and not by what it costs. "
-        f"`python -m benchmarks.paper --preset tiny` at {made_at(known)}."
+        f"`python -m benchmarks.paper --preset tiny` at {made_at(known)}{law_named(known)}."
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.faults import tables as faults_tables
 from benchmarks.faults.results import load as load_faults
 from benchmarks.markdown import table
-from benchmarks.records import FOLDER, read
+from benchmarks.records import FOLDER, law_named, read
 from benchmarks.stress import grid as stress_grid
 from benchmarks.stress import tables as stress_tables
 from train.provenance import made_at
@@ -27,7 +27,7 @@ def demo() -> str:
     shown = table(["", "learning rate", "AdamW", "guarded AdamW"], rows)
     return (
         f"{shown}\n\nTest perplexity, and its ratio to AdamW at its tuned rate. "
-        f"`make demo` at {made_at([result])}; {result['seconds']:.0f} s."
+        f"`make demo` at {made_at([result])}{law_named([result])}; {result['seconds']:.0f} s."
     )
 
 
@@ -61,7 +61,8 @@ def placements() -> str:
         for row in result["rows"]
     ]
     head = ["", "tuned rate", "100 × tuned", "one NaN gradient after 20 steps"]
-    note = f"LoRA, valid perplexity (`python -m benchmarks.placements`, {made_at([result])})."
+    where = f"{made_at([result])}{law_named([result])}"
+    note = f"LoRA, valid perplexity (`python -m benchmarks.placements`, {where})."
     return f"{table(head, rows)}\n\n{note}"
 
 

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from benchmarks.markdown import table
-from benchmarks.records import FOLDER
+from benchmarks.records import FOLDER, law_named
 from train.provenance import made_at
 
 _PARTS = {"loop": "all parameters", "torch": "LoRA"}
@@ -32,7 +32,7 @@ def overhead() -> str:
     head = ["tokens a step", "a step of AdamW", "with the guard (middle half)", "optimizer bytes"]
     note = (
         f"A decoder of {results[0]['parameters'] / 1e6:.0f} M parameters, paired steps "
-        f"(`python -m benchmarks.speed.overhead`, {made_at(results)})."
+        f"(`python -m benchmarks.speed.overhead`, {made_at(results)}{law_named(results)})."
     )
     return f"{table(head, rows)}\n\n{note}"
 
@@ -49,7 +49,7 @@ def rollback_cost() -> str:
         f"{result['bare_seconds']:.1f} s of the same decoder: {memory} for copies in memory "
         f"({result['memory_bytes'] / 1e9:.1f} GB of host memory), {both} with checkpoints on disk "
         "too; in brackets the middle "
-        f"half (`python -m benchmarks.speed.rollback`, {made_at([result])})."
+        f"half (`python -m benchmarks.speed.rollback`, {made_at([result])}{law_named([result])})."
     )
 
 
@@ -102,7 +102,8 @@ def throughput() -> str:
         "ours",
         "ours over it (middle half)",
     ]
-    where = made_at([result for _, _, result in compared])
+    results = [result for _, _, result in compared]
+    where = f"{made_at(results)}{law_named(results)}"
     return f"{table(head, rows)}\n\nIn turns (`python -m benchmarks.speed.throughput`, {where})."
 
 

@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 
 from lbw_optax import lbw_guard
+from lbw_optax.law.control import LAW
 from train.model import Config, Decoder, next_token_loss, split
 from train.provenance import provenance
 
@@ -68,6 +69,7 @@ def measure(pairs: int, batch: int, length: int) -> dict[str, Any]:
     )
     return {
         **provenance(),
+        "law": LAW,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "tokens": batch * length,
         "pairs": pairs,

@@ -23,6 +23,7 @@ from flax import nnx
 
 from benchmarks.speed.overhead import CONFIG
 from lbw_optax import RollbackManager, lbw_guard
+from lbw_optax.law.control import LAW
 from train.model import Decoder, next_token_loss, split
 from train.provenance import provenance
 
@@ -66,6 +67,7 @@ def measure(rounds: int, window: int, batch: int, length: int) -> dict[str, Any]
             run.close()
     return {
         **provenance(),
+        "law": LAW,
         "parameters": step.parameters,
         "tokens": batch * length,
         "rounds": rounds,

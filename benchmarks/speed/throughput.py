@@ -28,6 +28,7 @@ from flax import nnx
 from benchmarks.speed import peft_loop
 from benchmarks.speed.loops import SIZES, Shape, decoder, measured, options_of, ours, plain
 from lbw_optax import lbw_guard
+from lbw_optax.law.control import LAW
 from train.provenance import provenance
 
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     shape = SIZES[options.size]
     shape = shape._replace(batch_size=options.batch or shape.batch_size)
-    result = {**provenance(), **vars(options) | {"out": None}}
+    result = {**provenance(), "law": LAW, **vars(options) | {"out": None}}
     result["tokens"] = shape.batch_size * shape.length
     result["malloc"] = os.environ.get("GLIBC_TUNABLES")
     for part in options.parts:

@@ -17,9 +17,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+from benchmarks.records import RUNS
 from train import data, loop, lora, model
 
-RUNS = Path(__file__).resolve().parent.parent.parent / "runs"
 # What a result line says of the model; the other fields of its config are at their defaults.
 SHAPE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),

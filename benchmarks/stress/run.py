@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks import runner
 from benchmarks.command import check_names, refuse
 from benchmarks.ladder import ladder
-from benchmarks.records import FOLDER, Cell, Record, law
+from benchmarks.records import FOLDER, Cell, Record, law, out_help, quick
 from benchmarks.runner import Book
 from benchmarks.stress.bench import Bench, prepare
 from benchmarks.stress.methods import METHODS, QUICK
@@ -190,10 +190,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--long", action="store_true", help=f"train {LONGER} times as long, results in a file apart"
     )
     add("--split", choices=("valid", "test"), default="test", help="what the progress shows")
-    add("--out", type=Path, help="result file, JSON Lines")
+    add("--out", type=Path, help=out_help(RESULTS))
     options = parser.parse_args(arguments)
     options.size = "quick" if options.quick else "long" if options.long else "default"
-    options.out = options.out or (long_results(RESULTS) if options.long else RESULTS)
+    usual = long_results(RESULTS) if options.long else RESULTS
+    options.out = options.out or (quick(RESULTS) if options.quick else usual)
     multiples = [str(k) for k in TO_300]
     lrs = options.lrs or (QUICK_LRS if options.quick else multiples)
     options.seeds = options.seeds or (SEEDS[:1] if options.quick else SEEDS)

@@ -65,6 +65,8 @@ BROKEN_STATE = (Signal.NONFINITE_UPDATES, Signal.RELATIVE_STEP)
 
 # The mean overshoot that is held, in standard deviations of one: below it steps are lengthened.
 SET_POINT = 1.0
+# An alarm is within these: a mean overshoot far off says no more than one that is off by this.
+LEAST_ALARM, MOST_ALARM = -1.0, 1.0
 # Bounds of log(scale)'s change, over the age of the run: growth and cut as power laws of time.
 GROWTH, CUT = 2.0, 1.5
 # And in one step.
@@ -72,8 +74,9 @@ MOST = 0.4
 # Until an alarm above this growth is that quick, for a soft start should not cost more steps than
 # it must; before this step nothing is known.
 FIRST_ALARM, SETTLED_FROM = 0.25, 4
-# The longest relative step, over the square root of the run's age.
-CEILING = 0.0015
+# The longest relative step, over this power of the run's age; with a power of 1 from scratch at 10
+# times the tuned rate 8 to 14 % was lost (docs/research.md, attempt 32).
+CEILING, CEILING_POWER = 0.0015, 0.5
 # From this scale on the learning rate is the user's own, and has the benefit of the doubt:
 FULL = 0.9
 # overshoot of so many standard deviations more is no reason to cut.
@@ -104,8 +107,8 @@ EARNED = 0.1
 # has moved by as much as this and come to rest anew.
 LOW, REST_STEPS = 0.5, 20
 # The share of rejected and limited steps is that of the last so many; above the bound, once so many
-# were seen, it is reported, and again when it had fallen to half of that.
-LONG_RUN, REJECTED_BOUND, REJECTED_FROM = 1000, 0.05, 200
+# were seen, it is reported, and again when it had fallen to this share of that.
+LONG_RUN, REJECTED_BOUND, REJECTED_FROM, REJECTED_AGAIN = 1000, 0.05, 200, 0.5
 
 
 class Bounds(NamedTuple):
@@ -334,7 +337,7 @@ def judge(
 
 def alarm(overshoot: jax.Array) -> jax.Array:
     """How much too large the scale is: clip(z - 1, -1, 1), z the mean overshoot in deviations."""
-    return jnp.clip(overshoot - SET_POINT, -1.0, 1.0)
+    return jnp.clip(overshoot - SET_POINT, LEAST_ALARM, MOST_ALARM)
 
 
 def log_ceiling(age: jax.Array) -> jax.Array:
@@ -343,7 +346,7 @@ def log_ceiling(age: jax.Array) -> jax.Array:
     A tuned run's steps lengthen as it leaves its start, and no overshoot tells a rate that is too
     high before the damage of the first steps is done.
     """
-    return math.log(CEILING) + 0.5 * jnp.log(age.astype(jnp.float32))
+    return math.log(CEILING) + CEILING_POWER * jnp.log(age.astype(jnp.float32))
 
 
 RULES = Rules(alarm, log_ceiling)
@@ -425,7 +428,7 @@ def _next_scale(
     grows = evidence.alarm < 0
     most = jnp.minimum(jnp.where(grows, GROWTH, CUT) / age, MOST)
     most = jnp.where(grows & ~control.settled, MOST, most)
-    change = -most * jnp.clip(evidence.alarm, -1.0, 1.0)
+    change = -most * jnp.clip(evidence.alarm, LEAST_ALARM, MOST_ALARM)
     change = jnp.where((calm < COOL_DOWN) & (change > 0), 0.0, change)
     skip = evidence.rejected > 0
     begins = evidence.has_step & ~control.started & ~skip
@@ -586,7 +589,7 @@ def _report_rejections(
         share=share,
         steps=steps,
         newest=jnp.where(rejected > 0, rejected, before.newest),
-        reported=(before.reported | reports) & (share > REJECTED_BOUND / 2),
+        reported=(before.reported | reports) & (share > REJECTED_AGAIN * REJECTED_BOUND),
     )
 
 

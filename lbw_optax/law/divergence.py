@@ -42,8 +42,8 @@ INNER_STEPS = 2
 SKIP_STEPS = 20
 # A broken first gradient cannot be told from a sound one, and an inner state remembers it: the
 # longest of so many first ones is known by the longest of so many next ones, which is shorter by
-# the square of SPIKE_FACTOR. One shorter gradient alone says nothing where batches' weights differ.
-FIRST_STEPS, NEXT_STEPS = 2, 8
+# this power of SPIKE_FACTOR. One shorter gradient alone says nothing where batches' weights differ.
+FIRST_STEPS, NEXT_STEPS, FIRST_POWER = 2, 8, 2.0
 # The loss (see `_watch_loss`): margin above its lowest mean, in standard deviations,
 MARGIN_STDS = 3.0
 # which are at least this share of its level and of how far it has fallen,
@@ -51,8 +51,8 @@ LEAST_STD = 0.02
 # the share of the margin by which the lowest mean is forgotten in a step: what rises by less in
 # the fifty steps of a rollback cannot be undone by one,
 FORGOTTEN = 0.02
-# evidence of one step at most, so that no single batch asks,
-MOST_EVIDENCE = 2.0
+# evidence of one step at least and at most, so that no single batch asks,
+LEAST_EVIDENCE, MOST_EVIDENCE = -1.0, 2.0
 # and evidence that asks.
 ENOUGH_EVIDENCE = 7.0
 # The autocorrelation of the loss's noise (see `_autocorrelate`): share of the newest step in it;
@@ -68,14 +68,17 @@ AUTOCORRELATION_ERROR = math.sqrt(AUTOCORRELATION_SHARE / (2 - AUTOCORRELATION_S
 # anew: a lasting shift of the data's level asks once.
 GRACE = 10
 # A rise that is there again in the first losses after the rollback, this many, is the data's or the
-# objective's: the state was sound, and only a divergence would have to come about again.
-RETURN_STEPS = 3
+# objective's: the state was sound, and only a divergence would have to come about again. There
+# again is what has come back by more than this share.
+RETURN_STEPS, RETURN_SHARE = 3, 0.5
 # From then on only a rise of this many times its size asks.
 TOLERANCE = 5.0
 # So is one that comes about again in the steps after the rollback, this many, and slowly: in more
 # steps than these, as with an objective that rises as the run learns. A sudden one, as of another
 # fault, is not, until the run was left for it so often.
 RETURN_WITHIN, SUDDEN, OFTEN = 300, 5, 2
+# After a rollback the scale stays under this share of what it was, for so many steps.
+CEILING, CEILING_STEPS = 0.5, 20
 # Least standard deviation at all, over the size of the first loss.
 TINY = 1e-12
 # The newest losses, in which the risen level shows: share of the newest.
@@ -251,7 +254,7 @@ def _compare_first(before: FirstGradients, seen: Telemetry) -> tuple[FirstGradie
 
 
 def _fell(gradients: FirstGradients) -> jax.Array:
-    return gradients.first - gradients.next > 2 * math.log(stats.SPIKE_FACTOR)
+    return gradients.first - gradients.next > FIRST_POWER * math.log(stats.SPIKE_FACTOR)
 
 
 def _watch_loss(
@@ -290,7 +293,7 @@ def _watch_loss(
     margin = MARGIN_STDS * divergence.quiet_std + tolerated
     known = (divergence.lowest < stats.LARGEST) & ~in_grace
     evidence = (y - divergence.lowest) / margin - 1
-    excess = divergence.loss_excess + jnp.clip(evidence, -1.0, MOST_EVIDENCE)
+    excess = divergence.loss_excess + jnp.clip(evidence, LEAST_EVIDENCE, MOST_EVIDENCE)
     excess = jnp.where(
         has_loss & known, jnp.clip(excess, 0.0, ENOUGH_EVIDENCE), divergence.loss_excess
     )
@@ -331,7 +334,7 @@ def _tolerate(divergence: Divergence, level: Running, unit: jax.Array) -> jax.Ar
     is_told = (divergence.level.weight < before) & (before < level.weight) & (level.weight < after)
     low, high = divergence.left_lowest, divergence.left_recent
     here = _finite(level.mean * unit)
-    is_datas = is_told & (low < high) & (here - low > (high - low) / 2)
+    is_datas = is_told & (low < high) & (here - low > RETURN_SHARE * (high - low))
     return _at_least(divergence.tolerance, here - low, is_datas)
 
 

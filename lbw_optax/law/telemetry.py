@@ -14,20 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lbw_optax import parts
 from lbw_optax.types import Loss, PyTree
 
 # At most this many leaves are probed, drawn by size: a compiler chokes on operations for each leaf.
 PROBE_LEAVES = 64
 # A leaf contributes this share of its coordinates to the probe, within these bounds.
 PROBE_SHARE, PROBE_LEAST, PROBE_MOST = 128, 1024, 16384
+# And about so many positions of an axis at least: fewer would miss whole rows of it.
+PROBE_POSITIONS = 8
 # The mean of the parameters is over this share of the run, and over so many steps at least.
 HORIZON, LEAST_HORIZON = 1 / 2, 4
 # The side of a matrix at which an update counts as it is, and the least that counts: an adapter's
 # rank says little of the stable rank of its update.
 SIDE, LEAST_SIDE = 96.0, 27
 # Corruption of memory, no step of an optimizer: updates this many times as long as the last and
-# longer than the parameters; parameters this many times as long as before.
-UPDATE_JUMP, PARAMETER_JUMP = 1000.0, 2.0
+# longer than the parameters; parameters this many times as long as those before and so many of the
+# last updates could make them.
+UPDATE_JUMP, PARAMETER_JUMP, REACH = 1000.0, 2.0, 2.0
 
 # Bucket i of the histogram counts 2^(2i-24) <= |g| < 2^(2i-22); the first and last take the rest.
 HISTOGRAM_EDGES = tuple(range(-24, 8, 2))
@@ -197,7 +201,7 @@ def observe_step(
     finite, from_zero = jnp.isfinite(norm), _from_zero(seen, length)
     has_step = finite & jnp.isfinite(length) & (norm > 0) & (length > 0)
     has_step = has_step & ~from_zero & ~refused
-    known, reach = seen.parameter_norm > 0, seen.parameter_norm + 2 * seen.update_norm
+    known, reach = seen.parameter_norm > 0, seen.parameter_norm + REACH * seen.update_norm
     # Nothing is known of a jump from no step at all, as accumulation makes them.
     jumps = (norm > length) & (norm > UPDATE_JUMP * seen.update_norm) & (seen.update_norm > 0)
     return seen._replace(
@@ -391,6 +395,12 @@ def _sides_on_the_probe(params: PyTree) -> np.ndarray:
 
 
 def _require_same_leaves(sampled: jax.Array, before: jax.Array) -> None:
+    if sampled.shape != before.shape and parts.is_inside():
+        raise ValueError(
+            "Inside shard_map the gradients are parts of the parameters that init was given "
+            f"({sampled.size} sampled coordinates, {before.size} then), and each device would "
+            "judge its own: govern them outside of shard_map, under jit with shardings."
+        )
     if sampled.shape != before.shape:
         raise ValueError(
             "The gradients have other leaves than the parameters that init was given "
@@ -470,7 +480,7 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides = [1] * len(shape)
     order = sorted(range(len(shape)), key=lambda axis: shape[axis])
     for place, axis in enumerate(order):
-        wanted = min(excess ** (1 / (len(order) - place)), shape[axis] / 8)
+        wanted = min(excess ** (1 / (len(order) - place)), shape[axis] / PROBE_POSITIONS)
         if wanted > 1:
             strides[axis] = _prime_from(wanted)
             excess /= strides[axis]

@@ -335,7 +335,7 @@ def _shapes(step: np.ndarray, value: np.ndarray, frame: Frame, style: int) -> st
     wanted = np.linspace(step[0], step[-1], 7)[:-1] + (step[-1] - step[0]) / 42 * (style % 6)
     at = np.unique(np.clip(np.searchsorted(step, wanted), 0, len(step) - 1))
     shape = "".join(
-        _MARKERS[style % STYLES].format(x, y)
+        MARKERS[style % STYLES].format(x, y)
         for x, y in zip(frame.x(step[at]), frame.y(value[at]), strict=True)
     )
     x, y = float(frame.x(step[-1])), float(frame.y(value[-1]))
@@ -345,7 +345,7 @@ def _shapes(step: np.ndarray, value: np.ndarray, frame: Frame, style: int) -> st
     return f'<path class="shape r{style % STYLES}" d="{shape}"/>{number}'
 
 
-_MARKERS = (
+MARKERS = (
     "M{:.1f} {:.1f}m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0",  # circle
     "M{:.1f} {:.1f}m-3-3h6v6h-6z",  # square
     "M{:.1f} {:.1f}m0-4l4 7h-8z",  # triangle
@@ -424,10 +424,11 @@ LANES = {
     "asked": ("would have gone back", "M{0:.1f} {1}m5-5l-9 5l9 5z"),
     "seen": ("stands out", "M{0:.1f} {1}m-4-4l8 8m0-8l-8 8"),
     "recover": ("grows again", "M{0:.1f} {1}m-5 4h10l-5-9z"),
+    "order": ("ordered", "M{0:.1f} {1}m-3-5h2v10h-2zm4 0h2v10h-2z"),
 }
 _LANE, _STRIP = 18, 16
 # The worst first, where several share a place in the picture.
-_REGIMES = ("unstable", "stressed", "recovering", "nominal")
+WORST_FIRST = ("unstable", "stressed", "recovering", "nominal")
 
 
 def time_line(
@@ -490,7 +491,7 @@ def _regimes(run: Run, x: tuple[float, float]) -> list[tuple[float, float, str]]
     step = steps(run.columns)
     good = kept(step) & (names != "")
     step, names = step[good], names[good]
-    rank = np.array([len(_REGIMES) - _REGIMES.index(name) for name in names.tolist()])
+    rank = np.array([len(WORST_FIRST) - WORST_FIRST.index(name) for name in names.tolist()])
     pick = sampling.worst(step, rank, *x, BUCKETS // 2)
     return sampling.runs_of(step[pick], names[pick])
 

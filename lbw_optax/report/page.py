@@ -171,7 +171,7 @@ def _sample(style: int) -> str:
     return (
         '<svg class="sample" viewBox="0 0 44 14" aria-hidden="true"><path class="line '
         f'{kind}" d="M2 7H42"/><path class="shape {kind}" '
-        f'd="{charts._MARKERS[style % charts.STYLES].format(22.0, 7.0)}"/></svg>'
+        f'd="{charts.MARKERS[style % charts.STYLES].format(22.0, 7.0)}"/></svg>'
         f"<b>{style + 1}</b>"
     )
 
@@ -193,7 +193,7 @@ def _key(told: Sequence[Told]) -> str:
     items += [
         f'<li><svg class="sample" viewBox="0 0 44 14" aria-hidden="true"><rect class="regime '
         f'{regime}" x="1" y="1" width="42" height="12"/></svg> {regime}</li>'
-        for regime in charts._REGIMES
+        for regime in charts.WORST_FIRST
         if any(regime in one.run.columns.get("regime", ()) for one in told)
     ]
     lines = [

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lbw_optax import orders
 from lbw_optax.report import columns as parse
 from lbw_optax.report.columns import Columns
 
@@ -46,13 +47,8 @@ def read(path: Path) -> Run:
 
 
 def _read_directory(path: Path) -> Run:
-    logs: list[Path] = []
-    audits: list[Path] = []
+    logs, audits = written(path)
     complaints: list[str] = []
-    for file in sorted(path.glob("*.jsonl"), key=_usual_first):
-        kind = _kind(file)
-        if kind is not None:
-            (audits if kind == "audit" else logs).append(file)
     others = [] if logs else _other_logs(path)
     if not (logs or audits or others):
         raise ValueError(
@@ -73,6 +69,17 @@ def _read_directory(path: Path) -> Run:
     is_ours = (path / "config.json").exists() and (path / "log.jsonl").exists()
     finished = (path / "result.json").exists() if is_ours else None
     return Run(_name(path), columns, _sound(audit), finished, guarded, complaints)
+
+
+def written(path: Path) -> tuple[list[Path], list[Path]]:
+    """The JSON Lines files of a directory with metrics, and the audit logs; usual names first."""
+    logs: list[Path] = []
+    audits: list[Path] = []
+    for file in sorted(path.glob("*.jsonl"), key=_usual_first):
+        kind = _kind(file)
+        if kind is not None and file.name != orders.FILE:
+            (audits if kind == "audit" else logs).append(file)
+    return logs, audits
 
 
 def _read_file(path: Path) -> Run:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from lbw_optax.law.control import LOW
-from lbw_optax.law.divergence import SKIP_STEPS, Reason
+from lbw_optax.law.divergence import SKIP_STEPS
 from lbw_optax.report.reading import Run, kept, steps
-from lbw_optax.sentences import ASKS, CAUSES
+from lbw_optax.sentences import cause
 
 # Of a cause, what to look at. {step} is the first, {where} names the first few.
 _LOOK = {
@@ -53,11 +53,11 @@ def paragraph(run: Run) -> str:
     if troubles:
         first = troubles[0]
         sentences += [_first(first), _done(run.audit)]
-    elif run.audit:
+    elif any(line["action"] != "order" for line in run.audit):
         sentences.append("The guard did nothing but let the updates grow.")
     else:
         sentences.append("The guard had nothing to do." if run.guarded else "")
-    sentences += [_scale(run), _end(run), _advice(run, troubles)]
+    sentences += [_ordered(run), _scale(run), _end(run), _advice(run, troubles)]
     return " ".join(x for x in sentences if x)
 
 
@@ -169,10 +169,7 @@ def _first(line: dict[str, Any]) -> str:
 
 def _why(line: dict[str, Any]) -> str:
     """The cause of an intervention in words; one that is not known, by its name."""
-    signal = str(line.get("signal", ""))
-    if signal.upper() in Reason.__members__ and line["action"] == "rollback":
-        return ASKS.get(Reason[signal.upper()], "a person asked for it")
-    return CAUSES.get(signal, signal)
+    return cause(line["action"], str(line.get("signal", "")))
 
 
 def _done(audit: list[dict[str, Any]]) -> str:
@@ -203,12 +200,30 @@ def _times(count: int) -> str:
     return {1: "once", 2: "twice"}.get(count, f"{count:,} times")
 
 
+def _ordered(run: Run) -> str:
+    """What people have ordered."""
+    orders = [line for line in run.audit if line["action"] == "order"]
+    if not orders:
+        return ""
+    last = orders[-1]
+    of_them = "A person gave an order" if len(orders) == 1 else f"{len(orders)} orders were given"
+    which = "" if len(orders) == 1 else ", the last"
+    return f'{of_them}{which} at step {last["step"]:,}: "{last.get("order")}", {last.get("who")}.'
+
+
+def _is_held_by_order(run: Run) -> bool:
+    """Whether a person has pinned the scale and not given it back."""
+    pins = [line.get("order") for line in run.audit if line["action"] == "order"]
+    pins = [order for order in pins if order in ("hold", "release")]
+    return pins[-1:] == ["hold"]
+
+
 def _scale(run: Run) -> str:
     """Where the updates came to, if that is well below what the user asked for."""
     last = _last_scale(run)
     if last is None:
         return ""
-    if last < LOW:
+    if last < LOW and not _is_held_by_order(run):
         return (
             f"At the end the updates are held at {number(100 * last)} %: the learning rate looks "
             f"{number(1 / last)} times too high."
@@ -264,7 +279,7 @@ def _advice(run: Run, troubles: list[dict[str, Any]]) -> str:
         what = f"{gave_up}; what ended it began at step {line['step']:,}: {_why(line)}."
         return f"{what} {advice(str(line.get('signal', '')), line['step'], lost=True)}"
     rate = ""
-    if last is not None and last < LOW:
+    if last is not None and last < LOW and not _is_held_by_order(run):
         rate = f"What to do: lower the learning rate to about {last:.2g} times what it is."
     weight = Counter[str]()
     for line in troubles:

@@ -183,6 +183,10 @@ class Candidates:
             self._disk.write(snapshot, is_calm=is_calm, by_hand=True)
             self._disk.settle()
 
+    def is_whole(self, step: int) -> bool:
+        """Whether a checkpoint of this step lies on disk, and nothing is being written."""
+        return self._disk.is_whole(step)
+
     def learn(self, verdict: Verdict) -> bool:
         """What was said of the steps after the copies; True if one has proven healthy."""
         in_memory = self._memory.learn(verdict)

@@ -271,6 +271,10 @@ class Disk:
         """Whether this step is written, or being written."""
         return step in self.journal.checkpoints
 
+    def is_whole(self, step: int) -> bool:
+        """Whether this step is written, and nothing is waited for."""
+        return self.has(step) and self._write is None
+
     def learn(self, verdict: Verdict) -> bool:
         """What was said of the steps after a checkpoint; True if it has proven healthy."""
         trial, newest = self._trial, self._newest

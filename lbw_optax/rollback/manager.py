@@ -1,5 +1,6 @@
 """Going back to the last good state, around any training loop."""
 
+import itertools
 import logging
 import math
 import operator
@@ -18,8 +19,8 @@ from lbw_optax.audit import GuardExhausted, check
 from lbw_optax.law import divergence
 from lbw_optax.law import events as ring
 from lbw_optax.law.divergence import UNCERTAIN, Reason
-from lbw_optax.rollback import cadence, verdict
-from lbw_optax.rollback.agreement import first_text
+from lbw_optax.rollback import agreement, cadence, verdict
+from lbw_optax.rollback.agreement import first_text, from_all, is_stack_of_equals
 from lbw_optax.rollback.arrivals import Arrivals
 from lbw_optax.rollback.candidates import MEASURED, Candidates, Plan
 from lbw_optax.rollback.checkpoints import OtherModel, Unreadable
@@ -34,13 +35,21 @@ from lbw_optax.types import PyTree
 _LOG = logging.getLogger("lbw_optax")
 # What the guard may ask for; broken parameters are always answered.
 _ASKS = ("parameters", "inner_state", "skips", "loss")
-# After a rollback the scale stays under this share of what it was, for so many steps.
-CEILING, CEILING_STEPS = 0.5, 20
 # `max_rollbacks` are allowed in so many calls of `step`.
 WINDOW = 1000
 # The copies of the guard's state may differ for so many steps: a fault of memory in one of them is
 # answered by a rollback within two.
 APART = 3
+_SAVED_ALONE = (
+    "save was called on some processes only{at}, and not within {seconds:g} seconds on the others: "
+    "nothing was saved. Call it on all of them, at the same step."
+)
+_DIFFERS = (
+    "Copies of the guard's state have differed for three steps, on processes or devices of this "
+    "job: each was given a loss or gradients of its own. Pass the same to all of them, as "
+    "value=jax.lax.pmean(loss, axis_name)."
+)
+_managers = itertools.count()  # the same number on all processes: all make the same ones
 
 
 class RollbackManager:
@@ -175,6 +184,10 @@ class RollbackManager:
         self._is_calm = True  # for all that is known
         self._apart = 0  # verdicts in a row in which copies of the guard's state differ
         self._requested: str | None = None
+        self._number = next(_managers)
+        self._replicas: bool | None = None  # a stack of copies that are the same; None: not known
+        self._saves = 0  # calls of `save` since the last of `step`
+        self._saved_alone = self._knows_alone = False
         self._last: int | None = None  # the step that was handed in last
         self._to_come: set[int] = set()  # steps of rollbacks that the resumed run comes by again
         self._resumed = False
@@ -197,6 +210,8 @@ class RollbackManager:
         self._resumed = True
         is_new = not self._candidates.found()
         step, tree = self._candidates.resume(tree)
+        self._replicas = None
+        self._are_replicas(tree)
         # A run that was under way without checkpoints may begin at any step.
         self._last = None if is_new else step
         self._report = self._guard_steps = None
@@ -209,8 +224,14 @@ class RollbackManager:
         step = self._last = self._follow(step)
         before = self._report
         self._report = verdict.begin(
-            step, tree, requested=self._requested is not None, facts=self._candidates.facts(step)
+            step,
+            tree,
+            requested=self._requested is not None,
+            saved_alone=self._saved_alone,
+            replicas=self._are_replicas(tree),
+            facts=self._candidates.facts(step),
         )
+        self._saves, self._saved_alone = 0, False
         self._require_resumed()
         self._journal.calls += 1
         said = self._hear(before)
@@ -232,15 +253,35 @@ class RollbackManager:
         """Write a checkpoint of this state now, and wait: a run that stops here resumes here.
 
         It is no candidate for a rollback until it has proven healthy. With several processes all
-        must call it.
+        must call it, within 20 seconds, or nothing is saved and a warning says so on all.
         """
         self._require_open()
         step = self._follow(step, again=True)
-        if jax.process_count() > 1:  # a process that calls `step` meanwhile is told, too
-            report = verdict.begin(step, tree, requested=False, saves=True)
-            self._require_same_calls(verdict.read(report, None))
+        if jax.process_count() > 1 and not self._all_save(step):
+            return
         self._require_resumed()
         self._candidates.save(step, tree, is_calm=self._is_calm)
+
+    def _all_save(self, step: int) -> bool:
+        """Whether all processes have called `save`; one that has come alone is told, and goes on.
+
+        Or it would wait in `save`, and the others for it in their next training step.
+        """
+        if self._candidates.is_whole(step):
+            return False
+        self._saves += 1
+        place = f"lbw_optax/save/{self._number}/{self._journal.calls}/{self._saves}"
+        steps = from_all(place, str(step))
+        if steps is None:
+            self._saved_alone = self._knows_alone = True
+            _warn(_SAVED_ALONE.format(at=f" at step {step}", seconds=agreement.PATIENCE))
+            return False
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"save was called at different steps on the processes ({', '.join(steps)}): call "
+                "it on all of them at the same one."
+            )
+        return True
 
     def request(self, reason: str) -> None:
         """Roll back at the next call of `step`, whatever the guard says.
@@ -292,6 +333,9 @@ class RollbackManager:
             return None
         said = verdict.read(report, self._guard_steps)
         self._require_same_calls(said)
+        if said.saved_alone and not self._knows_alone:
+            _warn(_SAVED_ALONE.format(at="", seconds=agreement.PATIENCE))
+        self._knows_alone = self._knows_alone and not said.saved_alone
         self._guard_steps = said.guard_steps
         self._apart = self._apart + 1 if said.differs else 0
         if "loss" not in self._reasons:  # or no state of a run that is sound would be proven
@@ -320,7 +364,7 @@ class RollbackManager:
         _warn(
             f"The guard asks for a rollback at step {step} ({_name(reason)}), and its budget of "
             f"{self._max_rollbacks} in {WINDOW} calls is spent{self._say_history()}. The run goes "
-            f"on, for this reason is not certain, and is not gone back for {_name(reason)} again. "
+            "on, for this reason is not certain, and does not go back for it again. "
             "Where that is as it should be, as a loss that rises in reinforcement learning or in a "
             f"curriculum, switch it off: reasons={tuple(sorted(self._reasons))}."
         )
@@ -336,10 +380,11 @@ class RollbackManager:
         """The guard must be able to do something, and be one and the same everywhere."""
         if self._apart >= APART:
             self._report, self._apart = None, 0
-            raise ValueError(
-                "Copies of the guard's state have differed for three steps, on processes or "
-                "devices of this job: each was given a loss or gradients of its own. Pass the same "
-                "to all of them, as value=jax.lax.pmean(loss, axis_name)."
+            if not self._replicas:
+                raise ValueError(_DIFFERS)
+            self._replicas = False  # they may be runs of their own that began alike
+            _warn(
+                f"{_DIFFERS} Independent runs, one on each device, may differ: none is looked at."
             )
         if said is None or not said.exhausted or self._report is None:
             return
@@ -380,6 +425,16 @@ class RollbackManager:
                 "run: begin with step, tree = rollback.resume(tree), or pass an empty directory."
             )
         self._resumed = True
+
+    def _are_replicas(self, tree: PyTree) -> bool:
+        """Whether this is a state for each device, and all were the same when the run began here.
+
+        So are the replicas of pmap. Independent runs, as of several seeds, begin differently.
+        """
+        if self._replicas is None:
+            steps = find_all(tree)[0].guard_steps
+            self._replicas = jnp.ndim(steps) == 1 and is_stack_of_equals(tree, len(steps))
+        return self._replicas
 
     def _require_same_calls(self, said: Verdict) -> None:
         if said.complaint:
@@ -422,7 +477,7 @@ class RollbackManager:
     ) -> PyTree:
         """Make the state that is gone back to ready to go on."""
         self._in_a_row += 1
-        good = _rejoin(good, left, reason, step, to_step, CEILING**self._in_a_row)
+        good = _rejoin(good, left, reason, step, to_step, divergence.CEILING**self._in_a_row)
         self._journal.jump(step, to_step)
         self._keep_arrival(to_step, good)
         rollback = Rollback(step, to_step, words, tier, step - to_step, self._journal.calls)
@@ -558,7 +613,12 @@ def _rejoin(
 
 @jax.jit
 def _back(
-    guard: GuardState, left: GuardState, reason: Any, step: Any, to_step: Any, share: Any
+    guard: GuardState,
+    left: GuardState,
+    reason: jax.Array,
+    step: jax.Array,
+    to_step: jax.Array,
+    share: jax.Array,
 ) -> GuardState:
     control, last = guard.law.control, left.law.control
     log_ceiling = control.log_scale + jnp.log(share)
@@ -567,7 +627,7 @@ def _back(
         log_scale=jnp.where(last.pinned, last.log_scale, control.log_scale),
         pinned=last.pinned,
         log_ceiling=log_ceiling,
-        ceiling_steps=jnp.int32(CEILING_STEPS),
+        ceiling_steps=jnp.int32(divergence.CEILING_STEPS),
     )
     known = divergence.leave(left.law.divergence, left.law.statistics.loss_unit)
     quiet = divergence.after_rollback(guard.law.divergence, known)
@@ -594,7 +654,7 @@ def _own(guard: GuardState) -> GuardState:
 
 
 @jax.jit
-def _calm_down(guard: GuardState, kept: Any) -> GuardState:
+def _calm_down(guard: GuardState, kept: jax.Array) -> GuardState:
     """Nothing asked, but for the reasons that are kept."""
     asking = guard.law.divergence
     quiet = divergence.after_rollback(asking)

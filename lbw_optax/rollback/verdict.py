@@ -3,14 +3,14 @@
 The worst of all guards, devices and processes counts, so that all processes act alike.
 """
 
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax.law.divergence import Reason, is_suspected
-from lbw_optax.rollback.agreement import largest
+from lbw_optax.rollback.agreement import is_one_a_device, largest
 from lbw_optax.state import GuardState, Mode, find_all
 from lbw_optax.types import PyTree
 
@@ -20,8 +20,10 @@ TOLERANCE = 1e-3
 # Fixed point for the two: int32 holds any logarithm of a float32.
 _UNIT = 1e-5
 
+Number = TypeVar("Number")  # an array on the device, a Python int on the host
 
-class Numbers(NamedTuple):
+
+class Numbers(NamedTuple, Generic[Number]):
     """What is packed, int32 each, in this order.
 
     Attributes:
@@ -35,37 +37,36 @@ class Numbers(NamedTuple):
       governs: whether any guard does.
       requested: whether a person asks for a rollback.
       step, least_step: that the processes hand in.
-      saves, least_saves: whether they save by hand.
+      saved_alone: whether a process has saved by hand and the others have not.
       scale, least_scale: mean log(scale), in units of 1e-5.
       loss, least_loss: mean log abs(loss), in units of 1e-5.
       skips, least_skips: of all guards together.
       time_is_up, is_writing, copy_every: as `Facts` says.
     """
 
-    asked: Any
-    guard_steps: Any
-    calm_steps: Any
-    suspected: Any
-    broken: Any
-    exhausted: Any
-    governs: Any
-    requested: Any
-    step: Any
-    least_step: Any
-    saves: Any
-    least_saves: Any
-    scale: Any
-    least_scale: Any
-    loss: Any
-    least_loss: Any
-    skips: Any
-    least_skips: Any
-    time_is_up: Any
-    is_writing: Any
-    copy_every: Any
+    asked: Number
+    guard_steps: Number
+    calm_steps: Number
+    suspected: Number
+    broken: Number
+    exhausted: Number
+    governs: Number
+    requested: Number
+    step: Number
+    least_step: Number
+    saved_alone: Number
+    scale: Number
+    least_scale: Number
+    loss: Number
+    least_loss: Number
+    skips: Number
+    least_skips: Number
+    time_is_up: Number
+    is_writing: Number
+    copy_every: Number
 
 
-_LEAST = ("calm_steps", "least_step", "least_saves", "least_scale", "least_loss", "least_skips")
+_LEAST = ("calm_steps", "least_step", "least_scale", "least_loss", "least_skips")
 
 
 class Facts(NamedTuple):
@@ -103,6 +104,7 @@ class Verdict(NamedTuple):
       governs: whether a guard does.
       requested: a person asks for a rollback.
       differs: the copies of the guard's state are not the same.
+      saved_alone: a process has saved by hand and the others have not.
       complaint: what is wrong with the calls of the processes, or "".
       facts: of all processes, as they were before copies of this step were taken.
     """
@@ -117,6 +119,7 @@ class Verdict(NamedTuple):
     governs: bool
     requested: bool
     differs: bool
+    saved_alone: bool
     complaint: str
     facts: Facts = Facts()
 
@@ -134,18 +137,37 @@ class Verdict(NamedTuple):
 
 
 def begin(
-    step: int, tree: PyTree, *, requested: bool, saves: bool = False, facts: Facts | None = None
+    step: int,
+    tree: PyTree,
+    *,
+    requested: bool = False,
+    saved_alone: bool = False,
+    replicas: bool = False,
+    facts: Facts | None = None,
 ) -> Report:
-    """Pack what the guards in a state say, and start its way to the host. Does not wait."""
-    call = np.array([requested, step % 2**31, saves, *(facts or Facts())], np.int32)
-    numbers = largest(_pack([_parts(guard) for guard in find_all(tree)], call))
+    """Pack what the guards in a state say, and start its way to the host. Does not wait.
+
+    Args:
+      step: that is handed in.
+      tree: the state.
+      requested: whether a person asks for a rollback.
+      saved_alone: whether `save` was called on this process only.
+      replicas: whether a state that is several in one, one on each device, is to be the same in
+        all of them.
+      facts: what this process knows.
+    """
+    guards = find_all(tree)
+    compares = replicas and is_one_a_device(guards[0].guard_steps)
+    said = [requested, step % 2**31, saved_alone, compares, *(facts or Facts())]
+    call = np.array(said, np.int32)
+    numbers = largest(_pack([_parts(guard) for guard in guards], call))
     numbers.copy_to_host_async()
     return Report(step, numbers)
 
 
 def read(report: Report, guard_steps: int | None) -> Verdict:
     """The verdict, `guard_steps` being those of the verdict before."""
-    packed = Numbers(*np.asarray(report.numbers).tolist())
+    packed = Numbers[int](*np.asarray(report.numbers).tolist())
     said = packed._replace(**{name: -getattr(packed, name) for name in _LEAST})
     updates = 1 if guard_steps is None else said.guard_steps - guard_steps
     apart = max(said.scale - said.least_scale, said.loss - said.least_loss)
@@ -160,6 +182,7 @@ def read(report: Report, guard_steps: int | None) -> Verdict:
         governs=bool(said.governs),
         requested=bool(said.requested),
         differs=apart * _UNIT > TOLERANCE or said.skips != said.least_skips,
+        saved_alone=bool(said.saved_alone),
         complaint=_complain(said),
         facts=Facts(bool(said.time_is_up), bool(said.is_writing), said.copy_every),
     )
@@ -186,8 +209,9 @@ def _pack(guards: list[dict[str, jax.Array]], call: jax.Array) -> jax.Array:
     """As int32 of which the largest counts: where the least does, the negative is packed."""
     seen = {name: jnp.stack([guard[name] for guard in guards]) for name in guards[0]}
     governs = seen["mode"] == Mode.GOVERN
-    scale, loss = _fixed(seen["log_scale"]), _fixed(_log_of(seen["loss"]))
-    skips = seen["skips"].sum()
+    scale, least_scale = _range(_fixed(seen["log_scale"]), call[3])
+    loss, least_loss = _range(_fixed(_log_of(seen["loss"])), call[3])
+    skips, least_skips = _range(seen["skips"].sum(0), call[3])
     numbers = Numbers(
         asked=jnp.where(seen["asked"] > 0, len(Reason) - seen["asked"], 0).max(),
         guard_steps=seen["guard_steps"].max(),
@@ -199,17 +223,16 @@ def _pack(guards: list[dict[str, jax.Array]], call: jax.Array) -> jax.Array:
         requested=call[0],
         step=call[1],
         least_step=call[1],
-        saves=call[2],
-        least_saves=call[2],
+        saved_alone=call[2],
         scale=scale,
-        least_scale=scale,
+        least_scale=least_scale,
         loss=loss,
-        least_loss=loss,
+        least_loss=least_loss,
         skips=skips,
-        least_skips=skips,
-        time_is_up=call[3],
-        is_writing=call[4],
-        copy_every=call[5],
+        least_skips=least_skips,
+        time_is_up=call[4],
+        is_writing=call[5],
+        copy_every=call[6],
     )
     signed = numbers._replace(**{name: -getattr(numbers, name) for name in _LEAST})
     return jnp.stack([x.astype(jnp.int32) for x in signed])
@@ -220,16 +243,20 @@ def _log_of(loss: jax.Array) -> jax.Array:
     return jnp.log(jnp.maximum(size, jnp.finfo(jnp.float32).tiny))
 
 
+def _range(x: jax.Array, compares: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The most and the least of several runs in one; where they may differ, one number for all."""
+    whole = x.sum() if jnp.issubdtype(x.dtype, jnp.integer) else jnp.round(x.mean())
+    return jnp.where(compares, x.max(), whole), jnp.where(compares, x.min(), whole)
+
+
 def _fixed(logs: jax.Array) -> jax.Array:
     """The mean over guards in fixed point; not a number counts as 1e4, which no logarithm is."""
-    mean = jnp.mean(logs.astype(jnp.float32))
+    mean = jnp.mean(logs.astype(jnp.float32), axis=0)
     mean = jnp.nan_to_num(mean, nan=1e4, posinf=1e4, neginf=-1e4)
     return jnp.round(mean / _UNIT)
 
 
-def _complain(said: Numbers) -> str:
-    if said.saves != said.least_saves:
-        return "save was called on some processes only: call it on all of them, at the same step"
+def _complain(said: Numbers[int]) -> str:
     if said.step != said.least_step:
         return (
             f"The processes hand in different steps ({said.least_step} to {said.step}): make the "

@@ -2,11 +2,13 @@
 
 import json
 import multiprocessing
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from benchmarks import generality, records, sensitivity
+from benchmarks.atlas import run as atlas
 from benchmarks.faults import cells as faults
 from benchmarks.runner import Book
 from benchmarks.stress import run as stress
@@ -61,10 +63,21 @@ def test_a_number_that_is_left_out_is_not_given_to_another_setting(path):
     assert [r["commit"] for r in records.read(path)] == ["a", "b", "c"]
 
 
-def test_a_setting_that_is_not_stated_is_named(path):
-    jsonl.append(path, {"setting": 7, "seed": 1})
-    with pytest.raises(ValueError, match=r"results.jsonl: no line before .* states setting 7"):
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ({"setting": 7, "seed": 1}, "no line before it states its setting 7"),
+        ({"step": 1}, "no record of a benchmark, for it states no data"),
+        ({"facts": {"data": "text"}}, "no record of a benchmark, for it states no data"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(path, capsys, line, sentence):
+    records.append(path, {"seed": 0}, {"data": "text"})
+    jsonl.append(path, line)
+    with pytest.raises(SystemExit) as stopped:
         records.read(path)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"{path}, line 3: {sentence}\n"
 
 
 @pytest.mark.parametrize("cut", [2, 8, 30, 60])
@@ -101,11 +114,15 @@ def test_two_processes_never_give_two_settings_one_number(path):
 
 @pytest.fixture
 def in_git(monkeypatch):
-    """A book on a file in git, in its own setting and of its newest law, that runs nothing."""
+    """A book on a file in git, in its own setting and of its newest law, that runs nothing.
 
-    def opened(name, *facts):
+    Of one method that is the law that it was last run with: after a new one the guard comes first,
+    its ablations later.
+    """
+
+    def opened(name, *facts, method=None):
         found = records.read(RESULTS / name)
-        laws = [r["law"] for r in found if r["law"] is not None]
+        laws = [r["law"] for r in found if r["law"] and method in (None, r.get("method"))]
         monkeypatch.setattr(records, "LAW", laws[-1] if laws else None)
         return book_of(name, {fact: found[-1][fact] for fact in facts})
 
@@ -127,14 +144,19 @@ SHAPE = ("tokens", "model", "length", "batch_size")
     ],
 )
 def test_the_stress_grid_in_git_is_found(name, arguments, in_git):
-    """All that the documented commands plan."""
-    book = in_git(name, *SHAPE, "size", "base_steps", "rank", "evaluated")
+    """All that the documented commands plan, of every method that has been run at all."""
     options = stress._options(arguments)
     steps = SIZES[options.size].steps
     tuned = {r["regime"]: r["tuned"] for r in records.read(RESULTS / name) if r["tuned"]}
-    cells = [c for r in REGIMES for c in stress.plan(r, tuned[r], steps[r], options)]
-    assert len(cells) >= 24
-    assert [cell for cell in cells if book.find(cell) is None] == []
+    planned, run = 0, {r["method"] for r in records.read(RESULTS / name)}
+    for method in [m for m in options.methods if m in run]:
+        options.methods = [method]
+        facts = (*SHAPE, "size", "base_steps", "rank", "evaluated")
+        book = in_git(name, *facts, method=method)
+        cells = [c for r in REGIMES for c in stress.plan(r, tuned[r], steps[r], options)]
+        assert [cell for cell in cells if book.find(cell) is None] == []
+        planned += len(cells)
+    assert planned >= 24
 
 
 def test_the_faults_in_git_are_found(in_git):
@@ -146,6 +168,19 @@ def test_the_faults_in_git_are_found(in_git):
     cells += [c for part in ("grid", "calm") for c in faults.plan(part, rate, options)]
     assert len(cells) == 8 * (30 * 20 + 1) + 2 * 200
     assert [cell for cell in cells if book.find(cell) is None] == []
+
+
+@pytest.mark.parametrize("benchmark", [atlas, faults, stress])
+def test_a_quick_run_writes_no_file_in_git(benchmark, capsys):
+    options = benchmark._options(["--quick"])
+    assert options.out == records.quick(benchmark.RESULTS)
+    ignored = ["git", "check-ignore", "--quiet", str(options.out)]
+    assert subprocess.run(ignored, cwd=RESULTS).returncode == 0
+    assert benchmark._options([]).out == benchmark.RESULTS
+    with pytest.raises(SystemExit):
+        benchmark._options(["--help"])
+    said = "".join(capsys.readouterr().out.split())
+    assert f"--quickruns/quick/{benchmark.RESULTS.name}" in said
 
 
 class Steps:

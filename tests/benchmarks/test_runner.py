@@ -9,7 +9,7 @@ from benchmarks.records import law, one_law
 from benchmarks.runner import Book
 from train import jsonl
 
-FACTS = {"tokens": "t", "model": {"layers": 2}}
+FACTS = {"data": "text", "tokens": "t", "model": {"layers": 2}}
 
 
 def cell_of(method="guard", seed=0, rate=0.1, kinds=("a", "b")):

@@ -32,8 +32,8 @@ from support import assert_all_finite, assert_same_bits, guard_in
 
 import lbw_optax
 from lbw_optax import AuditLog, GuardExhausted, RollbackManager
+from lbw_optax.law.divergence import CEILING, CEILING_STEPS
 from lbw_optax.rollback import cadence, checkpoints
-from lbw_optax.rollback.manager import CEILING, CEILING_STEPS
 from lbw_optax.state import Mode
 
 TIERS = {"memory": {}, "disk": {"snapshot_every": None}}

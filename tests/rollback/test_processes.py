@@ -4,7 +4,6 @@ Each process is a real one with a simulated device of its own; they talk through
 """
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import support
 
 from lbw_optax import RollbackManager
 
@@ -36,7 +36,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 import lbw_optax
-from lbw_optax.rollback import cadence, pace
+from lbw_optax.rollback import agreement, cadence, pace
 
 mesh = jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 def place(x, spec=None):
@@ -90,6 +90,7 @@ class Clock:
         self.now += faults["copy_seconds"][rank]
         return self.now
 
+agreement.PATIENCE = faults.get("patience", agreement.PATIENCE)
 if "copy_seconds" in faults:  # a clock each, and time to save is up by the last one's only
     options["snapshot_every"] = "measured"
     options["save_every"] = datetime.timedelta(0 if rank == count - 1 else 10**6)
@@ -136,6 +137,10 @@ with Patient(directory, **options) as rollback:
         if step == faults.get("corrupt") and not rollback.history:
             tree = corrupt(tree)
         step, tree = rollback.step(step, tree)
+        if faults.get("request_after") == [rank, step] and not rollback.history:
+            rollback.request("the evaluation was wrong")
+        if faults.get("save_after") == [rank, step]:
+            rollback.save(step, tree)
         print(step, flush=True)
     if "save" in faults:
         rollback.save(step, tree)
@@ -157,12 +162,11 @@ def free_port() -> int:
 
 def launch(count: int, directory: Path, mode: str, steps: int, **faults) -> list[subprocess.Popen]:
     port = free_port()
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     arguments = [str(port), str(directory), mode, str(steps), json.dumps(faults)]
     return [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(rank), str(count), *arguments],
-            env=environment,
+            env=support.environment(JAX_PLATFORMS="cpu"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -265,10 +269,26 @@ def test_a_process_without_room_for_a_while(tmp_path, rank):
     assert (tmp_path / "checkpoints" / "45").is_dir()
 
 
-def test_a_process_that_saves_alone_is_told(tmp_path):
-    ends = end(launch(2, tmp_path, "data", 10**6, save_alone=[0, 12]))
-    assert all(code != 0 for code, _, _ in ends)
-    assert "save was called on some processes only: call it on all of them" in ends[0][2]
+@pytest.mark.parametrize(
+    "calls",
+    [
+        {"save_alone": [0, 12], "save_after": [1, 20]},
+        # The last step has no training step after it that the others could wait in.
+        {"save_after": [0, 26], "request_after": [1, 14]},
+    ],
+)
+def test_a_process_that_saves_alone_is_told_and_the_run_goes_on(tmp_path, calls):
+    """Before `step`, after it, and after the last: none waits for ever, and all end well."""
+    ends = end(launch(2, tmp_path, "data", 26, patience=1.0, **calls))
+    alone = [rank for rank, _ in (calls[name] for name in calls if name.startswith("save"))]
+    for rank, (code, out, error) in enumerate(ends):
+        assert code == 0, error[-3000:]
+        assert json.loads(out.splitlines()[-1])["w"] == json.loads(ends[0][1].splitlines()[-1])["w"]
+        told = "save was called on some processes only" in error
+        assert told == (rank in alone or len(alone) == 2)
+    history = json.loads(ends[0][1].splitlines()[-1])["history"]
+    asked = ["the evaluation was wrong"] if "request_after" in calls else []
+    assert [r["reason"] for r in history] == asked
 
 
 @pytest.mark.parametrize("rank", [0, 1])

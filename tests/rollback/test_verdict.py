@@ -1,5 +1,6 @@
 """What the guards say of a step, packed and read: against the same, worked out by hand."""
 
+import functools
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ NOTHING: dict[str, Any] = {
     "governs": True,
     "requested": False,
     "differs": False,
+    "saved_alone": False,
     "complaint": "",
 }
 
@@ -147,3 +149,73 @@ def test_a_loss_of_its_own_on_each_device_is_told(tmp_path):
             rollback.step(step, tree)
         with pytest.raises(ValueError, match=r"Pass the same to all.*value=jax\.lax\.pmean\(loss"):
             rollback.step(4, tree)
+
+
+# --- a state for each device, as pmap keeps it ---------------------------------------------------
+
+COUNT, SIZE = 2, 4
+tx = lbw_guard(optax.adamw(0.3))
+
+
+def update_one(params: Any, state: Any, target: Any, shares: Any) -> Any:
+    """On one of the replicas, which average over "replicas" what they are told to share."""
+
+    def loss_of(params: Any) -> jax.Array:
+        return jnp.mean((params - target) ** 2)
+
+    loss, gradients = jax.value_and_grad(loss_of)(params)
+    if "gradients" in shares:
+        gradients = jax.lax.pmean(gradients, "replicas")
+    if "loss" in shares:
+        loss = jax.lax.pmean(loss, "replicas")
+    updates, state = tx.update(gradients, state, params, value=loss)
+    return optax.apply_updates(params, updates), state
+
+
+def stacked(same: bool) -> Any:
+    """A state for each replica; of the same parameters, or of a seed each."""
+    rng = np.random.default_rng(0)
+    params = rng.normal(size=(1 if same else COUNT, SIZE)).astype("f")
+    params = jnp.asarray(np.broadcast_to(params, (COUNT, SIZE)))
+    return params, jax.vmap(tx.init)(params)
+
+
+def go(directory: Any, over: Any, shares: tuple[str, ...], same: bool = True) -> Any:
+    """Ten steps with a manager; the parameters, and how far apart they are in the end."""
+    step_of = functools.partial(update_one, shares=shares)
+    step_of = jax.jit(over(step_of, axis_name="replicas"))
+    with RollbackManager(directory, save_every=100) as rollback:
+        step, tree = rollback.resume(stacked(same))
+        while step < 10:
+            noise = np.random.default_rng(rollback.data_step(step)).normal(size=(COUNT, SIZE))
+            tree = step_of(*tree, (np.arange(COUNT)[:, None] + noise).astype("f"))
+            step, tree = rollback.step(step + 1, tree)
+    return np.ptp(np.asarray(tree[0]), axis=0).max()
+
+
+@pytest.mark.parametrize("shares", [("gradients",), ("loss",)], ids=["loss", "gradients"])
+def test_replicas_that_each_have_their_own(tmp_path, shares):
+    with pytest.warns(RuntimeWarning, match=r"Pass the same to all.*pmean\(loss") as said:
+        go(tmp_path, jax.pmap, shares)
+    assert sum("pmean" in str(x.message) for x in said) == 1
+
+
+@pytest.mark.parametrize(
+    ("over", "shares", "same"),
+    [
+        (jax.pmap, ("gradients", "loss"), True),
+        (jax.pmap, (), False),
+        (jax.vmap, (), True),
+    ],
+    ids=["replicas", "a_seed_on_each_device", "runs_that_begin_alike"],
+)
+@pytest.mark.filterwarnings("error")
+def test_replicas_that_agree_and_runs_of_their_own_are_left_alone(tmp_path, over, shares, same):
+    assert (go(tmp_path, over, shares, same) == 0) == (len(shares) == 2)
+
+
+def test_keys_of_their_own_do_not_make_replicas_runs():
+    keys = jax.random.split(jax.random.key(0), COUNT)
+    same = {"p": jnp.ones((COUNT, 3)), "n": jnp.full((COUNT, 2), jnp.nan), "keys": keys}
+    assert agreement.is_stack_of_equals(same, COUNT)
+    assert not agreement.is_stack_of_equals(same | {"p": jnp.arange(2.0)}, COUNT)

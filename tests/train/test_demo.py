@@ -1,7 +1,6 @@
 """The demo as a user runs it: in a process of its own."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import support
 from matplotlib.image import imread
 
 from train import demo, mishap
@@ -30,8 +30,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(place):
-    without_test_flags = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
-    return without_test_flags | {"LBW_CACHE": str(place / "cache")}
+    return support.environment(LBW_CACHE=str(place / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def test_progress_names_loss_scale_regime_and_time_left(finished):
 def test_the_json_holds_the_table_and_where_it_comes_from(finished):
     done, out = finished
     document = json.loads((out / "demo.json").read_text())
-    assert {"commit", "versions", "machine", "seed", "settings", "tokens", "seconds"} < set(
+    assert {"commit", "law", "versions", "machine", "seed", "settings", "tokens", "seconds"} < set(
         document
     )
     assert document["seed"] == 3
@@ -127,8 +126,8 @@ runpy.run_module("train.demo", run_name="__main__", alter_sys=True)
 """
 
 
-def test_interrupted_it_keeps_what_is_finished(finished, place, environment):
-    out = finished[1]
+def interrupted(place, out, environment, when):
+    """What the demo prints if Ctrl-C comes after a line of standard error that holds `when`."""
     arguments = ["--quick", "--data-dir", str(place), "--out", str(out)]
     command = [sys.executable, "-W", "error", "-c", INTERRUPTIBLE, *arguments]
     with subprocess.Popen(
@@ -139,11 +138,25 @@ def test_interrupted_it_keeps_what_is_finished(finished, place, environment):
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert any("test perplexity" in line for line in process.stderr)
+        assert any(when in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=100)
     assert process.returncode == 130
     assert "Traceback" not in errors
+    return output, errors
+
+
+def test_interrupted_while_the_first_step_is_compiled_it_says_so(tmp_path, place, environment):
+    told = {**environment, "JAX_LOG_COMPILES": "1", "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    output, errors = interrupted(place, tmp_path, told, "Compiling jit(train_step)")
+    assert errors.splitlines()[-1] == "train.demo: stopped before its end"
+    assert (output, list(tmp_path.iterdir())) == ("", [])
+
+
+def test_interrupted_it_keeps_what_is_finished(finished, place, environment):
+    out = finished[1]
+    output, errors = interrupted(place, out, environment, "test perplexity")
+    assert "stopping after this step" in errors
     kept = json.loads((out / "demo.json").read_text())["runs"]
     assert 1 <= len(kept) < 14
     assert f"Stopped: {len(kept)} of 14 runs" in output

@@ -8,7 +8,7 @@ from train import jsonl
 
 def test_what_is_appended_is_read(tmp_path):
     path = tmp_path / "deep" / "results.jsonl"
-    records = [{"a": 1, "σ": [0.5, None]}, {"b": {"c": "x"}}]
+    records = [{"a": 1, "σ": [0.5, None]}, {"b": {"c": "x\u2028\x85y"}}]
     assert [jsonl.append(path, record) for record in records] == records
     assert jsonl.read(path) == records
 

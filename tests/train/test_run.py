@@ -15,7 +15,7 @@ pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_op
 from jax.sharding import AxisType
 from small_model import SMALL
 
-from lbw_optax.report import report
+from lbw_optax import orders
 from train import data, logs, loop, model, run, sharding
 from train.options import Options
 from train.progress import Progress
@@ -100,7 +100,8 @@ def test_a_fault_leads_to_a_rollback_that_is_told_and_logged(options, corpus, ca
         json.loads(x)["action"] for x in (options.out / "events.jsonl").read_text().splitlines()
     ]
     assert actions.count("rollback") == 1
-    page = report([options.out]).read_text(encoding="utf-8")
+    assert f"report     {options.out / 'report.html'}" in said
+    page = (options.out / "report.html").read_text(encoding="utf-8")
     undone = rollback["from_step"] - rollback["to_step"]
     assert f"went back once, over {undone} steps, because the parameters are broken" in page
     assert f"<td>{undone:,}</td>" in page
@@ -131,6 +132,29 @@ def on_a_mesh_it_is_the_same(options, corpus, calls):
         np.testing.assert_array_equal(found[decision], expected[decision], err_msg=decision)
     for number in ("loss", "scale", "gradient_norm"):
         np.testing.assert_allclose(found[number], expected[number], rtol=1e-3, err_msg=number)
+
+
+def test_what_is_ordered_of_a_run_is_done_within_ten_steps_and_logged(options, corpus, monkeypatch):
+    step, asked = loop.train_step, iter(range(1, 100))
+
+    def ordering(*arguments):
+        if next(asked) == 12:
+            orders.give(options.out, "hold", 0.25)
+        return step(*arguments)
+
+    ordering.eval_shape = step.eval_shape
+    monkeypatch.setattr(loop, "train_step", ordering)
+    trained(dataclasses.replace(options, steps=24, eval_every=0), corpus)
+    scale = logs.history(options.out)["scale"]
+    assert (scale[22:] == 0.25).all()
+    assert (scale[:11] != 0.25).all()
+    lines = [json.loads(x) for x in (options.out / "events.jsonl").read_text().splitlines()]
+    (ordered,) = [line for line in lines if line["action"] == "order"]
+    assert 12 <= ordered["step"] < 22
+    assert (ordered["order"], ordered["scale"]) == ("hold", 0.25)
+    page = (options.out / "report.html").read_text(encoding="utf-8")
+    assert f"A person gave an order at step {ordered['step']}" in page
+    assert "too high" not in page
 
 
 def test_without_a_guard_nothing_is_done_about_it(options, corpus, calls):

@@ -1,7 +1,6 @@
 """The scripts as a user runs them: processes of their own, killed, interrupted, run again."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import support
 from flax import nnx
 from matplotlib.image import imread
 
@@ -47,13 +47,12 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def environment(place):
     """One device, and one cache of tokens and of compiled programs for all processes."""
-    without_test_flags = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
-    return without_test_flags | {
-        "LBW_CACHE": str(place / "cache"),
-        "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
+    return support.environment(
+        LBW_CACHE=str(place / "cache"),
+        JAX_COMPILATION_CACHE_DIR=str(place / "programs"),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
+    )
 
 
 # A checkpoint that a kill has cut off is warned about.
@@ -102,7 +101,7 @@ def test_a_run_directory_holds_config_log_events_figure_and_numbers(finished):
         assert history["step"].tolist() == list(range(1, 13))
         assert np.all(np.isfinite(history["loss"]))
         result = json.loads((directory / "result.json").read_text())
-        assert {"commit", "machine", "options", "context", "stride"} < set(result)
+        assert {"commit", "law", "machine", "options", "context", "stride"} < set(result)
         for split, perplexity in result["perplexity"].items():
             assert f"{split} perplexity {perplexity:.3f}" in done.stderr
             assert history[f"{split}_perplexity"][-1] == perplexity
@@ -127,11 +126,12 @@ def test_an_estimate_comes_before_anything_else_and_a_measured_one_later(finishe
 
 def test_a_run_ends_with_where_its_results_are(finished):
     done, out = finished
-    lines = [line.split() for line in done.stderr.splitlines()[-5:]]
+    lines = [line.split() for line in done.stderr.splitlines()[-6:]]
     assert lines == [
         ["adapter", str(out / "adapter")],
         ["result", str(out / "result.json")],
         ["figure", str(out / "figure.png")],
+        ["report", str(out / "report.html")],
         ["log", str(out / "log.jsonl")],
         ["events", str(out / "events.jsonl")],
     ]

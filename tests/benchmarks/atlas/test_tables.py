@@ -161,7 +161,9 @@ def test_a_peer_that_diverges_is_no_rival():
 
 def test_the_page_comes_from_the_result_file(tmp_path):
     results, out = tmp_path / "atlas.jsonl", tmp_path / "ATLAS.md"
-    jsonl.append(results, *whole("choose", lambda task, name, k: 1.5))
+    cells = whole("choose", lambda task, name, k: 1.5)
+    setting = {"setting": 1, "facts": {}}
+    jsonl.append(results, setting, *({"setting": 1, **cell} for cell in cells))
     tables.main(["--results", str(results), "--out", str(out)])
     text = out.read_text()
     assert text == tables.page(results)

@@ -46,7 +46,7 @@ def test_all_loops_run_and_the_file_says_where(tmp_path, monkeypatch):
     path = tmp_path / "throughput.json"
     throughput.main(["--rounds", "2", "--steps", "3", "--out", str(path)])
     result = json.loads(path.read_text())
-    assert {"commit", "device", "machine"} < set(result)
+    assert {"commit", "law", "device", "machine"} < set(result)
     assert set(result["loop"]["ours_over"]) == {"plain", "plain, guarded"}
     for part in ("loop", "torch"):
         if result[part] is not None:
