@@ -57,7 +57,7 @@ def metrics(state: PyTree) -> dict[str, jax.Array]:
     ``parameters_broken``       bool, they are not finite, or longer than a step can make them
     ``age``                     steps since the law began: at the start, or after a jump of the rate
     ``skips``                   skipped steps in all; ``skips_in_a_row`` up to now
-    ``rejected_share``          share of the last 1000 steps that were rejected; above 0.05: alarm
+    ``rejected_share``          share of the last 1000 steps rejected or limited; above 0.05: alarm
     ``events``                  interventions in all
     ``outstanding``             interventions that are not yet earned back, of the budget
     ``exhausted``               bool, the guard has used up what it may do

@@ -193,7 +193,11 @@ def losses(results: Results) -> str:
             ends = (
                 f"median final loss {statistics.median(ratios) - 1:+.1%}" if ratios else "no loss"
             )
-            lines.append(f"- {SCENARIOS[name].title}: {len(lost)} of {len(records)} lost, {ends}")
+            stopped = sum(r.get("exhausted", False) for r in lost)
+            by_itself = f" ({stopped} stopped with GuardExhausted, as told to)" if stopped else ""
+            lines.append(
+                f"- {SCENARIOS[name].title}: {len(lost)} of {len(records)} lost{by_itself}, {ends}"
+            )
     return "\n".join(["Not always survived by the guard with rollback:\n", *(lines or ["- none"])])
 
 

@@ -244,7 +244,8 @@ def arrive(seen: Telemetry, before: Statistics) -> Arrival:
     of its length the gradient of a loss that jumps, y > m + 6 s, until it is back. Nothing finite
     is thrown away, or a source of data that is rare would never be learned from. Once jumps have
     come again they are the data's: from then on a gradient is only scaled back to the longest one
-    so far.
+    so far, which grows by a tenth with each row of them, so that a source whose gradients are long
+    is learned from at full length in the end.
     """
     rejected = first_of(
         (seen.nonfinite_gradients > 0, Signal.NONFINITE_GRADIENTS),
@@ -262,7 +263,9 @@ def arrive(seen: Telemetry, before: Statistics) -> Arrival:
     spikes = sound & stats.has_level(seen) & (before.loss.weight > 0)
     spikes = spikes & (stats.relative_loss(before, seen) > stats.loss_threshold(before))
     again = stats.recur(before.jumps)
-    allowed = jnp.maximum(gradient.mean, jnp.where(again, before.jumps.log_longest, gradient.mean))
+    grown = jnp.where(before.jumps.in_one, 0.0, math.log(stats.AGAIN))
+    longest = jnp.where(again, before.jumps.log_longest + grown, gradient.mean)
+    allowed = jnp.maximum(gradient.mean, longest)
     log_factor = jnp.where(jumps, jnp.minimum(allowed - log_norm, 0.0), 0.0)
     tenth = jnp.where(spikes & ~again, -math.log(stats.SPIKE_FACTOR), 0.0)
     return Arrival(rejected, jumps, spikes, jnp.minimum(log_factor, tenth))
@@ -372,8 +375,9 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
         begins, limit, jnp.minimum(control.log_scale - MOST, _by_host(control, bounds))
     )
     log_scale = jnp.minimum(moved, jnp.maximum(limit, least))
-    # The soft start sets a scale; it does not turn one.
-    turning_point = jnp.where(begins, log_scale, control.turning_point)
+    # The soft start sets a scale, and so does the host after a rollback: neither turns one.
+    by_host = (control.ceiling_steps > 0) & (log_scale >= _by_host(control, bounds))
+    turning_point = jnp.where(begins | by_host, log_scale, control.turning_point)
     control = control._replace(turning_point=turning_point)
     regime, turning_point = _next_regime(control, log_scale, trouble, calm)
     action = _action(control.regime, regime, skip, evidence.limited)
@@ -485,10 +489,14 @@ def _longest(
     """log of the longest step taken of late; it lengthens no faster than the law's own growth."""
     age = control.age + 1
     known = (age >= JUMPS_FROM) & (control.log_longest > stats.UNKNOWN)
-    most = jnp.where(control.settled, jnp.minimum(GROWTH / age, MOST), MOST)
+    # At full rate the start is over, too, and the law lengthens nothing: what grows is the rate.
+    started = control.settled | (control.log_scale >= math.log(FULL))
+    most = jnp.where(started, jnp.minimum(GROWTH / age, MOST), MOST)
     followed = jnp.where(known, jnp.minimum(log_step, control.log_longest + most), log_step)
     faded = control.log_longest - FORGOTTEN / age
-    longest = jnp.where(jumps, faded, jnp.maximum(faded, followed))
+    # A single step that jumps may be of a rare source of data, which a rate that jumps is not.
+    grown = control.log_longest + math.log(stats.AGAIN)
+    longest = jnp.where(jumps, grown, jnp.maximum(faded, followed))
     return jnp.where(measured, jnp.maximum(longest, stats.UNKNOWN), control.log_longest)
 
 
