@@ -3,7 +3,7 @@
 The worst of all guards, devices and processes counts, so that all processes act alike.
 """
 
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -158,9 +158,8 @@ def begin(
     """
     guards = find_all(tree)
     compares = replicas and is_one_a_device(guards[0].guard_steps)
-    said = [requested, step % 2**31, saved_alone, compares, *(facts or Facts())]
-    call = np.array(said, np.int32)
-    numbers = largest(_pack([_parts(guard) for guard in guards], call))
+    call = _Call(requested, step % 2**31, saved_alone, compares, *(facts or Facts()))
+    numbers = largest(_pack([_parts(guard) for guard in guards], np.array(call, np.int32)))
     numbers.copy_to_host_async()
     return Report(step, numbers)
 
@@ -188,6 +187,18 @@ def read(report: Report, guard_steps: int | None) -> Verdict:
     )
 
 
+class _Call(NamedTuple):
+    """What the host says with each call, in one transfer; int32 each."""
+
+    requested: Any
+    step: Any
+    saved_alone: Any
+    compares: Any
+    time_is_up: Any
+    is_writing: Any
+    copy_every: Any
+
+
 def _parts(guard: GuardState) -> dict[str, jax.Array]:
     """What is read of one guard."""
     return {
@@ -208,10 +219,10 @@ def _parts(guard: GuardState) -> dict[str, jax.Array]:
 def _pack(guards: list[dict[str, jax.Array]], call: jax.Array) -> jax.Array:
     """As int32 of which the largest counts: where the least does, the negative is packed."""
     seen = {name: jnp.stack([guard[name] for guard in guards]) for name in guards[0]}
-    governs = seen["mode"] == Mode.GOVERN
-    scale, least_scale = _range(_fixed(seen["log_scale"]), call[3])
-    loss, least_loss = _range(_fixed(_log_of(seen["loss"])), call[3])
-    skips, least_skips = _range(seen["skips"].sum(0), call[3])
+    governs, host = seen["mode"] == Mode.GOVERN, _Call(*call)
+    scale, least_scale = _range(_fixed(seen["log_scale"]), host.compares)
+    loss, least_loss = _range(_fixed(_log_of(seen["loss"])), host.compares)
+    skips, least_skips = _range(seen["skips"].sum(0), host.compares)
     numbers = Numbers(
         asked=jnp.where(seen["asked"] > 0, len(Reason) - seen["asked"], 0).max(),
         guard_steps=seen["guard_steps"].max(),
@@ -220,19 +231,19 @@ def _pack(guards: list[dict[str, jax.Array]], call: jax.Array) -> jax.Array:
         broken=seen["broken"].any(),
         exhausted=(seen["exhausted"] & governs).any(),
         governs=governs.any(),
-        requested=call[0],
-        step=call[1],
-        least_step=call[1],
-        saved_alone=call[2],
+        requested=host.requested,
+        step=host.step,
+        least_step=host.step,
+        saved_alone=host.saved_alone,
         scale=scale,
         least_scale=least_scale,
         loss=loss,
         least_loss=least_loss,
         skips=skips,
         least_skips=least_skips,
-        time_is_up=call[4],
-        is_writing=call[5],
-        copy_every=call[6],
+        time_is_up=host.time_is_up,
+        is_writing=host.is_writing,
+        copy_every=host.copy_every,
     )
     signed = numbers._replace(**{name: -getattr(numbers, name) for name in _LEAST})
     return jnp.stack([x.astype(jnp.int32) for x in signed])
