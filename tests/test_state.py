@@ -170,11 +170,17 @@ def test_a_guard_in_a_guard_is_refused(wrap):
         lbw_guard(wrap(lbw_guard(optax.adamw(1e-2)))).init(small_params())
 
 
-def test_sam_goes_around_the_guard():
-    sam = lambda inner: optax.contrib.sam(inner, optax.sgd(0.05), sync_period=2)  # noqa: E731
-    with pytest.raises(ValueError, match=r"optax\.contrib\.sam\(lbw_guard"):
-        lbw_guard(sam(optax.adamw(1e-2))).init(small_params())
-    run, params = run_of(sam(lbw_guard(optax.adamw(0.05)))), small_params()
+@pytest.mark.parametrize(
+    ("name", "around"),
+    [
+        ("sam", lambda tx: optax.contrib.sam(tx, optax.sgd(0.05), sync_period=2)),
+        ("schedule_free", lambda tx: optax.contrib.schedule_free(tx, 0.05)),
+    ],
+)
+def test_it_goes_around_the_guard(name, around):
+    with pytest.raises(ValueError, match=rf"optax\.contrib\.{name}\(lbw_guard"):
+        lbw_guard(optax.chain(around(optax.adamw(1e-2)))).init(small_params())
+    run, params = run_of(around(lbw_guard(optax.adamw(0.05)))), small_params()
     state = run.init(params)
     for _ in range(400):
         updates, state = run.update(gradients_of(params), state, params)
