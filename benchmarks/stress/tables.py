@@ -107,8 +107,8 @@ def _made_at(grid: Grid) -> str:
     seeds = ", ".join(str(seed) for seed in sorted({key[3] for key in grid.cells}))
     cells = grid.cells.values()
     return (
-        f"Medians over seeds (here {seeds}); {len(cells)} cells at commit {commits(cells)} "
-        f"(* with local changes){law_named(cells)}; {made_with(cells, newest)}."
+        f"Medians over seeds (here {seeds}); {len(cells)} cells at commit {commits(cells)}"
+        f"{law_named(cells)}; {made_with(cells, newest)}."
     )
 
 
@@ -191,8 +191,9 @@ def lost_cells(grid: Grid) -> str:
             better = {p: v for p, v in values.items() if v is not None and own and v < own}
             if better:
                 best = min(better, key=better.__getitem__)
+                count = f"{len(better)} peer{'s' * (len(better) > 1)}"
                 lost.append(
-                    f"- {REGIMES[regime].title} ×{multiple}: {len(better)} peers, best "
+                    f"- {REGIMES[regime].title} ×{multiple}: {count}, best "
                     f"{METHODS[best].title} ({better[best]:.2f}; the guard {own:.2f})"
                 )
     return "\n".join(["Where a peer ends better than the guard:\n", *(lost or ["- nowhere"])])
