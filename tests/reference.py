@@ -167,6 +167,7 @@ class LawReference:
         self.loss_start = RunningReference(statistics.LOSS)
         self.log_scale = self.turning_point = math.log(max(self.min_scale, control.FIRST_SCALE))
         self.started = self.settled = False
+        self.since_jump = 0
         self.age, self.longest, self.shortest, self.others_in_a_row = 0, None, None, 0
         self.gradient_norms: list[float] = []
         self.jumps, self.in_a_jump, self.longest_given = 0, False, statistics.UNKNOWN
@@ -526,7 +527,9 @@ class LawReference:
             most = min(control.GROWTH / t, control.MOST) if started else control.MOST
             slowly = log_step if t < control.JUMPS_FROM else min(log_step, self.longest + most)
             grown = self.longest + math.log(statistics.AGAIN)
-            self.longest = grown if self.jumping else max(faded, slowly)
+            alone = grown if self.since_jump >= control.APART else faded
+            self.longest = alone if self.jumping else max(faded, slowly)
+        self.since_jump = 0 if self.jumping else self.since_jump + 1
         self.others_in_a_row = self.others_in_a_row + 1 if self.jumping or self.falling else 0
         self.age = t
         if self.others_in_a_row >= control.OTHER_STEPS:

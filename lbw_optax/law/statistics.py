@@ -28,7 +28,7 @@ SPIKE_FACTOR = 10.0
 LONGEST_ROW = 50
 # Each row of jumps that comes again lets the longest gradient grow by this factor: what comes again
 # and again is learned from in the end, and a few bad batches win little by it.
-AGAIN = 1.1
+AGAIN = 1.2
 
 
 class Memory(NamedTuple):
