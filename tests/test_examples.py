@@ -67,4 +67,7 @@ def test_a_restored_run_is_the_same_run(said):
 @pytest.mark.parametrize("said", ["log_to_wandb"], indirect=True)
 def test_an_intervention_reaches_the_log(said, tmp_path):
     assert "skip at 42" in said
-    assert list(tmp_path.rglob("run-*.wandb"))
+    (path,) = tmp_path.rglob("run-*.wandb")
+    content = path.read_bytes()
+    assert b"Step 42: skipped, because gradients are not finite." in content  # the alert
+    assert b"guard/scale" in content
