@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, ParamSpec
 
 _LOG = logging.getLogger("lbw_optax")
 
@@ -23,44 +23,59 @@ class Alert(NamedTuple):
     line: dict[str, Any]
 
 
-Listener = Callable[[Alert], object]
-OnEvent = Listener | Iterable[Listener]
+Told = ParamSpec("Told")
+OnEvent = Callable[[Alert], object] | Iterable[Callable[[Alert], object]]
 """A function of an `Alert`, or several."""
 
 
-class Listeners:
-    """Functions that are told. One that fails is named in the log, once, and harms nothing."""
+class Listeners(Generic[Told]):
+    """Functions of the user. One that fails is named in the log, once, and harms nothing.
 
-    def __init__(self, on_event: OnEvent):
-        self._all = (on_event,) if callable(on_event) else tuple(on_event)
+    Args:
+      name: of the argument that they were given as.
+      given: a function, or several.
+
+    Raises:
+      TypeError: if one is no function.
+    """
+
+    def __init__(self, name: str, given: Callable[Told, object] | Iterable[Callable[Told, object]]):
+        self._name = name
+        self._all = (given,) if callable(given) else tuple(given)
         for listener in self._all:
             if not callable(listener):
-                raise TypeError(
-                    f"on_event must be a function of an Alert, or several, got {listener!r}."
-                )
+                raise TypeError(f"{name} must be a function, or several, got {listener!r}.")
         self._failed: set[int] = set()
 
-    def tell(self, level: int, sentence: str, step: int, line: dict[str, Any]) -> None:
-        """Say it to the logger, and to each of them.
-
-        Args:
-          level: of the `logging` module.
-          sentence: for a person.
-          step: of the loop.
-          line: what a program may want to know.
-        """
-        _LOG.log(level, sentence)
-        alert = Alert(logging.getLevelName(level).lower(), sentence, step, line)
+    def __call__(self, *args: Told.args, **kwargs: Told.kwargs) -> None:
+        """Call each of them."""
         for i, listener in enumerate(self._all):
             try:
-                listener(alert)
+                listener(*args, **kwargs)
             except Exception as error:
                 if i not in self._failed:
                     self._failed.add(i)
                     _LOG.warning(
-                        "on_event: %r failed (%s: %s). Training goes on, and it is told of what "
-                        "comes; should it fail again, nothing is said.",
+                        "%s: %r failed (%s: %s). Training goes on, and it is called again with "
+                        "what comes; should it fail again, nothing is said.",
+                        self._name,
                         listener,
                         type(error).__name__,
                         error,
                     )
+
+
+def tell(
+    listeners: Listeners[[Alert]], level: int, sentence: str, step: int, line: dict[str, Any]
+) -> None:
+    """Say it to the logger, and to each of the functions.
+
+    Args:
+      listeners: the functions.
+      level: of the `logging` module.
+      sentence: for a person.
+      step: of the loop.
+      line: what a program may want to know.
+    """
+    _LOG.log(level, sentence)
+    listeners(Alert(logging.getLevelName(level).lower(), sentence, step, line))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax import lock, sentences
-from lbw_optax.alerts import Listeners, OnEvent
+from lbw_optax.alerts import Alert, Listeners, OnEvent, tell
 from lbw_optax.law import events as ring
 from lbw_optax.law.divergence import after_rollback
 from lbw_optax.law.events import Event
@@ -261,7 +261,7 @@ class AuditLog:
 
     def __init__(self, path: str | os.PathLike[str], *, on_event: OnEvent = ()):
         self._path = Path(path)
-        self._listeners = Listeners(on_event)
+        self._listeners: Listeners[[Alert]] = Listeners("on_event", on_event)
         self._file = _open_log(self._path)
         self._next, self._known = _last_numbers(self._file)
         self._open_rows: dict[str, dict[str, Any]] = {}  # of each guard, what may go on
@@ -299,7 +299,7 @@ class AuditLog:
             in_ring = range(recorded - ring.SIZE, recorded)
             self._known[path] = {n: line for n, line in known[path].items() if n in in_ring}
         for line in said:
-            self._listeners.tell(*sentences.logged(line), step, as_json(line))
+            tell(self._listeners, *sentences.logged(line), step, as_json(line))
         return count
 
     def note(self, recorded_at: int, **facts: Any) -> None:

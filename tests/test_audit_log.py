@@ -483,6 +483,6 @@ def test_a_function_that_fails_harms_nothing(tmp_path, caplog):
 
 
 def test_on_event_must_be_a_function(tmp_path):
-    with pytest.raises(TypeError, match="on_event must be a function of an Alert, or several"):
+    with pytest.raises(TypeError, match="on_event must be a function, or several, got 'https"):
         AuditLog(tmp_path / "audit.jsonl", on_event=["https://chat.example"])
     assert not list(tmp_path.iterdir())

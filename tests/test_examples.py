@@ -1,6 +1,7 @@
 """Every example runs, is short, and prints what it is there to show."""
 
 import importlib.util
+import json
 import re
 import runpy
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NEEDS = {
     "adopt_midway": [],
+    "any_loop": ["orbax"],
     "equinox_mlp": ["equinox"],
     "flax_linen": ["flax"],
     "flax_nnx": ["flax"],
@@ -22,7 +24,7 @@ HELD = 0.1
 
 @pytest.fixture
 def said(request, monkeypatch, tmp_path, capfd):
-    """The last line that the example prints. Its temporary files lie in the test's folder."""
+    """What the example prints last. Its temporary files lie in the test's folder."""
     name = request.param
     missing = [package for package in NEEDS[name] if importlib.util.find_spec(package) is None]
     if missing:
@@ -57,6 +59,16 @@ def test_the_guard_is_added_and_taken_away(said):
     before, after = map(float, re.findall(r"\d\.\d+", said))
     assert after < before
     assert said.endswith("moments kept: True; back: True")
+
+
+@pytest.mark.parametrize("said", ["any_loop"], indirect=True)
+def test_a_broken_state_is_left_behind(said, tmp_path):
+    assert said == "step 100, healthy: True, parameters finite: True"
+    (events,) = tmp_path.rglob("events.jsonl")
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    found = {line["action"]: line["signal"] for line in lines}
+    assert found["skip"] == "nonfinite_gradients"
+    assert found["rollback"] == "parameters"
 
 
 @pytest.mark.parametrize("said", ["own_checkpoints"], indirect=True)

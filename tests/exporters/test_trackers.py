@@ -30,8 +30,8 @@ def test_trackio_keeps_the_alerts(tmp_path, monkeypatch):
 @pytest.mark.parametrize("function", [trackio_alert, wandb_alert])
 def test_without_a_run_it_is_a_warning_once(function, caplog, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    listeners = Listeners(function)
+    listeners = Listeners("on_event", function)
     for _ in range(3):
-        listeners.tell(30, "Step 4: skipped.", 4, {"action": "skip"})
+        listeners(ALERTS[1])
     (warning,) = [r.getMessage() for r in caplog.records if "on_event" in r.getMessage()]
     assert "init() before" in warning or "ModuleNotFoundError" in warning
