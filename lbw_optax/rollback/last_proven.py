@@ -22,9 +22,8 @@ PATIENCE = 100
 class LastProven:
     """Policy of saving and of preservation for Orbax: only what is healthy, and what has proven so.
 
-    One object is both policies of a `CheckpointManager`, of a `Checkpointer` (v1), or of either
-    tier of Orbax's emergency checkpointing. Call :meth:`update` after every update of the
-    parameters, before the manager's `save`.
+    One object is both policies of one `CheckpointManager`, or of one `Checkpointer` (v1). Call
+    :meth:`update` after every update of the parameters, before the manager's `save`.
 
     - A checkpoint that is due by `when` is written when nothing speaks against the state: the guard
       has not skipped the step, does not suspect the loss, asks for nothing, and no NaN is in the
@@ -145,10 +144,11 @@ class LastProven:
 
     def _take_note(self, steps: Iterable[int]) -> None:
         """Those that are there: others may save as well, and delete, and earlier processes have."""
-        there = set(steps)
+        if self._first is None:  # nothing was seen of this run
+            return
+        there, seen = set(steps), self._first - 1
         self._proven &= there
         self._trial = {step for step in self._trial if step in there or step == self._step}
-        seen = 0 if self._first is None else self._first - 1
         new = there - self._trial - self._proven - self._failed - self._left
         self._failed |= {step for step in new if seen <= step <= self._trouble}
         self._trial |= {step for step in new if step >= seen} - self._failed

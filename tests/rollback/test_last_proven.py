@@ -1,6 +1,10 @@
 """Orbax's own managers with our policy: what they save, what they keep, and the way back."""
 
 import contextlib
+import json
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from rollback_loop import batch, in_moment, nan_parameter, plain, start, update
-from support import assert_all_finite, assert_same_bits
+from support import assert_all_finite, assert_same_bits, environment
 
 import lbw_optax
 from lbw_optax.rollback.last_proven import PATIENCE, LastProven
@@ -264,3 +268,79 @@ def test_it_must_be_given_every_state(tmp_path):
         team.save(10, start())
     with pytest.raises(ValueError, match="holds no guard"):
         proven.update(1, optax.adam(1e-3).init(jnp.ones(2)))
+
+
+WORKER = """
+import sys
+import jax
+rank, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from orbax.checkpoint import checkpoint_managers as policies
+import lbw_optax
+from lbw_optax.callback import TrainGuard
+from lbw_optax.orders import give
+from lbw_optax.rollback.last_proven import LastProven
+
+mesh = jax.make_mesh((2,), ("data",))
+everywhere = NamedSharding(mesh, P())
+tx = lbw_optax.adamw(0.03)
+params = jax.device_put(jnp.ones((4, 2)), everywhere)
+state = jax.jit(lambda p: (p, tx.init(p)), out_shardings=everywhere)(params)
+
+@jax.jit
+def train_step(state, x):
+    params, opt_state = state
+    loss, grads = jax.value_and_grad(lambda p: jnp.mean((p - x) ** 2))(params)
+    updates, opt_state = tx.update(grads, opt_state, params, value=loss)
+    return optax.apply_updates(params, updates), opt_state
+
+proven = LastProven(policies.FixedIntervalPolicy(10))
+options = ocp.CheckpointManagerOptions(save_decision_policy=proven, preservation_policy=proven)
+saved = []
+with (
+    ocp.CheckpointManager(directory + "/checkpoints", options=options) as manager,
+    TrainGuard(directory, every=10) as guard,
+):
+    step, state = guard.on_restore(0, state)
+    while step < 45:
+        x = np.full((4, 2), np.nan if step in (19, 20) else 2.0 + step % 2, np.float32)
+        state = train_step(state, jax.make_array_from_callback(x.shape, everywhere, lambda i: x[i]))
+        if step == 30 and rank == 0:
+            give(directory, "hold", 0.25)
+        step, state = guard.on_step(step + 1, state)
+        proven.update(step, state)
+        if manager.save(step, args=ocp.args.StandardSave(state)):
+            saved.append(step)
+    manager.wait_until_finished()
+    print(saved, sorted(manager.all_steps()), proven.last, guard.on_save(step, state))
+    print(float(lbw_optax.metrics(state)["scale"]))
+"""
+
+
+@pytest.mark.process
+def test_all_processes_save_the_same(tmp_path):
+    """Beside the three calls, of which the first process alone writes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", WORKER]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), port, str(tmp_path)],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=240)[0].splitlines()[-2:] for process in processes]
+    assert said[0] == said[1] == ["[10, 22, 30, 40] [30, 40] 40 True", "0.25"]
+    actions = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in actions if x["action"] == "skip"] == [19]
+    assert [x["order"] for x in actions if x["action"] == "order"] == ["hold"]
