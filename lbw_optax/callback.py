@@ -26,6 +26,8 @@ _LOG = logging.getLogger("lbw_optax")
 # A histogram of sixteen numbers, which no log needs.
 _LEFT_OUT = "gradient_log2"
 
+_metrics = jax.jit(audit.metrics)  # a program where there were fifty
+
 OnMetrics = (
     Callable[[int, Mapping[str, Any]], object]
     | Iterable[Callable[[int, Mapping[str, Any]], object]]
@@ -107,7 +109,7 @@ class TrainGuard:
             if jax.process_index() == 0:
                 place.mkdir(parents=True, exist_ok=True)
                 self._audit = opened.enter_context(
-                    AuditLog(place / "events.jsonl", on_event=on_event)
+                    AuditLog(place / "events.jsonl", on_event=self._on_event)
                 )
                 self._log = opened.enter_context(MetricsLog(place / "log.jsonl"))
             self._orders = Orders(place)
@@ -146,7 +148,8 @@ class TrainGuard:
             else:
                 step, state = self._rollback.step(step, state)
         except GuardExhausted as error:
-            tell(self._on_event, logging.ERROR, str(error), step, {"action": "exhausted"})
+            if self._audit is not None:  # one process tells it for all
+                tell(self._on_event, logging.ERROR, str(error), step, {"action": "exhausted"})
             raise
         if step < self._last:  # it went back
             self._look(step, state)
@@ -183,7 +186,8 @@ class TrainGuard:
 
     def _look(self, step: int, state: PyTree) -> None:
         """Write the metrics, and what is new."""
-        metrics = jax.device_get(audit.metrics(state))
+        own = {path: x._replace(inner_state=None) for path, x in find_named(state).items()}
+        metrics = jax.device_get(_metrics(own))
         if self._log is not None:
             self._log(step, {k: x for k, x in metrics.items() if _LEFT_OUT not in k})
             self._on_metrics(step, metrics)
