@@ -155,6 +155,11 @@ def test_on_save_says_whether_a_state_is_one_to_go_back_to(tmp_path, spoil, expe
         assert guard.on_save(6, state) == expected
 
 
+def test_a_state_without_a_step_is_one_to_go_back_to(tmp_path):
+    with TrainGuard(tmp_path) as guard:
+        assert guard.on_save(*guard.on_restore(0, first()))
+
+
 def test_metrics_go_where_they_are_wanted(tmp_path, caplog):
     seen = []
 

@@ -3,6 +3,7 @@
 import atexit
 import json
 import logging
+import os
 import threading
 import urllib.error
 import urllib.request
@@ -62,7 +63,7 @@ class Webhook:
         if least not in LEVELS:
             raise ValueError(f"least must be one of {LEVELS}, got {least!r}.")
         self._url, self._least, self._body = url, LEVELS.index(least), body or _body
-        self._host = split.hostname
+        self._host, self._pid = split.hostname, os.getpid()
         self._changed = threading.Condition()  # guards all that follows
         self._waiting: deque[Alert] = deque()
         self._is_closed = self._has_warned = False
@@ -95,6 +96,8 @@ class Webhook:
         Args:
           seconds: after so many, what still waits is given up.
         """
+        if os.getpid() != self._pid:  # a fork, as a data worker is: the thread is not here
+            return False
         with self._changed:
             was_closed, self._is_closed = self._is_closed, True
             self._changed.notify_all()

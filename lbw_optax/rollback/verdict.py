@@ -169,10 +169,11 @@ def begin(
 
 
 def read(report: Report, guard_steps: int | None) -> Verdict:
-    """The verdict, `guard_steps` being those of the verdict before."""
+    """The verdict, `guard_steps` being those of the verdict before; None for the first."""
     packed = Numbers[int](*np.asarray(report.numbers).tolist())
     said = packed._replace(**{name: -getattr(packed, name) for name in _LEAST})
-    updates = 1 if guard_steps is None else said.guard_steps - guard_steps
+    # Without one before it, of the newest update, if there was any.
+    updates = min(said.guard_steps, 1) if guard_steps is None else said.guard_steps - guard_steps
     apart = max(said.scale - said.least_scale, said.loss - said.least_loss)
     return Verdict(
         step=report.step,

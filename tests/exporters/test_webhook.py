@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -234,3 +235,23 @@ def test_what_is_left_is_sent_when_the_program_ends():
         )
         assert ran.returncode == 3
         assert [body["step"] for body in receiver.bodies] == list(range(5))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+def test_a_process_that_is_forked_off_neither_sends_nor_waits(monkeypatch):
+    """It has the queue, and no thread; its lock may be held for ever."""
+    held = threading.Event()
+    with Receiver(held=held) as receiver:
+        hook = Webhook(receiver.url)
+        for i in range(3):
+            hook(alert(i))
+        with hook._changed:  # as the thread may hold it at that moment
+            child = os.fork()
+            if child == 0:
+                os._exit(hook.close())
+        assert os.waitpid(child, 0)[1] == 0
+        held.set()
+        assert hook.close(seconds=20)
+        assert len(receiver.bodies) == 3

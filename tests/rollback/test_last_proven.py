@@ -259,6 +259,16 @@ def test_arguments(arguments, options, said):
         LastProven(*arguments, **options)
 
 
+def test_the_state_that_a_run_starts_from_is_saved_when_it_is_due(tmp_path):
+    proven = LastProven(EVERY_10)
+    with opened(V0, tmp_path, proven) as team:
+        proven.update(0, start())
+        assert team.save(0, start())
+        train(team, proven, 3)
+        assert team.steps() == [0]
+        assert proven.last == 0
+
+
 def test_it_must_be_given_every_state(tmp_path):
     proven = LastProven(EVERY_10)
     with (
