@@ -119,8 +119,8 @@ class TrainGuard:
         """Where the run begins, or goes on: call it once before the loop.
 
         With rollback, ``(step, state)`` of the newest checkpoint in the directory; without, and in
-        a new directory, what it is given. Call it as well after you have restored a checkpoint of
-        your own.
+        a new directory, what it is given. Without rollback call it as well whenever you have
+        restored a checkpoint of your own.
 
         Args:
           step: updates that the state has had, 0 for a new one.

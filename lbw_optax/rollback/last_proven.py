@@ -33,9 +33,10 @@ class LastProven:
     - Kept are the newest proven one, those on probation, and the newest of all. Where nothing has
       proven healthy yet, nothing is deleted that this object has not seen fail.
 
-    A run in which the guard goes on asking, and nobody answers, saves nothing more: a warning says
-    so after 100 steps. Give ``AnySavePolicy([proven, PreemptionCheckpointingPolicy()])`` where
-    something must be written all the same; it is judged like the others.
+    A guard that only observes withholds nothing, and asks for nothing. A run in which one that
+    governs goes on asking, and nobody answers, saves nothing more: a warning says so after 100
+    steps. Give ``AnySavePolicy([proven, PreemptionCheckpointingPolicy()])`` where something must be
+    written all the same; it is judged like the others.
 
     With several processes all make the same calls, and the decisions are the same on all.
 
@@ -91,7 +92,9 @@ class LastProven:
     def asked(self) -> str:
         """Why the guard asks to go back, as it was last heard, in words; "" if it does not."""
         said = self._said
-        return "" if said is None or not said.asked else sentences.ASKS[Reason(said.asked)]
+        if said is None or not (said.asked and said.governs):
+            return ""
+        return sentences.ASKS[Reason(said.asked)]
 
     def update(self, step: int, state: PyTree) -> None:
         """Hand in the state that could be saved as `step`. Does not wait for it.
@@ -101,7 +104,7 @@ class LastProven:
           state: all of it, parameters and optimizer; it is held until the next call.
         """
         self._hear()
-        if self._step is not None and step <= self._step:
+        if self._step is not None and step < self._step:
             self._go_back(step)
         if self._first is None:
             self._first = step
@@ -148,6 +151,7 @@ class LastProven:
             return
         there, seen = set(steps), self._first - 1
         self._proven &= there
+        self._left &= there
         self._trial = {step for step in self._trial if step in there or step == self._step}
         new = there - self._trial - self._proven - self._failed - self._left
         self._failed |= {step for step in new if seen <= step <= self._trouble}
@@ -185,7 +189,11 @@ class LastProven:
     def _is_healthy(self, step: int) -> bool:
         """Whether nothing speaks against the newest state. Waits for it."""
         self._hear()
-        if self._said is None or self._said.step != step or not self._said.is_calm:
+        if self._said is None or self._said.step != step:
+            return False
+        if not self._said.governs:
+            return True
+        if not self._said.is_calm:
             return False
         in_optimizer, _ = snapshots.look(step, self._tree).nan_leaves()
         return not in_optimizer
@@ -205,9 +213,9 @@ class LastProven:
     def _go_back(self, step: int) -> None:
         """The run goes on from an earlier state: what lies after it is of the run that was left."""
         known = self._trial | self._proven | self._failed | self._left
-        self._left = {x for x in known if x >= step}
-        self._trial, self._failed = set(), {x for x in self._failed if x < step}
-        self._proven = {x for x in self._proven if x < step}
+        self._left = {x for x in known if x > step}
+        self._trial, self._failed = set(), {x for x in self._failed if x <= step}
+        self._proven = {x for x in self._proven if x <= step}
         self._first, self._said, self._guard_steps = step, None, None
         self._trouble, self._owed_since, self._has_warned = -1, None, False
 

@@ -221,6 +221,33 @@ def test_reasons_that_are_not_answered(tmp_path, reasons, expected):
     assert saved == expected
 
 
+def test_a_guard_that_observes_withholds_nothing(tmp_path):
+    params, state = start()
+    tree, proven = (params, lbw_optax.override(state, mode="observe")), LastProven(EVERY_10)
+    with opened(V0, tmp_path, proven) as team:
+        _, saved = train(team, proven, 32, tree, faults={20: ask_for_the_loss})
+        assert proven.asked == ""
+        assert proven.last == 10  # it is judged all the same
+        team.steps()
+    assert saved == [10, 20, 30]
+
+
+@pytest.mark.parametrize("back_to", [20, 23])
+def test_a_checkpoint_of_the_step_that_is_gone_back_to_stays_proven(tmp_path, back_to):
+    """As when it is handed in before another update, which a `RollbackManager` makes possible."""
+    proven = LastProven(EVERY_10)
+    with opened(V0, tmp_path, proven) as team:
+        train(team, proven, 34)
+        team.steps()
+        team.manager.delete(30)
+        tree = plain(back_to)
+        proven.update(back_to, tree)
+        assert proven.last == 20
+        _, saved = train(team, proven, 41, tree, begin=back_to)
+        assert saved == [30, 40]
+        assert team.steps() == [30, 40]
+
+
 def test_beside_a_rollback_manager(tmp_path):
     """It goes back from memory; the team's manager has the checkpoints to resume from."""
     proven, tree = LastProven(EVERY_10), start()
