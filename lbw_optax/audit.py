@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax import lock, sentences
+from lbw_optax.alerts import Alert, Listeners, OnEvent, tell
 from lbw_optax.law import events as ring
 from lbw_optax.law.divergence import after_rollback
 from lbw_optax.law.events import Event
@@ -242,6 +243,9 @@ class AuditLog:
     Args:
       path: the file; its folder must exist. One log at a time may be open on it: with several
         processes, open it on the first.
+      on_event: a function, or several, that is called with a `lbw_optax.alerts.Alert` for each
+        intervention when it is read; for a row when it begins, and when it has ended. What an
+        earlier process wrote is no news. An error in it is a warning.
 
     Raises:
       OSError: if the file cannot be written, or another log is open on it.
@@ -255,8 +259,9 @@ class AuditLog:
       0
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], *, on_event: OnEvent = ()):
         self._path = Path(path)
+        self._listeners: Listeners[[Alert]] = Listeners("on_event", on_event)
         self._file = _open_log(self._path)
         self._next, self._known = _last_numbers(self._file)
         self._open_rows: dict[str, dict[str, Any]] = {}  # of each guard, what may go on
@@ -294,7 +299,7 @@ class AuditLog:
             in_ring = range(recorded - ring.SIZE, recorded)
             self._known[path] = {n: line for n, line in known[path].items() if n in in_ring}
         for line in said:
-            _LOG.log(*sentences.logged(line))
+            tell(self._listeners, *sentences.logged(line), step, as_json(line))
         return count
 
     def note(self, recorded_at: int, **facts: Any) -> None:
@@ -334,7 +339,7 @@ class AuditLog:
         return [{k: x for k, x in line.items() if x not in (None, "")} | read_at for line in lines]
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(_as_json(line), allow_nan=False) + "\n" for line in lines)
+        text = "".join(json.dumps(as_json(line), allow_nan=False) + "\n" for line in lines)
         try:
             _append(self._file, text.encode())
         except OSError as error:
@@ -379,7 +384,7 @@ _OWN = ("step", "action", "signal", "value", "scale_after", "from_step", "to_ste
 
 def _is_another(known: dict[str, Any], line: dict[str, Any]) -> bool:
     """Whether an event is not the one that is known to be written under its number."""
-    line = _as_json(line)
+    line = as_json(line)
     return "step" in known and any(known[k] != line.get(k) for k in _OWN if k in known)
 
 
@@ -535,7 +540,7 @@ def _append(file: FileIO, content: bytes) -> None:
         raise
 
 
-def _as_json(line: dict[str, Any]) -> dict[str, Any]:
+def as_json(line: dict[str, Any]) -> dict[str, Any]:
     """As the standard has it: numbers that are not finite become null."""
     broken = [k for k, x in line.items() if isinstance(x, float) and not math.isfinite(x)]
     return line | dict.fromkeys(broken)

@@ -435,3 +435,54 @@ def test_what_is_written_is_said_to_the_logger(tmp_path, caplog):
         "Step 3: skipped 3 times, to step 5, because gradients are not finite.",
     ]
     assert any("updates grow again" in sentence for sentence in said)
+
+
+# --- what is told at once ------------------------------------------------------------------------
+
+
+def test_an_alert_is_what_the_logger_says(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "lbw_optax")
+    told = []
+    with AuditLog(tmp_path / "audit.jsonl", on_event=told.append) as audit:
+        for step, state in storm(100, every=5):
+            if step % 10 == 9:
+                audit.record(step, state)
+    assert [(x.level.upper(), x.sentence) for x in told] == [
+        (record.levelname, record.getMessage()) for record in caplog.records
+    ]
+    assert [x.line for x in told] == lines(tmp_path / "audit.jsonl")
+    assert {x.step for x in told} == {9, 19, 29, 39, 49, 59, 69, 79, 89, 99}
+
+
+def test_what_an_earlier_process_wrote_is_no_news(tmp_path):
+    path, told = tmp_path / "audit.jsonl", []
+    states = [state for _, state in storm(20, every=4)]
+    with AuditLog(path) as audit:
+        audit.record(9, states[9])
+    with AuditLog(path, on_event=told.append) as audit:
+        audit.record(9, states[9])
+        assert told == []
+        audit.record(19, states[19])
+    assert {x.line["step"] for x in told} == {12, 16}
+
+
+def test_a_function_that_fails_harms_nothing(tmp_path, caplog):
+    """Nor those after it; one warning names it."""
+
+    def broken(alert):
+        raise OSError("no route")
+
+    told = []
+    with AuditLog(tmp_path / "audit.jsonl", on_event=[broken, told.append]) as audit:
+        for step, state in storm(6, every=2):
+            assert audit.record(step, state) == (step % 2 == 0)
+    assert [x.line["step"] for x in told] == [0, 2, 4]
+    (warning,) = [r.getMessage() for r in caplog.records if "on_event" in r.getMessage()]
+    assert "broken" in warning
+    assert "OSError: no route" in warning
+
+
+def test_on_event_must_be_a_function(tmp_path):
+    with pytest.raises(TypeError, match="on_event must be a function, or several, got 'https"):
+        AuditLog(tmp_path / "audit.jsonl", on_event=["https://chat.example"])
+    assert not list(tmp_path.iterdir())

@@ -33,8 +33,6 @@ from lbw_optax.state import GuardState, find_all, map_guards
 from lbw_optax.types import PyTree
 
 _LOG = logging.getLogger("lbw_optax")
-# What the guard may ask for; broken parameters are always answered.
-_ASKS = ("parameters", "inner_state", "skips", "loss")
 # `max_rollbacks` are allowed in so many calls of `step`.
 WINDOW = 1000
 # The copies of the guard's state may differ for so many steps: a fault of memory in one of them is
@@ -158,7 +156,7 @@ class RollbackManager:
         overhead: float = 0.01,
         probation: int = 2,
         max_rollbacks: int = 5,
-        reasons: Collection[str] = _ASKS,
+        reasons: Collection[str] = verdict.ASKS,
     ):
         _validate_counts(max_distance, snapshot_every, probation, max_rollbacks)
         # Without copies in memory it is the checkpoints that keep `max_distance`.
@@ -166,7 +164,7 @@ class RollbackManager:
         saves = cadence.of(save_every, most=most)
         plan = Plan(saves, snapshot_every, probation, max_distance, _validate_share(overhead))
         _validate_distance(plan)
-        self._reasons = _validate_reasons(reasons)
+        self._reasons = verdict.reasons_of(reasons)
         self._max_distance, self._max_rollbacks = max_distance, max_rollbacks
         self._folder = Folder(Path(directory))
         try:
@@ -577,16 +575,6 @@ def _validate_distance(plan: Plan) -> None:
             f"probation={plan.probation}: a good state can be {age} steps "
             f"old before the next has proven healthy; lower {name} or raise max_distance."
         )
-
-
-def _validate_reasons(reasons: Collection[str]) -> frozenset[str]:
-    names = (reasons,) if isinstance(reasons, str) else tuple(reasons)
-    if isinstance(reasons, str) or any(name not in _ASKS for name in names):
-        raise ValueError(
-            f"reasons must be a collection of names out of {_ASKS}, got {reasons!r}: leave out "
-            "what is not to be answered."
-        )
-    return frozenset({*names, "parameters"})
 
 
 def _name(reason: Reason) -> str:

@@ -3,6 +3,7 @@
 The worst of all guards, devices and processes counts, so that all processes act alike.
 """
 
+from collections.abc import Collection
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -14,6 +15,8 @@ from lbw_optax.rollback.agreement import is_one_a_device, largest
 from lbw_optax.state import GuardState, Mode, find_all
 from lbw_optax.types import PyTree
 
+# What the guard may ask for; broken parameters are always answered.
+ASKS = ("parameters", "inner_state", "skips", "loss")
 # Copies of the guard's state are the same while log(scale) and log(loss) differ by less than this:
 # the last bits may differ between machines.
 TOLERANCE = 1e-3
@@ -165,10 +168,11 @@ def begin(
 
 
 def read(report: Report, guard_steps: int | None) -> Verdict:
-    """The verdict, `guard_steps` being those of the verdict before."""
+    """The verdict, `guard_steps` being those of the verdict before; None for the first."""
     packed = Numbers[int](*np.asarray(report.numbers).tolist())
     said = packed._replace(**{name: -getattr(packed, name) for name in _LEAST})
-    updates = 1 if guard_steps is None else said.guard_steps - guard_steps
+    # Without one before it, of the newest update, if there was any.
+    updates = min(said.guard_steps, 1) if guard_steps is None else said.guard_steps - guard_steps
     apart = max(said.scale - said.least_scale, said.loss - said.least_loss)
     return Verdict(
         step=report.step,
@@ -185,6 +189,21 @@ def read(report: Report, guard_steps: int | None) -> Verdict:
         complaint=_complain(said),
         facts=Facts(bool(said.time_is_up), bool(said.is_writing), said.copy_every),
     )
+
+
+def reasons_of(names: Collection[str]) -> frozenset[str]:
+    """The reasons that are answered, as a user has named them.
+
+    Raises:
+      ValueError: for a name that is none.
+    """
+    given = (names,) if isinstance(names, str) else tuple(names)
+    if isinstance(names, str) or any(name not in ASKS for name in given):
+        raise ValueError(
+            f"reasons must be a collection of names out of {ASKS}, got {names!r}: leave out "
+            "what is not to be answered."
+        )
+    return frozenset({*given, "parameters"})
 
 
 class _Call(NamedTuple):
