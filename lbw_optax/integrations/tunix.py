@@ -10,7 +10,23 @@ class PassesLoss:
 
     ``class GuardedDPO(PassesLoss, DPOTrainer): ...``; for any trainer that is a `PeftTrainer` and
     leaves its train step as it is.
+
+    Raises:
+      ValueError: with ``gradient_accumulation_steps`` in the config.
     """
+
+    config: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        steps = self.config.gradient_accumulation_steps
+        if steps is not None:
+            raise ValueError(
+                "With gradient_accumulation_steps Tunix puts the guard inside optax.MultiSteps, "
+                "where one gradient that is not finite stays in the sum for good: leave the "
+                "setting out, and accumulate inside the guard, "
+                f"lbw_guard(optax.MultiSteps(optimizer, {steps}))."
+            )
 
     def _train_step(self, model: Any, optimizer: Any, inputs: Any) -> Any:
         # Tunix knows the loss when it updates, and does not pass it: let it, and update afterwards.
@@ -26,10 +42,9 @@ class GuardedPeftTrainer(PassesLoss, peft_trainer.PeftTrainer):
     Created and used as its parent, with the guard as its optimizer:
     ``GuardedPeftTrainer(model, lbw_guard(optax.adamw(1e-4)), config)``.
 
-    ``gradient_accumulation_steps`` of the config puts the guard inside the accumulation: it judges
-    the mean of the gradients, and the loss of the last batch. Outside it judges each batch, and a
-    bad one costs that batch alone: leave the setting out, and pass
-    ``lbw_guard(optax.MultiSteps(optax.adamw(1e-4), 4))``; the config's steps then count batches.
+    To accumulate, ``lbw_guard(optax.MultiSteps(optax.adamw(1e-4), 4))``, and no
+    ``gradient_accumulation_steps``: the guard judges each batch, and a bad one costs that batch
+    alone. The steps of the config count batches then.
     """
 
 

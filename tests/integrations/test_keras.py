@@ -16,6 +16,8 @@ if keras.backend.backend() != "jax":
 from lbw_optax import metrics  # noqa: E402
 from lbw_optax.integrations.keras import OptaxOptimizer, PassesLoss  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 
 class Given(PassesLoss, keras.Model):
     """The loss of `loops.given`; the batch comes as Keras has it, with a leading axis of one."""
