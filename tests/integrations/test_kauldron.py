@@ -52,6 +52,6 @@ def test_same_decisions_as_a_plain_loop():
         step=jnp.asarray(0), params=params, collections={}, opt_state=step.optimizer.init(params)
     )
     for batch in loops.batches():
-        state, seen = step.step(state, jax.tree.map(jnp.asarray, batch), return_losses=True)
+        state, _ = step.step(state, jax.tree.map(jnp.asarray, batch), return_losses=True)
     loops.assert_same_decisions(state.opt_state)
     assert int(state.step) == loops.STEPS

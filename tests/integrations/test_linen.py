@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import loops
+import optax
 import pytest
 
 pytest.importorskip("flax", reason="needs flax: pip install --group test")

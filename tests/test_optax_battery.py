@@ -1,0 +1,94 @@
+"""Optax's own tests of its optimizers, those of the installed version, on guarded ones.
+
+They lie in Optax's wheel and are run from there. What fails is listed with the assumption that the
+guard breaks; whatever else fails, or passes though it is listed, is an error.
+"""
+
+import functools
+import inspect
+import os
+import warnings
+from unittest import mock
+
+import jax
+import optax
+import pytest
+from optax import contrib
+
+import lbw_optax
+from lbw_optax import lbw_guard
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Optax's tests warn, and give the guard no loss
+common = pytest.importorskip("optax.contrib._common_test", reason="needs Optax's tests")
+
+
+def _guarded(factory):
+    """A factory of guarded optimizers with the signature of this one, for `inject_hyperparams`."""
+
+    @functools.wraps(factory)
+    def guarded(*args, **kwargs):
+        return lbw_guard(factory(*args, **kwargs))
+
+    return guarded
+
+
+def _sharding_tests():
+    """Their optimizers are made when the module is imported; so are its settings of XLA."""
+    names = [name for name, x in vars(optax).items() if inspect.isfunction(x)]
+    aliases = [name for name in names if getattr(optax, name).__module__ == "optax._src.alias"]
+    guarded = {name: _guarded(getattr(optax, name)) for name in aliases}
+    with mock.patch.multiple(optax, **guarded), mock.patch.dict(os.environ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return pytest.importorskip("optax._src.sharding_test", reason="needs Optax's tests")
+
+
+sharding = _sharding_tests()
+CONTRIB = [name for name in dir(common.ContribTest) if name.startswith("test")]
+SHARDING = [name for name in dir(sharding.ShardingTest) if name.startswith("test")]
+
+
+@pytest.fixture
+def guards(monkeypatch):
+    """Every optimizer that Optax's tests make is guarded; a wrapper is inside of the guard."""
+    make, wrap = common._get_opt_factory, common._wrap_opt
+    evaluate = contrib.schedule_free_eval_params
+    bare = {}
+
+    def guarded(name):
+        factory = make(name)
+
+        @functools.wraps(factory)
+        def both(*args, **kwargs):
+            inner = factory(*args, **kwargs)
+            tx = lbw_guard(inner)
+            bare[id(tx)] = tx, inner
+            return tx
+
+        return both
+
+    monkeypatch.setattr(common, "_get_opt_factory", guarded)
+    monkeypatch.setattr(
+        common, "_wrap_opt", lambda tx, *how: lbw_guard(wrap(bare[id(tx)][1], *how))
+    )
+    monkeypatch.setattr(
+        contrib,
+        "schedule_free_eval_params",
+        lambda state, params: evaluate(lbw_optax.strip(state), params),
+    )
+
+
+def run(test):
+    """One of Optax's tests; its failure is that of the test which calls this."""
+    with jax.numpy_rank_promotion("allow"):
+        test.debug()
+
+
+@pytest.mark.parametrize("name", CONTRIB)
+def test_contrib(name, guards):
+    run(common.ContribTest(name))
+
+
+@pytest.mark.parametrize("name", SHARDING)
+def test_sharding(name):
+    run(sharding.ShardingTest(name))
