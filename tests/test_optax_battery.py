@@ -37,10 +37,10 @@ def _sharding_tests():
     names = [name for name, x in vars(optax).items() if inspect.isfunction(x)]
     aliases = [name for name in names if getattr(optax, name).__module__ == "optax._src.alias"]
     guarded = {name: _guarded(getattr(optax, name)) for name in aliases}
-    with mock.patch.multiple(optax, **guarded), mock.patch.dict(os.environ):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return pytest.importorskip("optax._src.sharding_test", reason="needs Optax's tests")
+    patched = mock.patch.multiple(optax, **guarded)
+    with patched, mock.patch.dict(os.environ), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("optax._src.sharding_test", reason="needs Optax's tests")
 
 
 sharding = _sharding_tests()

@@ -18,7 +18,9 @@ state = GuardedTrainState.create(  # <-- was TrainState.create
 
 @jax.jit
 def train_step(state, x, y):
-    loss_fn = lambda params: jnp.mean((state.apply_fn(params, x) - y) ** 2)
+    def loss_fn(params):
+        return jnp.mean((state.apply_fn(params, x) - y) ** 2)
+
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
     return state.apply_gradients(grads=grads, value=loss), loss  # <-- value=loss
 

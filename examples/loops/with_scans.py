@@ -16,7 +16,9 @@ tx = lbw_optax.lbw_guard(optax.chain(optax.clip_by_global_norm(0.5), optax.adam(
 
 def train(seed):
     def minibatch(state, rows):
-        loss_fn = lambda params: jnp.mean((state.apply_fn(params, x[rows]) - y[rows]) ** 2)
+        def loss_fn(params):
+            return jnp.mean((state.apply_fn(params, x[rows]) - y[rows]) ** 2)
+
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         return state.apply_gradients(grads=grads, value=loss), loss  # <-- value=loss
 

@@ -24,8 +24,7 @@ def guarded(config: type[OptimizerConfig], **bounds: Any) -> type[OptimizerConfi
         return lbw_guard(config.build(self, num_train_steps), **bounds)
 
     namespace = {"build": build, "__doc__": f"`{config.__name__}`, guarded."}
-    made = dataclasses.dataclass(frozen=True)(
-        type(f"Guarded{config.__name__}", (config,), namespace)
-    )
+    named = type(f"Guarded{config.__name__}", (config,), namespace)
+    made: type[OptimizerConfig] = dataclasses.dataclass(frozen=True)(named)
     name = f"guarded_{OptimizerConfig.get_choice_name(config)}"
     return OptimizerConfig.register_subclass(name)(made)
