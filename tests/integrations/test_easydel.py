@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import loops
 import pytest
 
-# EasyDeL asks XLA for options that the newest one does not know, and ends for. It reads them when it
-# starts, so it starts before.
+# EasyDeL asks XLA for options that the newest one does not know, and ends for. XLA reads them when
+# it starts, so it starts before.
 jax.devices()
 base_state = loops.needs("easydel.infra.base_state", "easydel")
 from flax import nnx  # noqa: E402
