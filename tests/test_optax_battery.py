@@ -49,6 +49,12 @@ sharding = _sharding_tests()
 QUICK = ("'muon'", "'schedule_free_adamw'", "_lion")
 LONG = ("test_optimizers", "test_state_shape_dtype_shard_stability")  # 30,000 steps; four types
 
+# What the guard breaks, and the assumption of Optax's that it breaks.
+BROKEN = {
+    "test_optimizers-ademamix-parabola": "a problem without noise has all the steps it needs at "
+    "the given rate: three parameters at 1e-3, where the guard's soft start and ceiling hold back",
+}
+
 
 def _cases(kind):
     """The tests of a class of Optax's, each by its name and what it is about."""
@@ -58,7 +64,9 @@ def _cases(kind):
         words = re.findall(r"(?:_name='|dtype='|_setup_)(\w+)", about)
         quick = any(word in name + about for word in QUICK) and "mechanize" not in about
         long = name.rstrip("0123456789") in LONG
-        marks = [] if quick and not long else pytest.mark.slow
+        marks = [] if quick and not long else [pytest.mark.slow]
+        reason = BROKEN.get("-".join([name.rstrip("0123456789"), *words[:2]]))
+        marks += [pytest.mark.xfail(reason=reason, raises=AssertionError)] if reason else []
         found.append(pytest.param(name, marks=marks, id="-".join([name, *words])))
     return found
 
