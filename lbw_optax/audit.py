@@ -465,8 +465,8 @@ def _plain(x: Any) -> Any:
         return x
     found = np.asarray(x)
     if jnp.issubdtype(found.dtype, jnp.floating):  # the narrow ones, too
-        finite = np.isfinite(found)
-        return np.where(finite, found.astype(np.float64).astype(object), None).tolist()
+        wide = found.astype(np.float64)
+        return np.where(np.isfinite(wide), wide.astype(object), np.array(None)).tolist()
     if found.dtype == bool or jnp.issubdtype(found.dtype, jnp.integer):
         return found.astype(object).tolist()
     raise TypeError(f"A line of the audit log holds numbers, words, lists and dicts, got {x!r}.")
