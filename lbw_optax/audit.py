@@ -21,6 +21,7 @@ from lbw_optax.law.divergence import after_rollback
 from lbw_optax.law.events import Event
 from lbw_optax.law.statistics import in_stds
 from lbw_optax.law.telemetry import HISTOGRAM_EDGES
+from lbw_optax.paths import path_of
 from lbw_optax.state import MODES, GuardState, find, find_all, find_named, map_guards, of_one_run
 from lbw_optax.types import PyTree
 
@@ -258,7 +259,7 @@ class AuditLog:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self._path = Path(path)
+        self._path = path_of(path, "path")
         self._file = _open_log(self._path)
         self._next, self._known = _last_numbers(self._file)
         self._open_rows: dict[str, dict[str, Any]] = {}  # of each guard, what may go on

@@ -13,7 +13,6 @@ import socket
 import warnings
 from datetime import UTC, datetime
 from io import FileIO
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -21,6 +20,7 @@ import numpy as np
 
 from lbw_optax import audit
 from lbw_optax.lines import Lines
+from lbw_optax.paths import path_of
 from lbw_optax.types import PyTree
 
 _LOG = logging.getLogger("lbw_optax")
@@ -79,7 +79,7 @@ def give(directory: str | os.PathLike[str], order: str, scale: float | None = No
     given = Order(order, pinned, _who(), datetime.now(UTC).isoformat(timespec="seconds"))
     line = (json.dumps(given._asdict()) + "\n").encode()
     # One write of a short line to a file that is only appended to: orders of two people stay whole.
-    with FileIO(Path(directory) / FILE, "a+") as file:
+    with FileIO(path_of(directory, "directory") / FILE, "a+") as file:
         if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
             line = b"\n" + line  # what a full disk has torn stays a line of its own
         if file.write(line) != len(line):
@@ -108,7 +108,7 @@ class Orders:
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        self._lines = Lines(Path(directory) / FILE)
+        self._lines = Lines(path_of(directory, "directory") / FILE)
         self._heard: list[bytes] | None = None  # None: not even what is of an earlier process
         self._restarts = 0
         self._told: set[str] = set()
