@@ -1,5 +1,6 @@
 """What a person can read of the guard, and how they can overrule it. Runs on the host."""
 
+import contextlib
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from lbw_optax.law.divergence import after_rollback
 from lbw_optax.law.events import Event
 from lbw_optax.law.statistics import in_stds
 from lbw_optax.law.telemetry import HISTOGRAM_EDGES
+from lbw_optax.paths import path_of
 from lbw_optax.state import MODES, GuardState, find, find_all, find_named, map_guards, of_one_run
 from lbw_optax.types import PyTree
 
@@ -250,6 +252,7 @@ class AuditLog:
     Raises:
       OSError: if the file cannot be written, or another log is open on it.
       ValueError: if the file is something else than a log, or this log is closed.
+      TypeError: if a step is no whole number, or a line of your own holds what JSON cannot.
 
     Example:
       >>> import jax.numpy as jnp, tempfile, lbw_optax
@@ -260,7 +263,7 @@ class AuditLog:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, on_event: OnEvent = ()):
-        self._path = Path(path)
+        self._path = path_of(path, "path")
         self._listeners: Listeners[[Alert]] = Listeners("on_event", on_event)
         self._file = _open_log(self._path)
         self._next, self._known = _last_numbers(self._file)
@@ -273,6 +276,7 @@ class AuditLog:
         """
         if self._file.closed:
             raise ValueError(f"This AuditLog of {self._path} is closed: open a new one.")
+        step = _whole(step)
         guards = find_named(state)
         paths = [""] if len(guards) == 1 else list(guards)
         written: list[dict[str, Any]] = []
@@ -307,12 +311,14 @@ class AuditLog:
 
         Args:
           recorded_at: the step of the loop, as in the guard's own lines.
-          facts: the rest of the line: numbers, words, None. ``action`` should say what it is.
+          facts: the rest of the line: numbers, words, None, arrays, and lists and dicts of them.
+            ``action`` should say what it is.
         """
         if self._file.closed:
             raise ValueError(f"This AuditLog of {self._path} is closed: open a new one.")
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._write([{"time": now, **facts, "recorded_at": recorded_at}])
+        # The name that nobody else's line begins with comes first: see `_BEGINNINGS`.
+        self._write([{"recorded_at": _whole(recorded_at), "time": now, **_plain(facts)}])
 
     def _news(self, path: str, guard: GuardState, step: int) -> list[dict[str, Any]]:
         """What one guard did since the last call."""
@@ -446,8 +452,34 @@ def _reset(guard: GuardState) -> GuardState:
     return guard._replace(law=guard.law._replace(control=control, divergence=fresh))
 
 
+def _whole(step: Any) -> int:
+    """The step as a Python integer, whatever holds it: any later line may have to be written."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = int(step)
+        if number == step:
+            return number
+    raise TypeError(f"The step of a line in the audit log is an integer, got {step!r}.")
+
+
+def _plain(x: Any) -> Any:
+    """Of numbers, words and arrays, in lists and dicts too, what JSON can hold."""
+    if isinstance(x, dict):
+        return {str(name): _plain(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(value) for value in x]
+    if x is None or isinstance(x, str | int):
+        return x
+    found = np.asarray(x)
+    if jnp.issubdtype(found.dtype, jnp.floating):  # the narrow ones, too
+        wide = found.astype(np.float64)
+        return np.where(np.isfinite(wide), wide.astype(object), np.array(None)).tolist()
+    if found.dtype == bool or jnp.issubdtype(found.dtype, jnp.integer):
+        return found.astype(object).tolist()
+    raise TypeError(f"A line of the audit log holds numbers, words, lists and dicts, got {x!r}.")
+
+
 # Of the lines that a log writes.
-_BEGINNINGS = (b'{"number":', b'{"action":')
+_BEGINNINGS = (b'{"number":', b'{"action":', b'{"recorded_at":')
 
 
 def _open_log(path: Path) -> FileIO:

@@ -162,6 +162,7 @@ def govern(
         **extra_args: Any,
     ) -> tuple[PyTree, GuardState]:
         states.require(state)
+        state = states.as_arrays(state)
         value, extra_args = telemetry.take_loss(value, extra_args)
         parts.refuse(state, updates, params, value)
         gradients, trained = frozen.zeroed(updates, state.inner_state, params, extra_args)

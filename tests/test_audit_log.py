@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from support import small_params, storm
@@ -230,14 +231,53 @@ def test_no_line_is_touched_and_the_log_goes_on(tmp_path, content):
         assert audit.record(4, states[4]) == 0
 
 
+@pytest.mark.parametrize("whole", [WHOLE, b""], ids=["", "alone"])
 @pytest.mark.parametrize("tail", TORN.values(), ids=TORN)
-def test_only_the_torn_line_is_cut_off(tmp_path, tail):
+def test_only_the_torn_line_is_cut_off(tmp_path, tail, whole):
     path = tmp_path / "audit.jsonl"
-    path.write_bytes(WHOLE + tail)
+    path.write_bytes(whole + tail)
     inode = path.stat().st_ino
     AuditLog(path).close()
-    assert path.read_bytes() == WHOLE
+    assert path.read_bytes() == whole
     assert path.stat().st_ino == inode
+
+
+def test_a_torn_line_of_a_person_is_cut_off(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    with AuditLog(path) as audit:
+        audit.note(3, action="order", who="ana")
+    content = path.read_bytes()
+    for size in range(1, len(content)):
+        path.write_bytes(content[:size])
+        AuditLog(path).close()
+        assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "step", [np.int64(7), np.float32(7), jnp.int32(7), 7.0], ids=lambda x: type(x).__name__
+)
+def test_numbers_of_any_kind_are_written(tmp_path, step):
+    path = tmp_path / "audit.jsonl"
+    ((_, state),) = storm(1)
+    facts = {"rate": np.float32(0.5), "loss": [float("nan"), jnp.ones(2)], "of": {"n": np.int8(1)}}
+    with AuditLog(path) as audit:
+        audit.note(step, **facts)
+        audit.record(step, state)
+    note, event = lines(path)
+    assert {k: note[k] for k in facts} == {"rate": 0.5, "loss": [None, [1.0, 1.0]], "of": {"n": 1}}
+    assert note["recorded_at"] == event["recorded_at"] == 7
+
+
+@pytest.mark.parametrize("step", [None, "7", 7.5, float("nan"), [7]], ids=str)
+def test_what_is_no_step_is_refused_before_anything_is_to_be_written(tmp_path, step):
+    (_, quiet), *_ = storm(1, bad=())
+    with AuditLog(tmp_path / "audit.jsonl") as audit:
+        with pytest.raises(TypeError, match=r"is an integer, got"):
+            audit.record(step, quiet)
+        with pytest.raises(TypeError, match=r"is an integer, got"):
+            audit.note(step)
+        with pytest.raises(TypeError, match="holds numbers, words, lists and dicts, got b'x'"):
+            audit.note(7, shard=b"x")
 
 
 @pytest.mark.parametrize(

@@ -117,12 +117,18 @@ class Folder:
         """Remove checkpoints of ours.
 
         Raises:
-          OSError: on all processes, if the first cannot.
+          OSError: on all processes, if the first cannot, after it has removed the others.
         """
 
         def each() -> None:
+            problem: OSError | None = None
             for step in steps:
-                checkpoints.delete(self.checkpoint(step))
+                try:
+                    checkpoints.delete(self.checkpoint(step))
+                except OSError as error:
+                    problem = problem or error
+            if problem is not None:
+                raise problem
 
         self._on_first(each)
 

@@ -197,8 +197,9 @@ def reasons_of(names: Collection[str]) -> frozenset[str]:
     Raises:
       ValueError: for a name that is none.
     """
-    given = (names,) if isinstance(names, str) else tuple(names)
-    if isinstance(names, str) or any(name not in ASKS for name in given):
+    is_some = isinstance(names, Collection) and not isinstance(names, str)
+    given = tuple(names) if is_some else ()
+    if not is_some or any(name not in ASKS for name in given):
         raise ValueError(
             f"reasons must be a collection of names out of {ASKS}, got {names!r}: leave out "
             "what is not to be answered."
