@@ -223,7 +223,7 @@ class Candidates:
             self._disk.abandon()
         else:
             self._disk.settle()
-            self._disk.close()
+        self._disk.close()
 
     def _judge(self, snapshot: Snapshot | None, verdict: Verdict) -> bool:
         """Whether no NaN speaks against a state: one in its optimizer or its parameters does.
