@@ -287,7 +287,9 @@ class RollbackManager:
         Of a reason that is no text, as an exception, the history has what `str` makes of it. With
         several processes one may ask for all: then it is at the call after that.
         """
-        self._requested = ("" if reason is None else str(reason)) or "request"
+        words = "" if reason is None else str(reason)
+        # Half a character, as an odd file name holds, can be neither logged nor written.
+        self._requested = words.encode(errors="backslashreplace").decode() or "request"
 
     def data_step(self, step: int) -> int:
         """Index of the batch for the update that follows `step`; it never comes back to a batch."""

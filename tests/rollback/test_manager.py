@@ -213,7 +213,7 @@ def test_request(tmp_path):
         (b"x", "b'x'"),
         (float("nan"), "nan"),
         (np.zeros(2), "[0. 0.]"),
-        ("\ud800", "\ud800"),
+        pytest.param("\ud800", "\\ud800", id="half a character"),
     ],
 )
 def test_a_request_of_any_kind_is_written_as_words(tmp_path, reason, words):
