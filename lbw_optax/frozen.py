@@ -115,6 +115,17 @@ def _live(jaxpr: Jaxpr, outputs: list[Any]) -> set[Any]:
     """The variables that one of these outputs depends on."""
     live = {x for x in outputs if not isinstance(x, Literal)}
     for equation in reversed(jaxpr.eqns):
-        if any(x in live for x in equation.outvars):
-            live |= {x for x in equation.invars if not isinstance(x, Literal)}
+        wanted = [x in live for x in equation.outvars]
+        if any(wanted):
+            live |= {x for x in _used(equation, wanted) if not isinstance(x, Literal)}
     return live
+
+
+def _used(equation: Any, wanted: list[bool]) -> list[Any]:
+    """What the wanted outputs of an equation depend on; of a jitted function not all of them do."""
+    called = equation.params.get("jaxpr") if equation.primitive.name in ("jit", "pjit") else None
+    if called is None:
+        return list(equation.invars)
+    inner = called.jaxpr
+    live = _live(inner, [x for x, is_one in zip(inner.outvars, wanted, strict=True) if is_one])
+    return [x for x, own in zip(equation.invars, inner.invars, strict=True) if own in live]

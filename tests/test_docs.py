@@ -65,7 +65,8 @@ def test_the_readme_prints_what_it_says(capsys):
     code, said = re.search(r"```python\n(.*?)```.*?```\n(.*?)```", text, re.DOTALL).groups()
     exec(compile(code, "README.md", "exec"), {})
     printed = [float(line) for line in capsys.readouterr().out.split()]
-    assert printed == pytest.approx([float(line) for line in said.split()], abs=6e-4)
+    # Another jax rounds otherwise, and the last digit with it.
+    assert printed == pytest.approx([float(line) for line in said.split()], abs=1.5e-3)
 
 
 @pytest.mark.parametrize("number", ["26.1", "27.7", "11.0", "of 29"])
