@@ -17,9 +17,10 @@ class GuardedTrainState(TrainState):
       >>> import jax, jax.numpy as jnp, optax
       >>> from lbw_optax import lbw_guard, metrics
       >>> from lbw_optax.integrations.linen import GuardedTrainState
-      >>> loss = lambda w: jnp.sum((w - 1) ** 2)
+      >>> loss = lambda p: jnp.sum((p["w"] - 1) ** 2)
       >>> tx = lbw_guard(optax.adamw(1e-2))
-      >>> state = GuardedTrainState.create(apply_fn=loss, params=jnp.full(3, 2.0), tx=tx)
+      >>> params = {"w": jnp.full(3, 2.0)}
+      >>> state = GuardedTrainState.create(apply_fn=loss, params=params, tx=tx)
       >>> value, grads = jax.value_and_grad(loss)(state.params)
       >>> state = state.apply_gradients(grads=grads, value=value)
       >>> print(metrics(state)["loss"])
