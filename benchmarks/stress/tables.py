@@ -191,9 +191,8 @@ def lost_cells(grid: Grid) -> str:
             better = {p: v for p, v in values.items() if v is not None and own and v < own}
             if better:
                 best = min(better, key=better.__getitem__)
-                count = f"{len(better)} peer{'s' * (len(better) > 1)}"
                 lost.append(
-                    f"- {REGIMES[regime].title} ×{multiple}: {count}, best "
+                    f"- {REGIMES[regime].title} ×{multiple}: {len(better)} peers, best "
                     f"{METHODS[best].title} ({better[best]:.2f}; the guard {own:.2f})"
                 )
     return "\n".join(["Where a peer ends better than the guard:\n", *(lost or ["- nowhere"])])
