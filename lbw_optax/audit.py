@@ -318,7 +318,7 @@ class AuditLog:
             raise ValueError(f"This AuditLog of {self._path} is closed: open a new one.")
         now = datetime.now(UTC).isoformat(timespec="seconds")
         # The name that nobody else's line begins with comes first: see `_BEGINNINGS`.
-        self._write([{"recorded_at": _whole(recorded_at), "time": now, **_plain(facts)}])
+        self._write([{"recorded_at": _whole(recorded_at), "time": now, **facts}])
 
     def _news(self, path: str, guard: GuardState, step: int) -> list[dict[str, Any]]:
         """What one guard did since the last call."""
@@ -461,12 +461,15 @@ def _whole(step: Any) -> int:
     raise TypeError(f"The step of a line in the audit log is an integer, got {step!r}.")
 
 
-def _plain(x: Any) -> Any:
-    """Of numbers, words and arrays, in lists and dicts too, what JSON can hold."""
+def as_json(x: Any) -> Any:
+    """Of numbers, words and arrays, in lists and dicts too, what JSON can hold.
+
+    As the standard has it, numbers that are not finite become null.
+    """
     if isinstance(x, dict):
-        return {str(name): _plain(value) for name, value in x.items()}
+        return {str(name): as_json(value) for name, value in x.items()}
     if isinstance(x, list | tuple):
-        return [_plain(value) for value in x]
+        return [as_json(value) for value in x]
     if x is None or isinstance(x, str | int):
         return x
     found = np.asarray(x)
@@ -570,9 +573,3 @@ def _append(file: FileIO, content: bytes) -> None:
     except BaseException:
         file.truncate(size)
         raise
-
-
-def as_json(line: dict[str, Any]) -> dict[str, Any]:
-    """As the standard has it: numbers that are not finite become null."""
-    broken = [k for k, x in line.items() if isinstance(x, float) and not math.isfinite(x)]
-    return line | dict.fromkeys(broken)

@@ -1,7 +1,9 @@
 """A file of lines that grows, read on from where the last look ended."""
 
 import os
+from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 # Bytes before the place that is read from, by which a file is known again.
 KNOWN = 4096
@@ -49,3 +51,14 @@ class Lines:
         self._before = (self._before + whole)[-KNOWN:]
         self._looked_at = looked_at
         return whole.splitlines()
+
+
+def is_torn(file: BinaryIO | FileIO) -> bool:
+    """Whether the last line of a file that can be read has no end: what a kill or a full disk left.
+
+    What is appended to it then begins with an end, and stays a line of its own.
+    """
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from lbw_optax import audit
-from lbw_optax.lines import Lines
+from lbw_optax.lines import Lines, is_torn
 from lbw_optax.paths import path_of
 from lbw_optax.types import PyTree
 
@@ -80,8 +80,7 @@ def give(directory: str | os.PathLike[str], order: str, scale: float | None = No
     line = (json.dumps(given._asdict()) + "\n").encode()
     # One write of a short line to a file that is only appended to: orders of two people stay whole.
     with FileIO(path_of(directory, "directory") / FILE, "a+") as file:
-        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
-            line = b"\n" + line  # what a full disk has torn stays a line of its own
+        line = b"\n" * is_torn(file) + line
         if file.write(line) != len(line):
             raise OSError(28, "has no room for an order: free space there", str(file.name))
     return given

@@ -10,6 +10,7 @@ from typing import Any, Self
 from lbw_optax.audit import as_json
 from lbw_optax.exporters.names import plain
 from lbw_optax.law.control import REGIMES
+from lbw_optax.lines import is_torn
 
 
 class MetricsLog:
@@ -35,7 +36,8 @@ class MetricsLog:
 
     def __init__(self, path: str | os.PathLike[str]):
         place = Path(path)
-        _end_with_a_line(place)
+        with place.open("ab+") as file:
+            file.write(b"\n" * is_torn(file))
         # Line by line: a kill loses no step that a checkpoint holds.
         self._file = place.open("a", encoding="utf-8", buffering=1)
 
@@ -56,11 +58,3 @@ class MetricsLog:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _end_with_a_line(path: Path) -> None:
-    """What a kill has torn gets an end of its own, so that the next line stays whole."""
-    content = path.read_bytes()[-1:] if path.exists() else b"\n"
-    if content not in (b"", b"\n"):
-        with path.open("ab") as file:
-            file.write(b"\n")
