@@ -10,8 +10,10 @@ def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
     """Leave with one sentence and status 2 when a name is unknown."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
-            refuse(f"There is no {what} {name!r}: did you mean {' or '.join(near)}?")
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            if near:
+                refuse(f"There is no {what} {name!r}: did you mean {' or '.join(near)}?")
+            refuse(f"There is no {what} {name!r}: choose from {', '.join(known)}.")
 
 
 def refuse(sentence: str) -> NoReturn:

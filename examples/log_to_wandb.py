@@ -1,6 +1,7 @@
-"""Weights & Biases: the guard's metrics beside the loss, and its interventions as a table."""
+"""Weights & Biases: the guard's metrics in groups, and its interventions as alerts and a table."""
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import wandb
 
 import lbw_optax
+from lbw_optax.exporters import grouped, wandb_alert
 
 x, target = jax.random.normal(jax.random.key(0), (2, 64, 64))
 tx = lbw_optax.lbw_guard(optax.adamw(10.0))
@@ -28,16 +30,19 @@ def train_step(
 
 w = 0.1 * jax.random.normal(jax.random.key(1), (64, 64))
 state = tx.init(w)
-seen: dict[int, lbw_optax.Event] = {}
+rows: list[dict[str, Any]] = []
 # Offline: nothing leaves this machine until somebody calls `wandb sync` on the folder.
 with wandb.init(project="lbw_optax", mode="offline", dir=tempfile.mkdtemp()) as run:
-    for step in range(100):
-        batch = x * jnp.nan if step == 42 else x  # a bad batch
-        w, state, metrics = train_step(w, state, batch)
-        if step % 10 == 0:  # reading waits for the device
-            run.log({f"guard/{name}": float(x) for name, x in metrics.items()}, step=step)
-            seen |= {event.number: event for event in lbw_optax.events(state)}
-    rows = [list(event) for event in seen.values()]
-    run.log({"guard/events": wandb.Table(columns=list(lbw_optax.Event._fields), data=rows)})
-actions = ", ".join(f"{event.action} at {event.step}" for event in seen.values())
+    tell = (wandb_alert, lambda alert: rows.append(alert.line))
+    with lbw_optax.AuditLog(Path(run.dir) / "audit.jsonl", on_event=tell) as audit:
+        for step in range(100):
+            batch = x * jnp.nan if step == 42 else x  # a bad batch
+            w, state, metrics = train_step(w, state, batch)
+            if step % 10 == 9:  # reading waits for the device
+                run.log(grouped(metrics), step=step)
+                audit.record(step, state)
+    columns = ["step", "action", "signal", "value", "scale_after"]
+    table = [[row.get(name) for name in columns] for row in rows]
+    run.log({"guard/events": wandb.Table(columns=columns, data=table)})
+actions = ", ".join(f"{row['action']} at {row['step']}" for row in rows)
 print(f"loss {metrics['loss']:.4f}; logged: {actions}")

@@ -1,5 +1,6 @@
 """What a person can read of the guard, and how they can overrule it. Runs on the host."""
 
+import contextlib
 import json
 import logging
 import math
@@ -15,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax import lock, sentences
+from lbw_optax.alerts import Alert, Listeners, OnEvent, tell
 from lbw_optax.law import events as ring
 from lbw_optax.law.divergence import after_rollback
 from lbw_optax.law.events import Event
 from lbw_optax.law.statistics import in_stds
 from lbw_optax.law.telemetry import HISTOGRAM_EDGES
+from lbw_optax.paths import path_of
 from lbw_optax.state import MODES, GuardState, find, find_all, find_named, map_guards, of_one_run
 from lbw_optax.types import PyTree
 
@@ -57,7 +60,7 @@ def metrics(state: PyTree) -> dict[str, jax.Array]:
     ``parameters_broken``       bool, they are not finite, or longer than a step can make them
     ``age``                     steps since the law began: at the start, or after a jump of the rate
     ``skips``                   skipped steps in all; ``skips_in_a_row`` up to now
-    ``rejected_share``          share of the last 1000 steps that were rejected; above 0.05: alarm
+    ``rejected_share``          share of the last 1000 steps rejected or limited; above 0.05: alarm
     ``events``                  interventions in all
     ``outstanding``             interventions that are not yet earned back, of the budget
     ``exhausted``               bool, the guard has used up what it may do
@@ -242,10 +245,14 @@ class AuditLog:
     Args:
       path: the file; its folder must exist. One log at a time may be open on it: with several
         processes, open it on the first.
+      on_event: a function, or several, that is called with a `lbw_optax.alerts.Alert` for each
+        intervention when it is read; for a row when it begins, and when it has ended. What an
+        earlier process wrote is no news. An error in it is a warning.
 
     Raises:
       OSError: if the file cannot be written, or another log is open on it.
       ValueError: if the file is something else than a log, or this log is closed.
+      TypeError: if a step is no whole number, or a line of your own holds what JSON cannot.
 
     Example:
       >>> import jax.numpy as jnp, tempfile, lbw_optax
@@ -255,8 +262,9 @@ class AuditLog:
       0
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self._path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], *, on_event: OnEvent = ()):
+        self._path = path_of(path, "path")
+        self._listeners: Listeners[[Alert]] = Listeners("on_event", on_event)
         self._file = _open_log(self._path)
         self._next, self._known = _last_numbers(self._file)
         self._open_rows: dict[str, dict[str, Any]] = {}  # of each guard, what may go on
@@ -268,6 +276,7 @@ class AuditLog:
         """
         if self._file.closed:
             raise ValueError(f"This AuditLog of {self._path} is closed: open a new one.")
+        step = _whole(step)
         guards = find_named(state)
         paths = [""] if len(guards) == 1 else list(guards)
         written: list[dict[str, Any]] = []
@@ -294,7 +303,7 @@ class AuditLog:
             in_ring = range(recorded - ring.SIZE, recorded)
             self._known[path] = {n: line for n, line in known[path].items() if n in in_ring}
         for line in said:
-            _LOG.log(*sentences.logged(line))
+            tell(self._listeners, *sentences.logged(line), step, as_json(line))
         return count
 
     def note(self, recorded_at: int, **facts: Any) -> None:
@@ -302,12 +311,14 @@ class AuditLog:
 
         Args:
           recorded_at: the step of the loop, as in the guard's own lines.
-          facts: the rest of the line: numbers, words, None. ``action`` should say what it is.
+          facts: the rest of the line: numbers, words, None, arrays, and lists and dicts of them.
+            ``action`` should say what it is.
         """
         if self._file.closed:
             raise ValueError(f"This AuditLog of {self._path} is closed: open a new one.")
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._write([{"time": now, **facts, "recorded_at": recorded_at}])
+        # The name that nobody else's line begins with comes first: see `_BEGINNINGS`.
+        self._write([{"recorded_at": _whole(recorded_at), "time": now, **facts}])
 
     def _news(self, path: str, guard: GuardState, step: int) -> list[dict[str, Any]]:
         """What one guard did since the last call."""
@@ -334,7 +345,7 @@ class AuditLog:
         return [{k: x for k, x in line.items() if x not in (None, "")} | read_at for line in lines]
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(_as_json(line), allow_nan=False) + "\n" for line in lines)
+        text = "".join(json.dumps(as_json(line), allow_nan=False) + "\n" for line in lines)
         try:
             _append(self._file, text.encode())
         except OSError as error:
@@ -379,7 +390,7 @@ _OWN = ("step", "action", "signal", "value", "scale_after", "from_step", "to_ste
 
 def _is_another(known: dict[str, Any], line: dict[str, Any]) -> bool:
     """Whether an event is not the one that is known to be written under its number."""
-    line = _as_json(line)
+    line = as_json(line)
     return "step" in known and any(known[k] != line.get(k) for k in _OWN if k in known)
 
 
@@ -441,8 +452,37 @@ def _reset(guard: GuardState) -> GuardState:
     return guard._replace(law=guard.law._replace(control=control, divergence=fresh))
 
 
+def _whole(step: Any) -> int:
+    """The step as a Python integer, whatever holds it: any later line may have to be written."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = int(step)
+        if number == step:
+            return number
+    raise TypeError(f"The step of a line in the audit log is an integer, got {step!r}.")
+
+
+def as_json(x: Any) -> Any:
+    """Of numbers, words and arrays, in lists and dicts too, what JSON can hold.
+
+    As the standard has it, numbers that are not finite become null.
+    """
+    if isinstance(x, dict):
+        return {str(name): as_json(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [as_json(value) for value in x]
+    if x is None or isinstance(x, str | int):
+        return x
+    found = np.asarray(x)
+    if jnp.issubdtype(found.dtype, jnp.floating):  # the narrow ones, too
+        wide = found.astype(np.float64)
+        return np.where(np.isfinite(wide), wide.astype(object), np.array(None)).tolist()
+    if found.dtype == bool or jnp.issubdtype(found.dtype, jnp.integer):
+        return found.astype(object).tolist()
+    raise TypeError(f"A line of the audit log holds numbers, words, lists and dicts, got {x!r}.")
+
+
 # Of the lines that a log writes.
-_BEGINNINGS = (b'{"number":', b'{"action":')
+_BEGINNINGS = (b'{"number":', b'{"action":', b'{"recorded_at":')
 
 
 def _open_log(path: Path) -> FileIO:
@@ -533,9 +573,3 @@ def _append(file: FileIO, content: bytes) -> None:
     except BaseException:
         file.truncate(size)
         raise
-
-
-def _as_json(line: dict[str, Any]) -> dict[str, Any]:
-    """As the standard has it: numbers that are not finite become null."""
-    broken = [k for k, x in line.items() if isinstance(x, float) and not math.isfinite(x)]
-    return line | dict.fromkeys(broken)

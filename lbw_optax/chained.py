@@ -49,6 +49,7 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
         **extra_args: Any,
     ) -> tuple[PyTree, GuardState]:
         states.require(state)
+        state = states.as_arrays(state)
         value, _ = telemetry.take_loss(value, extra_args)
         parts.refuse(state, updates, params, value)
         control_before = state.law.control

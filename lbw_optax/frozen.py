@@ -2,13 +2,14 @@
 
 What is not updated does not count: a NaN in its gradient harms nothing, and its length is not what
 a step is compared with. It is known before the first step, from the traced update: either the
-update of such a leaf is a zero that depends on no input, or its gradient reaches nothing. Only
+update of such a leaf is a zero that depends on no input, or its gradient reaches nothing. But where
+its gradient has a part in the updates of other leaves, as by `clip_by_global_norm`, it counts. Only
 `optax.masked` and what is made of it (`partition`, `freeze`) treat leaves differently, so no other
 optimizer is looked at.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,13 @@ _TREATS_LEAVES_DIFFERENTLY = (optax.MaskedState, optax.transforms.PartitionState
 _KEEP_ZERO = ("broadcast_in_dim", "convert_element_type", "copy", "reshape", "neg")
 
 
+class Leaves(NamedTuple):
+    """A bool for each leaf; empty lists where none is frozen."""
+
+    frozen: list[bool]  # never updated
+    harmless: list[bool]  # and nothing that is updated depends on its gradient
+
+
 class Frozen:
     """Finds them once for each kind of tree, and leaves them out.
 
@@ -32,22 +40,22 @@ class Frozen:
 
     def __init__(self, update: Callable[..., tuple[Any, Any]]):
         self._update = update
-        self._known: dict[Any, list[bool]] = {}
+        self._known: dict[Any, Leaves] = {}
 
     def zeroed(
         self, gradients: PyTree, inner_state: PyTree, params: PyTree, extra_args: Any
     ) -> list[Any]:
-        """Gradients and params, with zeros for the leaves that are never updated."""
-        frozen = self._find(gradients, inner_state, params, extra_args)
-        return [_zeroed(frozen, tree) for tree in (gradients, params)]
+        """Gradients and params, with zeros for the leaves that do not count."""
+        found = self._find(gradients, inner_state, params, extra_args)
+        return [_zeroed(found.harmless, gradients), _zeroed(found.frozen, params)]
 
     def _find(
         self, gradients: PyTree, inner_state: PyTree, params: PyTree, extra_args: dict[str, Any]
-    ) -> list[bool]:
+    ) -> Leaves:
         kinds = _TREATS_LEAVES_DIFFERENTLY
         nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, kinds))
         if not any(isinstance(node, kinds) for node in nodes):
-            return []
+            return Leaves([], [])
         leaves, structure = jax.tree.flatten((gradients, params))
         key = structure, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
         if key not in self._known:
@@ -66,19 +74,24 @@ def _zeroed(frozen: list[bool], tree: PyTree) -> PyTree:
 
 def _never_updated(
     update: Callable[..., tuple[Any, Any]], given: tuple[Any, ...], extra_args: dict[str, Any]
-) -> list[bool]:
+) -> Leaves:
     try:
         closed = jax.make_jaxpr(lambda *arrays: update(*arrays, **extra_args))(*given)
     except Exception:  # it branches on values, or lacks an argument that only `update` is given
-        return []
+        return Leaves([], [])
     jaxpr, leaves = closed.jaxpr, len(jax.tree.leaves(given[0]))
-    is_zero, reaches = _zeros(jaxpr), _live(jaxpr)
+    gradients, updates = jaxpr.invars[:leaves], jaxpr.outvars[:leaves]
+    is_zero, reaches = _zeros(jaxpr), _live(jaxpr, jaxpr.outvars)
     frozen = [
         is_zero(out) or gradient not in reaches
-        for gradient, out in zip(jaxpr.invars[:leaves], jaxpr.outvars[:leaves], strict=True)
+        for gradient, out in zip(gradients, updates, strict=True)
     ]
     # Where nothing is updated there is nothing that the rest could be kept apart from.
-    return [] if all(frozen) else frozen
+    if all(frozen):
+        return Leaves([], [])
+    counts = _live(jaxpr, [out for out, f in zip(updates, frozen, strict=True) if not f])
+    harmless = [f and x not in counts for x, f in zip(gradients, frozen, strict=True)]
+    return Leaves(frozen, harmless)
 
 
 def _zeros(jaxpr: Jaxpr) -> Callable[[Any], bool]:
@@ -98,10 +111,21 @@ def _zeros(jaxpr: Jaxpr) -> Callable[[Any], bool]:
     return is_zero
 
 
-def _live(jaxpr: Jaxpr) -> set[Any]:
-    """The variables that an output depends on."""
-    live = {x for x in jaxpr.outvars if not isinstance(x, Literal)}
+def _live(jaxpr: Jaxpr, outputs: list[Any]) -> set[Any]:
+    """The variables that one of these outputs depends on."""
+    live = {x for x in outputs if not isinstance(x, Literal)}
     for equation in reversed(jaxpr.eqns):
-        if any(x in live for x in equation.outvars):
-            live |= {x for x in equation.invars if not isinstance(x, Literal)}
+        wanted = [x in live for x in equation.outvars]
+        if any(wanted):
+            live |= {x for x in _used(equation, wanted) if not isinstance(x, Literal)}
     return live
+
+
+def _used(equation: Any, wanted: list[bool]) -> list[Any]:
+    """What the wanted outputs of an equation depend on; of a jitted function not all of them do."""
+    called = equation.params.get("jaxpr") if equation.primitive.name in ("jit", "pjit") else None
+    if called is None:
+        return list(equation.invars)
+    inner = called.jaxpr
+    live = _live(inner, [x for x, is_one in zip(inner.outvars, wanted, strict=True) if is_one])
+    return [x for x, own in zip(equation.invars, inner.invars, strict=True) if own in live]

@@ -149,7 +149,7 @@ def govern(
     def init_fn(params: PyTree) -> GuardState:
         probe = Probe(telemetry.sample_of_zeros(params), parameters=None)
         inner_state = inner.init(params)
-        _refuse_to_and_fro(inner_state)
+        _refuse_what_goes_around(inner_state)
         _refuse_a_guard(inner_state)
         return states.init(probe, bounds, mode)._replace(inner_state=inner_state)
 
@@ -162,6 +162,7 @@ def govern(
         **extra_args: Any,
     ) -> tuple[PyTree, GuardState]:
         states.require(state)
+        state = states.as_arrays(state)
         value, extra_args = telemetry.take_loss(value, extra_args)
         parts.refuse(state, updates, params, value)
         gradients, trained = frozen.zeroed(updates, state.inner_state, params, extra_args)
@@ -203,13 +204,24 @@ def _with_extra_args(inner: optax.GradientTransformation) -> Any:
     return optax.with_extra_args_support(inner)
 
 
-def _refuse_to_and_fro(inner_state: PyTree) -> None:
-    kind = optax.contrib.SAMState
-    if any(isinstance(node, kind) for node in _nodes(inner_state, kind)):
-        raise ValueError(
-            "optax.contrib.sam steps to and fro, which the guard would hold for divergence: put "
-            "the guard inside, optax.contrib.sam(lbw_guard(optimizer), adversarial_optimizer)."
-        )
+def _refuse_what_goes_around(inner_state: PyTree) -> None:
+    """What does not stay right when its updates are scaled."""
+    for kind, sentence in _AROUND.items():
+        if any(isinstance(node, kind) for node in _nodes(inner_state, kind)):
+            raise ValueError(sentence)
+
+
+_AROUND = {
+    optax.contrib.SAMState: (
+        "optax.contrib.sam steps to and fro, which the guard would hold for divergence: put "
+        "the guard inside, optax.contrib.sam(lbw_guard(optimizer), adversarial_optimizer)."
+    ),
+    optax.contrib.ScheduleFreeState: (
+        "optax.contrib.schedule_free keeps a second copy of the parameters, which would not follow "
+        "updates that the guard has scaled: put the guard inside, "
+        "optax.contrib.schedule_free(lbw_guard(optax.adamw(lr, b1=0.0)), lr)."
+    ),
+}
 
 
 def _refuse_a_guard(inner_state: PyTree) -> None:

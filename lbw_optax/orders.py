@@ -5,23 +5,31 @@ two: no port, no signal, and it works over any file system that both can see.
 """
 
 import getpass
+import itertools
 import json
+import logging
 import os
 import socket
+import warnings
 from datetime import UTC, datetime
-from pathlib import Path
+from io import FileIO
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from lbw_optax import audit
+from lbw_optax.lines import Lines, is_torn
+from lbw_optax.paths import path_of
 from lbw_optax.types import PyTree
 
+_LOG = logging.getLogger("lbw_optax")
 FILE = "orders.jsonl"
 ORDERS = ("hold", "release", "observe", "govern", "reset", "rollback")
 # Steps between two looks at the file where several processes must look together.
 EVERY = 10
+# The least scale that float32 can hold.
+LEAST = float(np.finfo(np.float32).tiny)
 
 
 class Order(NamedTuple):
@@ -65,22 +73,24 @@ def give(directory: str | os.PathLike[str], order: str, scale: float | None = No
     """
     if order not in ORDERS:
         raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
-    if scale is not None and not (order == "hold" and 0 < scale <= 1):
+    if scale is not None and not (order == "hold" and _is_scale(scale)):
         raise ValueError(f'scale must be in (0, 1], and is for "hold" only; got {scale!r}.')
-    given = Order(order, scale, _who(), datetime.now(UTC).isoformat(timespec="seconds"))
+    pinned = None if scale is None else float(scale)
+    given = Order(order, pinned, _who(), datetime.now(UTC).isoformat(timespec="seconds"))
+    line = (json.dumps(given._asdict()) + "\n").encode()
     # One write of a short line to a file that is only appended to: orders of two people stay whole.
-    file = os.open(Path(directory) / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        os.write(file, (json.dumps(given._asdict()) + "\n").encode())
-    finally:
-        os.close(file)
+    with FileIO(path_of(directory, "directory") / FILE, "a+") as file:
+        line = b"\n" * is_torn(file) + line
+        if file.write(line) != len(line):
+            raise OSError(28, "has no room for an order: free space there", str(file.name))
     return given
 
 
 class Orders:
     """Obeys what is asked in this directory from now on.
 
-    What was asked before it was made is of an earlier process, and passed over.
+    What was asked before it was made is of an earlier process, and passed over. So is a line that
+    is no order, with a warning, once. A file that cannot be read is a warning, and ends no run.
 
     Args:
       directory: of the run; it need not exist yet. With several processes all of them must see it,
@@ -97,8 +107,11 @@ class Orders:
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        self._path = Path(directory) / FILE
-        self._read = _size(self._path)
+        self._lines = Lines(path_of(directory, "directory") / FILE)
+        self._heard: list[bytes] | None = None  # None: not even what is of an earlier process
+        self._restarts = 0
+        self._told: set[str] = set()
+        self._read_on()
 
     def obey(
         self,
@@ -139,15 +152,40 @@ class Orders:
         return _unpacked(np.asarray(multihost_utils.broadcast_one_to_all(padded)))
 
     def _read_on(self) -> list[Order]:
-        """The whole lines since the last look; what is no order is passed over."""
-        if _size(self._path) <= self._read:
+        """The orders since the last look; of a file that is another one, since they differ."""
+        try:
+            lines = self._lines.new()
+        except OSError as error:
+            self._warn(
+                f"{self._lines.path} cannot be read ({error.strerror}): no order is heard until it "
+                "is a file that this user may read."
+            )
             return []
-        with self._path.open("rb") as file:
-            file.seek(self._read)
-            new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self._read += len(whole)
-        return [order for line in whole.splitlines() if (order := _order(line)) is not None]
+        heard, self._heard = self._heard, [*(self._heard or []), *lines]
+        if heard is None:
+            return []
+        if self._lines.restarts > self._restarts:
+            self._restarts, self._heard = self._lines.restarts, lines
+            same = (a == b for a, b in zip(heard, lines, strict=False))
+            lines = lines[sum(itertools.takewhile(bool, same)) :]
+        return [order for line in lines if line.strip() and (order := self._order(line))]
+
+    def _order(self, line: bytes) -> Order | None:
+        order = _order(line)
+        if order is None:
+            self._warn(
+                f"{self._lines.path} has a line that is no order and is passed over "
+                f"({line[:80]!r}): give orders with lbw-watch, or lbw_optax.orders.give."
+            )
+        return order
+
+    def _warn(self, message: str) -> None:
+        """Once of each kind."""
+        kind = message.partition("(")[0]
+        if kind not in self._told:
+            self._told.add(kind)
+            _LOG.warning(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _obeyed(state: PyTree, order: Order, rollbacks: Rollbacks | None) -> PyTree:
@@ -168,19 +206,27 @@ def _obeyed(state: PyTree, order: Order, rollbacks: Rollbacks | None) -> PyTree:
 
 def _least_scale(state: PyTree) -> float:
     scales = [x for name, x in audit.metrics(state).items() if name.rpartition("/")[2] == "scale"]
-    return float(min(np.min(x) for x in scales))
+    return float(np.clip(min(np.min(x) for x in scales), LEAST, 1))
 
 
 def _order(line: bytes) -> Order | None:
     """What a line asks for; None if it asks for nothing that is known."""
     try:
         read: Any = json.loads(line)
-        order = Order(*(read[name] for name in Order._fields))
-    except (ValueError, KeyError, TypeError):
+        order, scale, who, time = (read[name] for name in Order._fields)
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    scale = 1 if order.scale is None else order.scale
-    sound = order.order in ORDERS and isinstance(scale, float | int) and 0 < scale <= 1
-    return order if sound else None
+    if order not in ORDERS or not (scale is None or _is_scale(scale)):
+        return None
+    return Order(order, scale if scale is None else float(scale), str(who), str(time))
+
+
+def _is_scale(x: Any) -> bool:
+    """Whether it is a number in (0, 1] that float32 can hold."""
+    if isinstance(x, jax.Array):
+        x = np.asarray(x)[()]
+    is_real = isinstance(x, float | int | np.floating | np.integer) and not isinstance(x, bool)
+    return is_real and bool(LEAST <= x <= 1)
 
 
 def _packed(orders: list[Order]) -> np.ndarray:
@@ -189,13 +235,6 @@ def _packed(orders: list[Order]) -> np.ndarray:
 
 def _unpacked(packed: np.ndarray) -> list[Order]:
     return [Order(*fields) for fields in json.loads(packed.tobytes())]
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
 
 
 def _who() -> str:

@@ -198,6 +198,23 @@ def require(state: PyTree) -> None:
         )
 
 
+def as_arrays(guard: GuardState) -> GuardState:
+    """With the guard's own parts as arrays, where a file gave NumPy's, or plain numbers.
+
+    Those have no types that stay from step to step, and are no arrays where nothing is compiled.
+    The inner state stays as it is: what the inner optimizer makes of it is its own.
+    """
+    own = guard._replace(inner_state=None)
+    if all(isinstance(x, jax.Array) for x in jax.tree.leaves(own)):
+        return guard
+    probe = _skeleton().probe
+    if guard.probe.parameters is None:
+        probe = probe._replace(parameters=None)
+    types = _skeleton()._replace(inner_state=None, probe=probe)
+    arrays = jax.tree.map(lambda x, kind: jnp.asarray(x, kind.dtype), own, types)
+    return arrays._replace(inner_state=guard.inner_state)
+
+
 def strip(state: PyTree) -> PyTree:
     """The optimizer state without its guards, as the unguarded optimizer has it.
 

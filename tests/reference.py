@@ -167,6 +167,7 @@ class LawReference:
         self.loss_start = RunningReference(statistics.LOSS)
         self.log_scale = self.turning_point = math.log(max(self.min_scale, control.FIRST_SCALE))
         self.started = self.settled = False
+        self.since_jump = 0
         self.age, self.longest, self.shortest, self.others_in_a_row = 0, None, None, 0
         self.gradient_norms: list[float] = []
         self.jumps, self.in_a_jump, self.longest_given = 0, False, statistics.UNKNOWN
@@ -392,9 +393,10 @@ class LawReference:
         return self.gradient.mean + max(width, math.log(statistics.SPIKE_FACTOR))
 
     def loss_threshold(self) -> float:
-        """Of the loss over the size of the first one; in a row of jumps as it was before."""
+        """Of the loss over the size of the first one; in a first row of jumps as it was before."""
         now = self.loss.mean + statistics.SPIKE_STDS * self.loss.std
-        in_row = self.in_a_jump and self.row < statistics.LONGEST_ROW
+        again = self.jumps > self.in_a_jump
+        in_row = self.in_a_jump and self.row < statistics.LONGEST_ROW and not again
         return min(self.loss_bound, now) if in_row else now
 
     def _arrives(self, seen: Signals, spike: bool) -> tuple[bool, bool]:
@@ -405,7 +407,8 @@ class LawReference:
         again, given = self.jumps > self.in_a_jump, norm
         if jumped:
             usual = self.gradient.mean
-            given = min(max(usual, self.longest_given) if again else usual, given)
+            grown = 0.0 if self.in_a_jump else math.log(statistics.AGAIN)
+            given = min(max(usual, self.longest_given + grown) if again else usual, given)
         if spike and not bad and not again:
             given = min(given, norm - math.log(statistics.SPIKE_FACTOR))
         if seen.gradient_norm:
@@ -459,6 +462,7 @@ class LawReference:
     def _move(self, seen: Signals, overshoot: float, ceiling: float, skip: bool) -> float:
         """The scale of this step; that which lasts is `log_scale`."""
         before, t, self.was_settled = self.log_scale, self.age + 1, self.settled
+        self.was_full = self._is_full()
         if skip:
             applied = self._under_the_hosts(before)
             self.log_scale = max(applied, self._least(before))
@@ -489,9 +493,10 @@ class LawReference:
         if seen.relative_step is not None:
             self._took(applied + length, t)
         lasting = applied if begins else max(applied, self._least(before))
-        self.ceiling_steps = max(self.ceiling_steps - 1, 0)
         self.log_scale = min(wanted, lasting)
-        if begins:
+        by_host = self.ceiling_steps > 0 and self.log_scale >= self._under_the_hosts(0.0)
+        self.ceiling_steps = max(self.ceiling_steps - 1, 0)
+        if begins or by_host:
             self.turning_point = self.log_scale
         return applied
 
@@ -518,9 +523,13 @@ class LawReference:
             self.longest = log_step
         else:
             faded = self.longest - control.FORGOTTEN / t
-            most = min(control.GROWTH / t, control.MOST) if self.was_settled else control.MOST
+            started = self.was_settled or self.was_full
+            most = min(control.GROWTH / t, control.MOST) if started else control.MOST
             slowly = log_step if t < control.JUMPS_FROM else min(log_step, self.longest + most)
-            self.longest = faded if self.jumping else max(faded, slowly)
+            grown = self.longest + math.log(statistics.AGAIN)
+            alone = grown if self.since_jump >= control.APART else faded
+            self.longest = alone if self.jumping else max(faded, slowly)
+        self.since_jump = 0 if self.jumping else self.since_jump + 1
         self.others_in_a_row = self.others_in_a_row + 1 if self.jumping or self.falling else 0
         self.age = t
         if self.others_in_a_row >= control.OTHER_STEPS:

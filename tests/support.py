@@ -21,7 +21,6 @@ INNER = {
     "lion": lambda: optax.lion(0.02),
     "muon": lambda: optax.contrib.muon(0.05),
     "adafactor": lambda: optax.adafactor(0.05),
-    "schedule_free_adamw": lambda: optax.contrib.schedule_free_adamw(0.05),
 }
 PLACEMENTS = {
     "wrapped": lambda inner: lbw_guard(inner),

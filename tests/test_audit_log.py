@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from support import small_params, storm
@@ -230,14 +231,53 @@ def test_no_line_is_touched_and_the_log_goes_on(tmp_path, content):
         assert audit.record(4, states[4]) == 0
 
 
+@pytest.mark.parametrize("whole", [WHOLE, b""], ids=["", "alone"])
 @pytest.mark.parametrize("tail", TORN.values(), ids=TORN)
-def test_only_the_torn_line_is_cut_off(tmp_path, tail):
+def test_only_the_torn_line_is_cut_off(tmp_path, tail, whole):
     path = tmp_path / "audit.jsonl"
-    path.write_bytes(WHOLE + tail)
+    path.write_bytes(whole + tail)
     inode = path.stat().st_ino
     AuditLog(path).close()
-    assert path.read_bytes() == WHOLE
+    assert path.read_bytes() == whole
     assert path.stat().st_ino == inode
+
+
+def test_a_torn_line_of_a_person_is_cut_off(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    with AuditLog(path) as audit:
+        audit.note(3, action="order", who="ana")
+    content = path.read_bytes()
+    for size in range(1, len(content)):
+        path.write_bytes(content[:size])
+        AuditLog(path).close()
+        assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "step", [np.int64(7), np.float32(7), jnp.int32(7), 7.0], ids=lambda x: type(x).__name__
+)
+def test_numbers_of_any_kind_are_written(tmp_path, step):
+    path = tmp_path / "audit.jsonl"
+    ((_, state),) = storm(1)
+    facts = {"rate": np.float32(0.5), "loss": [float("nan"), jnp.ones(2)], "of": {"n": np.int8(1)}}
+    with AuditLog(path) as audit:
+        audit.note(step, **facts)
+        audit.record(step, state)
+    note, event = lines(path)
+    assert {k: note[k] for k in facts} == {"rate": 0.5, "loss": [None, [1.0, 1.0]], "of": {"n": 1}}
+    assert note["recorded_at"] == event["recorded_at"] == 7
+
+
+@pytest.mark.parametrize("step", [None, "7", 7.5, float("nan"), [7]], ids=str)
+def test_what_is_no_step_is_refused_before_anything_is_to_be_written(tmp_path, step):
+    (_, quiet), *_ = storm(1, bad=())
+    with AuditLog(tmp_path / "audit.jsonl") as audit:
+        with pytest.raises(TypeError, match=r"is an integer, got"):
+            audit.record(step, quiet)
+        with pytest.raises(TypeError, match=r"is an integer, got"):
+            audit.note(step)
+        with pytest.raises(TypeError, match="holds numbers, words, lists and dicts, got b'x'"):
+            audit.note(7, shard=b"x")
 
 
 @pytest.mark.parametrize(
@@ -435,3 +475,54 @@ def test_what_is_written_is_said_to_the_logger(tmp_path, caplog):
         "Step 3: skipped 3 times, to step 5, because gradients are not finite.",
     ]
     assert any("updates grow again" in sentence for sentence in said)
+
+
+# --- what is told at once ------------------------------------------------------------------------
+
+
+def test_an_alert_is_what_the_logger_says(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "lbw_optax")
+    told = []
+    with AuditLog(tmp_path / "audit.jsonl", on_event=told.append) as audit:
+        for step, state in storm(100, every=5):
+            if step % 10 == 9:
+                audit.record(step, state)
+    assert [(x.level.upper(), x.sentence) for x in told] == [
+        (record.levelname, record.getMessage()) for record in caplog.records
+    ]
+    assert [x.line for x in told] == lines(tmp_path / "audit.jsonl")
+    assert {x.step for x in told} == {9, 19, 29, 39, 49, 59, 69, 79, 89, 99}
+
+
+def test_what_an_earlier_process_wrote_is_no_news(tmp_path):
+    path, told = tmp_path / "audit.jsonl", []
+    states = [state for _, state in storm(20, every=4)]
+    with AuditLog(path) as audit:
+        audit.record(9, states[9])
+    with AuditLog(path, on_event=told.append) as audit:
+        audit.record(9, states[9])
+        assert told == []
+        audit.record(19, states[19])
+    assert {x.line["step"] for x in told} == {12, 16}
+
+
+def test_a_function_that_fails_harms_nothing(tmp_path, caplog):
+    """Nor those after it; one warning names it."""
+
+    def broken(alert):
+        raise OSError("no route")
+
+    told = []
+    with AuditLog(tmp_path / "audit.jsonl", on_event=[broken, told.append]) as audit:
+        for step, state in storm(6, every=2):
+            assert audit.record(step, state) == (step % 2 == 0)
+    assert [x.line["step"] for x in told] == [0, 2, 4]
+    (warning,) = [r.getMessage() for r in caplog.records if "on_event" in r.getMessage()]
+    assert "broken" in warning
+    assert "OSError: no route" in warning
+
+
+def test_on_event_must_be_a_function(tmp_path):
+    with pytest.raises(TypeError, match="on_event must be a function, or several, got 'https"):
+        AuditLog(tmp_path / "audit.jsonl", on_event=["https://chat.example"])
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Every example runs, is short, and prints what it is there to show."""
 
 import importlib.util
+import json
 import re
 import runpy
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NEEDS = {
     "adopt_midway": [],
+    "any_loop": ["orbax"],
     "equinox_mlp": ["equinox"],
     "flax_linen": ["flax"],
     "flax_nnx": ["flax"],
@@ -22,7 +24,7 @@ HELD = 0.1
 
 @pytest.fixture
 def said(request, monkeypatch, tmp_path, capfd):
-    """The last line that the example prints. Its temporary files lie in the test's folder."""
+    """What the example prints last. Its temporary files lie in the test's folder."""
     name = request.param
     missing = [package for package in NEEDS[name] if importlib.util.find_spec(package) is None]
     if missing:
@@ -59,6 +61,16 @@ def test_the_guard_is_added_and_taken_away(said):
     assert said.endswith("moments kept: True; back: True")
 
 
+@pytest.mark.parametrize("said", ["any_loop"], indirect=True)
+def test_a_broken_state_is_left_behind(said, tmp_path):
+    assert said == "step 100, healthy: True, parameters finite: True"
+    (events,) = tmp_path.rglob("events.jsonl")
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    found = {line["action"]: line["signal"] for line in lines}
+    assert found["skip"] == "nonfinite_gradients"
+    assert found["rollback"] == "parameters"
+
+
 @pytest.mark.parametrize("said", ["own_checkpoints"], indirect=True)
 def test_a_restored_run_is_the_same_run(said):
     assert said.endswith("True")
@@ -67,4 +79,7 @@ def test_a_restored_run_is_the_same_run(said):
 @pytest.mark.parametrize("said", ["log_to_wandb"], indirect=True)
 def test_an_intervention_reaches_the_log(said, tmp_path):
     assert "skip at 42" in said
-    assert list(tmp_path.rglob("run-*.wandb"))
+    (path,) = tmp_path.rglob("run-*.wandb")
+    content = path.read_bytes()
+    assert b"Step 42: skipped, because gradients are not finite." in content  # the alert
+    assert b"guard/scale" in content

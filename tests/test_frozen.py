@@ -104,6 +104,17 @@ def test_a_leaf_that_is_updated_by_nothing_but_its_own_zero_gradient_counts():
     assert int(lbw_optax.metrics(state)["skips"]) == 1
 
 
+def test_a_frozen_leaf_that_reaches_others_by_a_common_norm_counts():
+    """A NaN in it would be in every update: the step is left out, to the bit."""
+    tx = lbw_guard(optax.chain(optax.clip_by_global_norm(1.0), IDIOMS["partition"]()))
+    run, whole = run_of(tx), params()
+    whole, state = run.step(whole, run.init(whole), gradients(0), np.float32(1))
+    after, new = run.step(whole, state, gradients(1, np.nan), np.float32(1))
+    chex.assert_trees_all_equal(after, whole)
+    chex.assert_trees_all_equal(new.inner_state, state.inner_state)
+    assert int(lbw_optax.metrics(new)["skips"]) == 1
+
+
 def test_where_nothing_is_updated_everything_counts():
     tx, weights = lbw_guard(optax.masked(optax.set_to_zero(), {"a": True})), {"a": jnp.ones(4)}
     _, state = jax.jit(tx.update)(weights, tx.init(weights), weights, value=1.0)

@@ -66,17 +66,114 @@ def test_lines_that_are_no_orders_are_passed_over_and_a_torn_one_waits(state, tm
     standing, file = Orders(tmp_path), tmp_path / orders.FILE
     whole = json.dumps(give(tmp_path, "hold", 0.5)._asdict())
     strange = [
-        *("", "null", "[1]", "{}", "{", '{"order": "hold"}', "\u2028"),
+        *("", "null", "[1]", "{}", "{", '{"order": "hold"}', "\u2028", "[" * 100_000),
         whole.replace("hold", "explode"),
         whole.replace("0.5", "2"),
         whole.replace("0.5", '"much"'),
         whole.replace("0.5", "NaN"),
+        whole.replace("0.5", "true"),
+        whole.replace("0.5", "1e-50"),
+        whole.replace("0.5", "1e-39"),
+        whole.replace("0.5", "[1, [2]]"),
+        whole.replace("0.5", "9" * 400),
     ]
     file.write_text("\n".join(strange) + "\n" + whole)
-    assert standing.obey(state, 1) is state
+    with pytest.warns(RuntimeWarning, match=r"no order and is passed over .*lbw-watch") as said:
+        assert standing.obey(state, 1) is state
+    assert len(said) == 1
     with file.open("a") as more:
         more.write("\n")
     assert lbw_optax.metrics(standing.obey(state, 2))["scale"] == 0.5
+
+
+@pytest.mark.parametrize("who", ["null", "[NaN]", '"\\ud800"', '{"a": 1e999}'])
+def test_whoever_gave_an_order_it_is_obeyed_and_logged(state, tmp_path, who):
+    standing = Orders(tmp_path)
+    line = f'{{"order": "hold", "scale": 0.5, "who": {who}, "time": null}}\n'
+    (tmp_path / orders.FILE).write_text(line)
+    with lbw_optax.AuditLog(tmp_path / "audit.jsonl") as log:
+        assert lbw_optax.metrics(standing.obey(state, 7, log=log))["scale"] == 0.5
+    assert isinstance(json.loads((tmp_path / "audit.jsonl").read_text())["who"], str)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_file_that_cannot_be_read_ends_no_run(state, tmp_path, when):
+    file = tmp_path / orders.FILE
+
+    def begin():
+        if when == "before":
+            file.mkdir()
+        standing = Orders(tmp_path)
+        file.mkdir(exist_ok=True)
+        assert standing.obey(state, 1) is standing.obey(state, 2) is state
+        return standing
+
+    with pytest.warns(RuntimeWarning, match="no order is heard until it is a file") as said:
+        standing = begin()
+    assert len(said) == 1
+    file.rmdir()
+    assert standing.obey(state, 3) is state
+    if when == "before":  # what is there then may be of an earlier process
+        file.touch()
+        assert standing.obey(state, 4) is state
+    give(tmp_path, "hold", 0.5)
+    assert lbw_optax.metrics(standing.obey(state, 5))["scale"] == 0.5
+
+
+REPLACED = {
+    "by_a_shorter_one": lambda file, new: file.write_bytes(new),
+    "by_an_empty_one_first": lambda file, new: (file.write_bytes(b""), file.write_bytes(new)),
+    "by_one_as_long": lambda file, new: file.write_bytes(new + b"#" * 300),
+    "by_an_editor": lambda file, new: file.write_bytes(file.read_bytes() + new),
+    "after_a_torn_line": lambda file, new: file.write_bytes(file.read_bytes() + b'{"o\n' + new),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is no order")
+@pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED)
+def test_a_file_that_another_has_taken_the_place_of_is_read_from_its_start(
+    state, tmp_path, replace
+):
+    for scale in (0.5, 0.4, 0.3):
+        give(tmp_path, "hold", scale)
+    standing = Orders(tmp_path)
+    give(tmp_path / "..", "hold", 0.25)
+    new = tmp_path.parent / orders.FILE
+    content = new.read_bytes()
+    new.unlink()
+    replace(tmp_path / orders.FILE, content)
+    assert lbw_optax.metrics(standing.obey(state, 1))["scale"] == 0.25
+    assert standing.obey(state, 2) is state
+
+
+def test_an_order_that_is_taken_back_too_late_is_not_obeyed_once_more(state, tmp_path):
+    """The file is shorter, and what is left of it was heard."""
+    standing, file = Orders(tmp_path), tmp_path / orders.FILE
+    for scale in (0.5, 0.25):
+        give(tmp_path, "hold", scale)
+    standing.obey(state, 1)
+    file.write_bytes(file.read_bytes().splitlines(keepends=True)[0])
+    assert standing.obey(state, 2) is state
+    give(tmp_path, "release")
+    assert standing.obey(state, 3) is not state
+
+
+def test_an_order_after_a_torn_one_is_a_line_of_its_own(state, tmp_path):
+    (tmp_path / orders.FILE).write_bytes(b'{"order": "ho')
+    standing = Orders(tmp_path)
+    give(tmp_path, "hold", 0.5)
+    with pytest.warns(RuntimeWarning, match="is no order"):
+        assert lbw_optax.metrics(standing.obey(state, 1))["scale"] == 0.5
+
+
+def test_a_scale_below_what_can_be_pinned_is_held_at_the_least(tmp_path):
+    tx = lbw_optax.lbw_guard(optax.sgd(0.1), min_scale=1e-300)
+    state = tx.init(jnp.ones(2))
+    control = state.law.control._replace(log_scale=jnp.float32(-600))
+    state = state._replace(law=state.law._replace(control=control))
+    standing = Orders(tmp_path)
+    give(tmp_path, "hold")
+    assert bool(standing.obey(state, 1).law.control.pinned)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +182,9 @@ def test_lines_that_are_no_orders_are_passed_over_and_a_torn_one_waits(state, tm
         ("explode", None, "order must be one of"),
         ("hold", 0.0, r"scale must be in \(0, 1\]"),
         ("hold", float("nan"), r"scale must be in \(0, 1\]"),
+        ("hold", 1e-50, r"scale must be in \(0, 1\]"),
+        ("hold", True, r"scale must be in \(0, 1\]"),
+        ("hold", "0.5", r"scale must be in \(0, 1\]"),
         ("observe", 0.5, 'is for "hold" only'),
     ],
 )
@@ -92,6 +192,11 @@ def test_no_other_order_can_be_given(tmp_path, order, scale, said):
     with pytest.raises(ValueError, match=said):
         give(tmp_path, order, scale)
     assert not (tmp_path / orders.FILE).exists()
+
+
+@pytest.mark.parametrize("half", [np.float32(0.5), np.float64(0.5), jnp.float32(0.5)])
+def test_a_scale_of_any_kind_of_number_is_given(tmp_path, half):
+    assert give(tmp_path, "hold", half).scale == 0.5
 
 
 def test_without_a_guard_an_order_is_refused(tmp_path):

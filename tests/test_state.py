@@ -7,7 +7,17 @@ import optax
 import pytest
 from flax import nnx
 from reference import cosine, flat, mean_parameters
-from support import assert_same_bits, gradients_of, guarded, run_of, small_params, train
+from support import (
+    PLACEMENTS,
+    assert_same_bits,
+    gradients_of,
+    guard_in,
+    guarded,
+    run_of,
+    small_params,
+    train,
+    types,
+)
 
 import lbw_optax
 from lbw_optax import lbw_guard
@@ -114,6 +124,25 @@ def test_a_state_out_of_nnx_split():
     assert len(jax.tree.leaves(lbw_optax.strip(state))) < len(jax.tree.leaves(state))
 
 
+def plain_number(x):
+    return x.item() if np.ndim(x) == 0 else x
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("kind", [np.asarray, lambda x: plain_number(np.asarray(x))])
+def test_a_state_out_of_a_file_is_updated_without_jit(kind, placement):
+    """NumPy's arrays, and plain numbers, as npz and msgpack give them."""
+    tx, params = PLACEMENTS[placement](optax.sgd(0.1, momentum=0.9)), jnp.arange(3.0)
+    _, state = tx.update(params, tx.init(params), params, value=1.0)
+    loaded = jax.tree.map(kind, state)
+    bad, value = np.full(3, np.nan, np.float32), np.float32(2)
+    updates, after = tx.update(bad, loaded, np.arange(3, dtype=np.float32), value=value)
+    expected = tx.update(jnp.asarray(bad), state, params, value=value)
+    assert_same_bits((updates, after), expected)
+    assert types(guard_in(after)) == types(guard_in(expected[1]))
+    assert len(lbw_optax.events(loaded)) == len(lbw_optax.events(state))
+
+
 @pytest.mark.parametrize("read", [lbw_optax.events, lbw_optax.explain], ids=["events", "explain"])
 def test_several_runs_in_one_state_are_named(read):
     state = jax.vmap(lbw_optax.adamw(1e-2).init)(jnp.ones((3, 4)))
@@ -170,11 +199,17 @@ def test_a_guard_in_a_guard_is_refused(wrap):
         lbw_guard(wrap(lbw_guard(optax.adamw(1e-2)))).init(small_params())
 
 
-def test_sam_goes_around_the_guard():
-    sam = lambda inner: optax.contrib.sam(inner, optax.sgd(0.05), sync_period=2)  # noqa: E731
-    with pytest.raises(ValueError, match=r"optax\.contrib\.sam\(lbw_guard"):
-        lbw_guard(sam(optax.adamw(1e-2))).init(small_params())
-    run, params = run_of(sam(lbw_guard(optax.adamw(0.05)))), small_params()
+@pytest.mark.parametrize(
+    ("name", "around"),
+    [
+        ("sam", lambda tx: optax.contrib.sam(tx, optax.sgd(0.05), sync_period=2)),
+        ("schedule_free", lambda tx: optax.contrib.schedule_free(tx, 0.05)),
+    ],
+)
+def test_it_goes_around_the_guard(name, around):
+    with pytest.raises(ValueError, match=rf"optax\.contrib\.{name}\(lbw_guard"):
+        lbw_guard(optax.chain(around(optax.adamw(1e-2)))).init(small_params())
+    run, params = run_of(around(lbw_guard(optax.adamw(0.05)))), small_params()
     state = run.init(params)
     for _ in range(400):
         updates, state = run.update(gradients_of(params), state, params)

@@ -144,7 +144,7 @@ def falling(to: float, start: int, seed=0) -> list[Signals]:
     return steps
 
 
-DISTRESSED = TRAJECTORIES | {
+DIVERGING = TRAJECTORIES | {
     "corrupt_parameters": change(noisy(), [150], parameters_broken=True),
     "corrupt_moment": change(noisy(), range(150, 160), updates_broken=True),
     "nonfinite_updates_only": change(noisy(), range(80, 90), nonfinite_updates=1),

@@ -4,7 +4,9 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from lbw_optax.lines import is_torn
 
 
 def append(path: Path, *records: dict[str, Any]) -> dict[str, Any]:
@@ -18,8 +20,8 @@ def append(path: Path, *records: dict[str, Any]) -> dict[str, Any]:
         for record in records
     ]
     with path.open("ab+") as file:
-        torn = b"\n" if _is_torn(file) else b""
-        file.write(torn + b"".join(line.encode() + b"\n" for line in lines))
+        whole = b"".join(line.encode() + b"\n" for line in lines)
+        file.write(b"\n" * is_torn(file) + whole)
     return json.loads(lines[-1])
 
 
@@ -42,13 +44,6 @@ def numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         if isinstance(record, dict):
             yield number, record
-
-
-def _is_torn(file: BinaryIO) -> bool:
-    if file.seek(0, 2) == 0:
-        return False
-    file.seek(-1, 2)
-    return file.read(1) != b"\n"
 
 
 def finite(value: Any) -> Any:

@@ -1,15 +1,13 @@
 """A run's metrics: one JSON line a step, and the same to TensorBoard, W&B or trackio."""
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-import lbw_optax
-from train.corpora import SPLITS
-from train.jsonl import finite, read
+from lbw_optax.exporters import MetricsLog, grouped
+from train.jsonl import read
 
 
 class Logs:
@@ -36,20 +34,15 @@ class Logs:
 
     def __init__(self, directory: Path, track: Collection[str], config: Mapping[str, Any] = {}):
         self._trackers = [_TRACKERS[name](directory, config) for name in dict.fromkeys(track)]
-        # Line by line: a kill loses no step that a checkpoint holds.
-        self._file = (directory / "log.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._file = MetricsLog(directory / "log.jsonl")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the scalars of one step; `step` counts the updates made, from 1.
 
-        The file has the regime by its name. Trackers get numbers only, under `tag` names.
+        Trackers get numbers only, under the names of `lbw_optax.exporters.tag`.
         """
-        values = {name: np.asarray(value).item() for name, value in metrics.items()}
-        line = {"step": step, **values}
-        if "regime" in values:
-            line["regime"] = lbw_optax.REGIMES[values["regime"]]
-        self._file.write(json.dumps(finite(line), allow_nan=False) + "\n")
-        tagged = {tag(name): value for name, value in values.items() if name != "time"}
+        self._file(step, metrics)
+        tagged = grouped({name: x for name, x in metrics.items() if name != "time"})
         for tracker in self._trackers:
             tracker(step, tagged)
 
@@ -60,27 +53,6 @@ class Logs:
         self._file.close()
         for tracker in self._trackers:
             tracker(None, {})
-
-
-_DECISIONS = {
-    *("scale", "regime", "skips", "skips_in_a_row", "events", "outstanding", "exhausted"),
-    "rollback_asked",
-}
-_LOSSES = {"loss": "train", **{f"{split}_perplexity": f"{split}_perplexity" for split in SPLITS}}
-_RUN = {"learning_rate", "tokens_per_second", "mfu"}
-
-
-def tag(name: str) -> str:
-    """A metric's name in its group: loss/, guard/ (decisions), signals/ (what it saw), run/.
-
-    >>> tag("loss"), tag("scale"), tag("gradient_norm"), tag("rollback_host_bytes")
-    ('loss/train', 'guard/scale', 'signals/gradient_norm', 'run/rollback_host_bytes')
-    """
-    if name in _LOSSES:
-        return f"loss/{_LOSSES[name]}"
-    is_run = name in _RUN or (name.startswith("rollback_") and name not in _DECISIONS)
-    group = "guard" if name in _DECISIONS else "run" if is_run else "signals"
-    return f"{group}/{name}"
 
 
 def require(track: Collection[str]) -> None:

@@ -39,12 +39,16 @@ def _provenance() -> dict[str, Any]:
 
 
 def commits(records: Iterable[dict[str, Any]]) -> str:
-    """Which ones the records were made at; a * stands for local changes.
+    """Which ones the records were made at.
 
+    >>> commits([{"commit": "a0" * 20, "dirty": False}])
+    'a0a0a0a0a0'
     >>> commits([{"commit": "a0" * 20, "dirty": False}, {"commit": "10" * 20, "dirty": True}])
-    '1010101010*, a0a0a0a0a0'
+    '1010101010*, a0a0a0a0a0 (* with local changes)'
     """
-    return ", ".join(sorted({f"{r['commit']}"[:10] + "*" * bool(r["dirty"]) for r in records}))
+    named = sorted({f"{r['commit']}"[:10] + "*" * bool(r["dirty"]) for r in records})
+    changed = any(name.endswith("*") for name in named)
+    return ", ".join(named) + " (* with local changes)" * changed
 
 
 def machines(records: Iterable[dict[str, Any]]) -> str:

@@ -80,7 +80,7 @@ def _provenance(grid: Grid) -> str:
     text = next((record["data"] for record in found if "data" in record), "none")
     return (
         f"Text: {text}. {len(found)} cells with seeds {seeds}, {_hours(found):.1f} hours of one "
-        f"core, at commit {commits(found)} (* with local changes); {versions}; {machines(found)}. "
+        f"core, at commit {commits(found)}; {versions}; {machines(found)}. "
         "Made by `python -m benchmarks.atlas` and `python -m benchmarks.atlas.tables`."
     )
 

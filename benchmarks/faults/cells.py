@@ -117,7 +117,7 @@ def kept(cell: Cell, found: Record) -> Record:
     names = ["valid"] if cell["part"] == "tuning" else ["interventions"]
     if cell["part"] in ("grid", "mix"):
         names = ["ratio", "survived", "recovery", "lost"]
-        names += [name for name in ("nonfinite", "rollbacks") if found[name]]
+        names += [name for name in ("nonfinite", "rollbacks", "exhausted") if found[name]]
     if cell["part"] == "mix":
         names.append("steps_done")
     elif cell.get("scenario") in DRAWN and cell["method"] in DRAWN_METHODS:

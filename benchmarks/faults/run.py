@@ -226,8 +226,8 @@ def _step(
     opt_state = _inject("opt_state", clock, strike, state.opt_state)
 
     def loss_fn(params: Any) -> jax.Array:
-        poison = functools.partial(_inject, "activations", clock, strike)
-        return _loss(params, given.inputs, given.targets, poison)
+        corrupt = functools.partial(_inject, "activations", clock, strike)
+        return _loss(params, given.inputs, given.targets, corrupt)
 
     loss, grads = _inject("gradients", clock, strike, *jax.value_and_grad(loss_fn)(params))
     updates, opt_state = _optimizer(method, rates).update(grads, opt_state, params, value=loss)
@@ -252,13 +252,13 @@ def _inject(place: str, step: Any, strike: Strike, *values: Any) -> Any:
 
 
 def _loss(
-    params: Any, inputs: jax.Array, targets: jax.Array, poison: Callable[[Any], Any] | None = None
+    params: Any, inputs: jax.Array, targets: jax.Array, corrupt: Callable[[Any], Any] | None = None
 ) -> jax.Array:
-    """Cross-entropy in nats; `poison` acts on what the first MLP gives."""
+    """Cross-entropy in nats; `corrupt` acts on what the first MLP gives."""
     decoder = nnx.merge(*_structure(), params)
-    if poison is not None:
+    if corrupt is not None:
         mlp = decoder.layers[0].mlp
-        decoder.layers[0].mlp = lambda *x: poison(mlp(*x))
+        decoder.layers[0].mlp = lambda *x: corrupt(mlp(*x))
     return model.cross_entropy(decoder(inputs), targets)
 
 

@@ -113,7 +113,7 @@ def _provenance(records: Sequence[Record]) -> str:
         f"{shape['hidden_size']} wide, vocabulary {shape['vocab_size']}; sequences of "
         f"{newest['length']}, batch {newest['batch_size']}. Learning rate of all methods: "
         f"{newest['rate']:g}, AdamW's best on valid, after 20 steps of warm-up. Most faults strike "
-        f"in step 100 of 300. Commit {commits(known)} (* with local changes)"
+        f"in step 100 of 300. Commit {commits(known)}"
         f"{law_named(known)}; {made_with(known, newest)}.\n\n"
         "Made by `python -m benchmarks.faults` and `python -m benchmarks.faults.tables`."
     )
@@ -193,7 +193,11 @@ def losses(results: Results) -> str:
             ends = (
                 f"median final loss {statistics.median(ratios) - 1:+.1%}" if ratios else "no loss"
             )
-            lines.append(f"- {SCENARIOS[name].title}: {len(lost)} of {len(records)} lost, {ends}")
+            stopped = sum(r.get("exhausted", False) for r in lost)
+            by_itself = f" ({stopped} stopped with GuardExhausted, as told to)" if stopped else ""
+            lines.append(
+                f"- {SCENARIOS[name].title}: {len(lost)} of {len(records)} lost{by_itself}, {ends}"
+            )
     return "\n".join(["Not always survived by the guard with rollback:\n", *(lines or ["- none"])])
 
 

@@ -76,7 +76,7 @@ def _provenance(results: Results) -> str:
     laws = sorted({r["law"] for r in found} - {None})
     return (
         f"Law {', '.join(laws)}; {len(found)} runs, seeds {spans({r['seed'] for r in found})}, "
-        f"{hours:.1f} hours of one core, at commit {commits(found)} (* with local changes), "
+        f"{hours:.1f} hours of one core, at commit {commits(found)}, "
         f"{made_with(found, found[-1])}. Made by `python -m benchmarks.health` and "
         "`python -m benchmarks.pages`."
     )

@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.faults import tables as faults_tables
 from benchmarks.faults.results import load as load_faults
 from benchmarks.markdown import table
-from benchmarks.records import FOLDER, law_named, read
+from benchmarks.records import FOLDER, law_named, one_law, read
 from benchmarks.stress import grid as stress_grid
 from benchmarks.stress import tables as stress_tables
 from train.provenance import made_at
@@ -84,5 +84,5 @@ def stress() -> str:
 def faults() -> str:
     """What each method survives of the faults that are put into its runs."""
     records = read(FOLDER / "faults.jsonl")
-    where = f"`python -m benchmarks.faults`, {made_at([records[-1]])}"
+    where = f"`python -m benchmarks.faults`, {made_at([records[-1]])}{law_named(one_law(records))}"
     return f"{faults_tables.summary(load_faults(records))}\n\n({where}.)"

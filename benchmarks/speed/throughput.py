@@ -6,8 +6,8 @@ the same batches:
 - the loop of `train.run` (guard, checkpoints, log, progress) against a plain loop of ``jax.jit``
   without any of it, and against a plain loop whose optimizer is guarded, in one process;
 - LoRA on a model in Hugging Face's format, in our loop, in a plain loop of ``jax.jit``, and in
-  `transformers` with `peft` (extra ``parity``; left out where they are not installed), in a
-  process each (`benchmarks.speed.throughput_torch`).
+  `transformers` with `peft` (dependency group ``parity``; left out where they are not installed),
+  in a process each (`benchmarks.speed.peft_loop`).
 
 All are compiled and warmed up first, then run in turns, a stretch of steps each; reported are
 medians, and median and middle half of the paired ratio.

@@ -107,8 +107,8 @@ def _made_at(grid: Grid) -> str:
     seeds = ", ".join(str(seed) for seed in sorted({key[3] for key in grid.cells}))
     cells = grid.cells.values()
     return (
-        f"Medians over seeds (here {seeds}); {len(cells)} cells at commit {commits(cells)} "
-        f"(* with local changes){law_named(cells)}; {made_with(cells, newest)}."
+        f"Medians over seeds (here {seeds}); {len(cells)} cells at commit {commits(cells)}"
+        f"{law_named(cells)}; {made_with(cells, newest)}."
     )
 
 

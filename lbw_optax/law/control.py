@@ -89,6 +89,8 @@ JUMP = 2.0
 FALL = 4.0
 # After so many steps in a row that are as long or as short the law begins anew.
 OTHER_STEPS = 3
+# A step that jumps stands alone when so many before it did not.
+APART = 10
 # Before this age steps lengthen as quickly as that in sound runs.
 JUMPS_FROM = 8
 # The longest and the shortest of late are forgotten as age to the power of this.
@@ -153,6 +155,7 @@ class Control(NamedTuple):
     log_longest: jax.Array  # float32, of the relative steps taken of late; UNKNOWN before one
     log_shortest: jax.Array  # float32, of those at scale 1 of late; UNKNOWN before one
     others_in_a_row: jax.Array  # int32, steps far longer than the one or far shorter than the other
+    since_jump: jax.Array  # int32, steps since one was far longer, up to `APART`
     settled: jax.Array  # bool, an alarm has been raised since: growth is no longer quick
     log_ceiling: jax.Array  # float32, of the scale for a while after a rollback
     ceiling_steps: jax.Array  # int32, steps to go under that ceiling
@@ -228,6 +231,7 @@ def init(bounds: Bounds) -> Control:
         log_longest=jnp.float32(stats.UNKNOWN),
         log_shortest=jnp.float32(stats.UNKNOWN),
         others_in_a_row=zero,
+        since_jump=zero,
         settled=jnp.array(False),
         log_ceiling=jnp.zeros([], jnp.float32),
         ceiling_steps=zero,
@@ -244,7 +248,8 @@ def arrive(seen: Telemetry, before: Statistics) -> Arrival:
     of its length the gradient of a loss that jumps, y > m + 6 s, until it is back. Nothing finite
     is thrown away, or a source of data that is rare would never be learned from. Once jumps have
     come again they are the data's: from then on a gradient is only scaled back to the longest one
-    so far.
+    so far, which grows by a fifth with each row of them, so that a source whose gradients are long
+    is learned from at full length in the end.
     """
     rejected = first_of(
         (seen.nonfinite_gradients > 0, Signal.NONFINITE_GRADIENTS),
@@ -262,7 +267,9 @@ def arrive(seen: Telemetry, before: Statistics) -> Arrival:
     spikes = sound & stats.has_level(seen) & (before.loss.weight > 0)
     spikes = spikes & (stats.relative_loss(before, seen) > stats.loss_threshold(before))
     again = stats.recur(before.jumps)
-    allowed = jnp.maximum(gradient.mean, jnp.where(again, before.jumps.log_longest, gradient.mean))
+    grown = jnp.where(before.jumps.in_one, 0.0, math.log(stats.AGAIN))
+    longest = jnp.where(again, before.jumps.log_longest + grown, gradient.mean)
+    allowed = jnp.maximum(gradient.mean, longest)
     log_factor = jnp.where(jumps, jnp.minimum(allowed - log_norm, 0.0), 0.0)
     tenth = jnp.where(spikes & ~again, -math.log(stats.SPIKE_FACTOR), 0.0)
     return Arrival(rejected, jumps, spikes, jnp.minimum(log_factor, tenth))
@@ -372,8 +379,9 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
         begins, limit, jnp.minimum(control.log_scale - MOST, _by_host(control, bounds))
     )
     log_scale = jnp.minimum(moved, jnp.maximum(limit, least))
-    # The soft start sets a scale; it does not turn one.
-    turning_point = jnp.where(begins, log_scale, control.turning_point)
+    # The soft start sets a scale, and so does the host after a rollback: neither turns one.
+    by_host = (control.ceiling_steps > 0) & (log_scale >= _by_host(control, bounds))
+    turning_point = jnp.where(begins | by_host, log_scale, control.turning_point)
     control = control._replace(turning_point=turning_point)
     regime, turning_point = _next_regime(control, log_scale, trouble, calm)
     action = _action(control.regime, regime, skip, evidence.limited)
@@ -469,6 +477,7 @@ def _limit(
         log_longest=_longest(control, limit + at_full, measured, jumps),
         log_shortest=_shortest(control, at_full, measured, falls),
         others_in_a_row=jnp.where(measured, others, control.others_in_a_row),
+        since_jump=jnp.where(jumps, 0, jnp.minimum(control.since_jump + measured, APART)),
     )
     return limit, _begin_anew(control)
 
@@ -485,10 +494,16 @@ def _longest(
     """log of the longest step taken of late; it lengthens no faster than the law's own growth."""
     age = control.age + 1
     known = (age >= JUMPS_FROM) & (control.log_longest > stats.UNKNOWN)
-    most = jnp.where(control.settled, jnp.minimum(GROWTH / age, MOST), MOST)
+    # At full rate the start is over, too, and the law lengthens nothing: what grows is the rate.
+    started = control.settled | (control.log_scale >= math.log(FULL))
+    most = jnp.where(started, jnp.minimum(GROWTH / age, MOST), MOST)
     followed = jnp.where(known, jnp.minimum(log_step, control.log_longest + most), log_step)
     faded = control.log_longest - FORGOTTEN / age
-    longest = jnp.where(jumps, faded, jnp.maximum(faded, followed))
+    # A step that jumps alone may be of a rare source of data, which a rate that jumps or drifts is
+    # not: no other one jumped shortly before.
+    grown = control.log_longest + math.log(stats.AGAIN)
+    alone = jnp.where(control.since_jump >= APART, grown, faded)
+    longest = jnp.where(jumps, alone, jnp.maximum(faded, followed))
     return jnp.where(measured, jnp.maximum(longest, stats.UNKNOWN), control.log_longest)
 
 

@@ -37,8 +37,7 @@ UNCERTAIN = (Reason.SKIPS, Reason.LOSS)
 # Steps in a row that make broken updates out of sound gradients: one may be an overflow.
 INNER_STEPS = 2
 # Skips in a row, of any kind. Skipping keeps the state whole and costs a step each time; when that
-# has come to what a rollback costs, the state is suspected. A lasting shift of level is accepted
-# after 18.
+# has come to what a rollback costs, the state is suspected.
 SKIP_STEPS = 20
 # A broken first gradient cannot be told from a sound one, and an inner state remembers it: the
 # longest of so many first ones is known by the longest of so many next ones, which is shorter by

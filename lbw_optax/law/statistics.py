@@ -23,9 +23,12 @@ LARGEST = 1e18
 SPIKE_STDS = 6.0
 # And for the gradient norm at least this factor: a quiet run's norm may well triple.
 SPIKE_FACTOR = 10.0
-# A row of spikes is over when the loss is back under the threshold that it had before; or after so
-# many, when the level is taken as the data's.
+# The first row of spikes is over when the loss is back under the threshold that it had before; or
+# after so many, when the level is taken as the data's. What comes again is the data's at once.
 LONGEST_ROW = 50
+# Each row of jumps that comes again lets the longest gradient grow by this factor: what comes again
+# and again is learned from in the end, and a few bad batches win little by it.
+AGAIN = 1.2
 
 
 class Memory(NamedTuple):
@@ -191,7 +194,7 @@ def update(running: Running, x: jax.Array, keep: jax.Array, memory: Memory) -> R
     far, free of a bias towards the start. With it, one outlier of any size moves the mean by at
     most 3 a_t s (0.15 s for the gradient norm, once warm, and a threshold 6 s away by at most
     1.32 s), and a lasting shift of level widens s by a constant factor a step until it is
-    accepted: a gradient norm 25 times as large after at most 9 skipped steps, 10^6 times after 18.
+    accepted: a gradient norm 25 times as large after at most 9 limited steps, 10^6 times after 18.
     The first value is taken as it is.
 
     Args:
@@ -225,10 +228,10 @@ def gradient_threshold(statistics: Statistics) -> jax.Array:
 
 
 def loss_threshold(statistics: Statistics) -> jax.Array:
-    """Of loss / loss_unit: m + 6 s, or in a row of spikes what that was before the row."""
+    """Of loss / loss_unit: m + 6 s, or in a first row of spikes what that was before the row."""
     now = statistics.loss.mean + SPIKE_STDS * std(statistics.loss, LOSS)
     jumps = statistics.jumps
-    in_row = jumps.in_one & (jumps.row < LONGEST_ROW)
+    in_row = jumps.in_one & (jumps.row < LONGEST_ROW) & ~recur(jumps)
     return jnp.where(in_row, jnp.minimum(jumps.loss_bound, now), now)
 
 

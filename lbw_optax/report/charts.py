@@ -50,7 +50,7 @@ CHARTS = (
     Chart("learning_rate", "Learning rate, before the scale"),
     Chart("gradient_norm", "Gradient norm", True, True),
     Chart("relative_step", "Relative step: length of a step over that of the parameters", True),
-    Chart("overshoot", "Overshoot: above 0 the last step went too far", False, True),
+    Chart("overshoot", "Overshoot: above 0 the run went too far from its mean", False, True),
     Chart("update_norm", "Update norm", True),
     Chart("parameter_norm", "Parameter norm"),
     Chart("risk", "Risk of a divergence", False),

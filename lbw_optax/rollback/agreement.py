@@ -66,7 +66,7 @@ def first_text(text: str) -> str:
     if jax.process_count() == 1:
         return text
     mine = np.zeros(LONGEST, np.uint8)
-    letters = text.encode()[:LONGEST]
+    letters = text.encode(errors="replace")[:LONGEST]
     mine[: len(letters)] = np.frombuffer(letters, np.uint8)
     everyones = multihost_utils.process_allgather(mine)
     texts = [bytes(x).rstrip(b"\0").decode(errors="ignore") for x in np.asarray(everyones)]

@@ -178,10 +178,12 @@ class Candidates:
     def save(self, step: int, tree: PyTree, *, is_calm: bool) -> None:
         """Write this state, after what is being written; it is complete when this returns."""
         self._disk.settle()
-        if not self._disk.has(step):
-            snapshot = snapshots.take(step, tree, for_disk=True)
-            self._disk.write(snapshot, is_calm=is_calm, by_hand=True)
-            self._disk.settle()
+        if self._disk.has(step):
+            self._disk.compare(step, tree)
+            return
+        snapshot = snapshots.take(step, tree, for_disk=True)
+        self._disk.write(snapshot, is_calm=is_calm, by_hand=True)
+        self._disk.settle()
 
     def is_whole(self, step: int) -> bool:
         """Whether a checkpoint of this step lies on disk, and nothing is being written."""
@@ -221,6 +223,7 @@ class Candidates:
             self._disk.abandon()
         else:
             self._disk.settle()
+        self._disk.close()
 
     def _judge(self, snapshot: Snapshot | None, verdict: Verdict) -> bool:
         """Whether no NaN speaks against a state: one in its optimizer or its parameters does.

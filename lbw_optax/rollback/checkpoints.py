@@ -61,6 +61,8 @@ def save(path: Path, snapshot: Snapshot) -> Callable[[], None]:
     """
     leaves = {name: x for name, x in snapshot.leaves.items() if x.size}  # Orbax writes no empty one
     sums = np.asarray(snapshot.sums)
+    # Orbax finds out that this cannot be only after it has made coroutines, which nobody awaits.
+    path.parent.mkdir(parents=True, exist_ok=True)
     with _uncompressed():
         content = {"leaves": leaves, "sums": sums, "step": np.array([snapshot.step])}
         return ocp.save_async(path, content, overwrite=True).result
@@ -97,8 +99,8 @@ def load(path: Path, step: int, like: PyTree) -> PyTree:
 
 
 def delete(path: Path) -> None:
-    """Remove a checkpoint, whole or half-written."""
-    if path.exists():
+    """Remove a checkpoint, whole or half-written; a link or a file in its place is none of ours."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
 
 

@@ -8,8 +8,11 @@ being written is left out, and the user is told.
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 
 from lbw_optax.rollback import checkpoints, snapshots
 from lbw_optax.rollback.agreement import first_text
@@ -72,6 +75,8 @@ class Disk:
         self._is_owed = False  # one was due, and it was not known whether the last is written
         self._wants_trial = False  # one that may prove healthy, as soon as nothing is wrong
         self._may_retry = True  # at once, after a trial that failed
+        self._calls = self.journal.calls  # when the run went on here, or was closed
+        self._sums: tuple[int, Any] | None = None  # of the newest that was written or read: a step
         self.left_out = 0
         self.write_seconds = float("nan")
         self._copy_bytes = 0
@@ -104,18 +109,20 @@ class Disk:
             ) from error
         self._count_from(step)
         self._cadence.saved(step)
+        self._sums = step, snapshot.sums
 
     def resume(self, like: PyTree) -> tuple[int, PyTree]:
         """The newest checkpoint that can be read; newer ones of this run are gone."""
         self.settle()
-        adopts = not self.journal.checkpoints
+        has_journal = bool(self.journal.checkpoints)
         step, tree = self._read_newest(like)
-        if adopts:
+        if step not in self.journal.checkpoints:
             self.journal.checkpoints = {step: CANDIDATE}
+            what = "a journal that names none that can be read" if has_journal else "no journal"
             warn(
-                f"{self._folder.path} has no journal: the run goes on from the checkpoint of step "
-                f"{step} that lies there. It takes the batches from {step} on: whether an earlier "
-                "rollback has left some out is not known."
+                f"{self._folder.path} has {what}: the run goes on from the checkpoint of step "
+                f"{step} that lies there. It takes the batches from {self.journal.data_step(step)} "
+                "on: whether an earlier rollback has left some out is not known."
             )
         self.journal.drop([s for s in self.journal.checkpoints if s > step])
         try:
@@ -130,13 +137,16 @@ class Disk:
         self._count_from(step)
         self._cadence.saved(step)
         self._wants_trial, self._copy_bytes = False, snapshots.nbytes(tree)
+        self._sums = step, snapshots.checksums(snapshots.flatten(tree))
         is_candidate = self.journal.checkpoints[step] == CANDIDATE
         self._trial = _Trial(step, None) if is_candidate else None
         return step, tree
 
     def _read_newest(self, like: PyTree) -> tuple[int, PyTree]:
-        misfit, damaged = "", []
-        for step in reversed(self.found()):
+        misfit, damaged, own = "", [], self.journal.checkpoints
+        for step in self._readable():
+            if misfit and own and step not in own:
+                break  # the run's own are of another model: those of nobody do not count
             is_candidate = self.journal.checkpoints.get(step) == CANDIDATE
             if is_candidate and not self._folder.checkpoint(step).exists():
                 continue  # a kill came before it was complete
@@ -148,7 +158,7 @@ class Disk:
             except Unreadable as error:
                 damaged.append(f"step {step}: {error}")
             else:
-                if damaged:
+                if damaged and (step in own or not own):
                     warn(
                         f"Resumed from step {step} in {self._folder.path}, because newer "
                         f"checkpoints cannot be read ({'; '.join(damaged)})."
@@ -163,6 +173,16 @@ class Disk:
             f"No checkpoint in {self._folder.path} can be read ({'; '.join(damaged)}): "
             "restore the directory, or pass another one to start anew."
         )
+
+    def _readable(self) -> Iterator[int]:
+        """Steps to go on from: the run's own, newest first, and then what else lies there.
+
+        Where the journal is an older one, as out of a backup, its checkpoints may be gone.
+        """
+        own = self.journal.checkpoints
+        yield from sorted(own, reverse=True)
+        others = {*self._folder.found()} - {*own, *self.journal.dropped}
+        yield from sorted(others, reverse=True)
 
     def load(self, step: int, like: PyTree) -> PyTree:
         """The state of a checkpoint.
@@ -265,6 +285,7 @@ class Disk:
             self._lose(step, first_line(error))
         else:
             self._newest = _Copy(step, write)
+            self._sums = step, snapshot.sums
             self._cadence.saved(step)
 
     def has(self, step: int) -> bool:
@@ -274,6 +295,29 @@ class Disk:
     def is_whole(self, step: int) -> bool:
         """Whether this step is written, and nothing is waited for."""
         return self.has(step) and self._write is None
+
+    def compare(self, step: int, tree: PyTree) -> None:
+        """A state that is handed in for a step that is written, and is another one, is not saved.
+
+        With several processes nothing is compared: one of them may have come alone.
+        """
+        if jax.process_count() > 1 or self._sums is None or self._sums[0] != step:
+            return
+        if not np.array_equal(snapshots.checksums(snapshots.flatten(tree)), self._sums[1]):
+            warn(
+                f"The checkpoint of step {step} in {self._folder.path} is of another state than "
+                "the one that save was given, which is not saved: save it at a later step."
+            )
+
+    def close(self) -> None:
+        """The calls of `step` since the journal was written are counted in the next process too."""
+        if self.journal.calls == self._calls:
+            return
+        self._calls = self.journal.calls
+        try:
+            self._folder.write_alone(self.journal)
+        except OSError as error:
+            self._warn_of_journal(error)
 
     def learn(self, verdict: Verdict) -> bool:
         """What was said of the steps after a checkpoint; True if it has proven healthy."""
@@ -347,10 +391,20 @@ class Disk:
         self.journal.drop(steps)
         try:
             self._folder.write(self.journal)
+        except OSError as error:
+            self._warn_of_journal(error)
+            return
+        try:
             self._folder.delete(self.journal.dropped)
             self.journal.dropped = []
         except OSError as error:
-            warn(f"The journal in {self._folder.path} could not be written ({first_line(error)}).")
+            warn(
+                f"Checkpoints in {self._folder.path} that nobody needs cannot be deleted "
+                f"({first_line(error)}): let this user delete them, or they fill the disk."
+            )
+
+    def _warn_of_journal(self, error: OSError) -> None:
+        warn(f"The journal in {self._folder.path} could not be written ({first_line(error)}).")
 
     # --- a rollback -----------------------------------------------------------------------------
 
@@ -372,7 +426,7 @@ class Disk:
         self.settle()
         if self._trial is not None:
             self._settled()
-        self._newest = self._trial = None
+        self._newest = self._trial = self._sums = None
         self._drop([s for s in self.journal.checkpoints if s > step])
         self._count_from(max(self.journal.checkpoints, default=step))
         self._wants_trial = False

@@ -65,6 +65,15 @@ class Folder:
         """
         self._on_first(lambda: journal.write(self._journal, content))
 
+    def write_alone(self, content: Journal) -> None:
+        """As `write`, at the end of a run: no other process is waited for, or told.
+
+        Raises:
+          OSError: on the first, if it cannot.
+        """
+        if self._is_first:
+            journal.write(self._journal, content)
+
     def found(self) -> list[int]:
         """Steps of which a checkpoint lies here, whoever wrote it."""
         names = [path.name for path in (self.path / "checkpoints").glob("*")]
@@ -117,12 +126,18 @@ class Folder:
         """Remove checkpoints of ours.
 
         Raises:
-          OSError: on all processes, if the first cannot.
+          OSError: on all processes, if the first cannot, after it has removed the others.
         """
 
         def each() -> None:
+            problem: OSError | None = None
             for step in steps:
-                checkpoints.delete(self.checkpoint(step))
+                try:
+                    checkpoints.delete(self.checkpoint(step))
+                except OSError as error:
+                    problem = problem or error
+            if problem is not None:
+                raise problem
 
         self._on_first(each)
 

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Collection
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import jax
@@ -19,6 +18,7 @@ from lbw_optax.audit import GuardExhausted, check
 from lbw_optax.law import divergence
 from lbw_optax.law import events as ring
 from lbw_optax.law.divergence import UNCERTAIN, Reason
+from lbw_optax.paths import path_of
 from lbw_optax.rollback import agreement, cadence, verdict
 from lbw_optax.rollback.agreement import first_text, from_all, is_stack_of_equals
 from lbw_optax.rollback.arrivals import Arrivals
@@ -33,8 +33,6 @@ from lbw_optax.state import GuardState, find_all, map_guards
 from lbw_optax.types import PyTree
 
 _LOG = logging.getLogger("lbw_optax")
-# What the guard may ask for; broken parameters are always answered.
-_ASKS = ("parameters", "inner_state", "skips", "loss")
 # `max_rollbacks` are allowed in so many calls of `step`.
 WINDOW = 1000
 # The copies of the guard's state may differ for so many steps: a fault of memory in one of them is
@@ -158,7 +156,7 @@ class RollbackManager:
         overhead: float = 0.01,
         probation: int = 2,
         max_rollbacks: int = 5,
-        reasons: Collection[str] = _ASKS,
+        reasons: Collection[str] = verdict.ASKS,
     ):
         _validate_counts(max_distance, snapshot_every, probation, max_rollbacks)
         # Without copies in memory it is the checkpoints that keep `max_distance`.
@@ -166,9 +164,9 @@ class RollbackManager:
         saves = cadence.of(save_every, most=most)
         plan = Plan(saves, snapshot_every, probation, max_distance, _validate_share(overhead))
         _validate_distance(plan)
-        self._reasons = _validate_reasons(reasons)
+        self._reasons = verdict.reasons_of(reasons)
         self._max_distance, self._max_rollbacks = max_distance, max_rollbacks
-        self._folder = Folder(Path(directory))
+        self._folder = Folder(path_of(directory, "directory"))
         try:
             self._candidates = Candidates(self._folder, plan)
         except ValueError:
@@ -286,9 +284,12 @@ class RollbackManager:
     def request(self, reason: str) -> None:
         """Roll back at the next call of `step`, whatever the guard says.
 
-        With several processes one may ask for all: then it is at the call after that.
+        Of a reason that is no text, as an exception, the history has what `str` makes of it. With
+        several processes one may ask for all: then it is at the call after that.
         """
-        self._requested = reason or "request"
+        words = "" if reason is None else str(reason)
+        # Half a character, as an odd file name holds, can be neither logged nor written.
+        self._requested = words.encode(errors="backslashreplace").decode() or "request"
 
     def data_step(self, step: int) -> int:
         """Index of the batch for the update that follows `step`; it never comes back to a batch."""
@@ -545,7 +546,7 @@ def _validate_counts(
         "max_rollbacks": max_rollbacks,
     }
     for name, x in counts.items():
-        if name == "snapshot_every" and x in (None, MEASURED):
+        if name == "snapshot_every" and (x is None or (isinstance(x, str) and x == MEASURED)):
             continue
         if not isinstance(x, int | np.integer) or isinstance(x, bool):
             raise ValueError(f"{name} must be an integer, got {x!r}.")
@@ -554,7 +555,8 @@ def _validate_counts(
 
 
 def _validate_share(overhead: float) -> float:
-    if not isinstance(overhead, int | float) or not 0 < overhead < math.inf:
+    is_real = isinstance(overhead, int | float | np.integer | np.floating)
+    if not is_real or isinstance(overhead, bool) or not 0 < overhead < math.inf:
         raise ValueError(f"overhead must be a finite share above 0, got {overhead!r}.")
     return float(overhead)
 
@@ -579,16 +581,6 @@ def _validate_distance(plan: Plan) -> None:
         )
 
 
-def _validate_reasons(reasons: Collection[str]) -> frozenset[str]:
-    names = (reasons,) if isinstance(reasons, str) else tuple(reasons)
-    if isinstance(reasons, str) or any(name not in _ASKS for name in names):
-        raise ValueError(
-            f"reasons must be a collection of names out of {_ASKS}, got {reasons!r}: leave out "
-            "what is not to be answered."
-        )
-    return frozenset({*names, "parameters"})
-
-
 def _name(reason: Reason) -> str:
     return reason.name.lower()
 
@@ -607,7 +599,8 @@ def _rejoin(
 ) -> PyTree:
     """The good state with the events of the one that is left, and under a ceiling for a while."""
     lefts = iter(find_all(left))
-    numbers = np.int32(reason), np.int32(step), np.int32(to_step), np.float32(share)
+    steps = (np.int32(min(x, np.iinfo(np.int32).max)) for x in (step, to_step))  # as counters end
+    numbers = np.int32(reason), *steps, np.float32(share)
     return map_guards(lambda guard: _place(_back(guard, _own(next(lefts)), *numbers), guard), good)
 
 
@@ -667,7 +660,8 @@ def _place(guard: GuardState, like: GuardState) -> GuardState:
     """Placed as before, so that the training step is not compiled anew."""
 
     def place(x: jax.Array, was: jax.Array) -> jax.Array:
-        return jax.device_put(x, was.sharding) if was.committed else x
+        is_placed = isinstance(was, jax.Array) and was.committed  # not what is NumPy's
+        return jax.device_put(x, was.sharding) if is_placed else x
 
     own = like._replace(inner_state=None)
     return jax.tree.map(place, guard, own)._replace(inner_state=like.inner_state)

@@ -61,12 +61,18 @@ def take(step: int, tree: PyTree, *, for_disk: bool = False, on_device: bool = F
     """
     leaves = flatten(tree)
     sums = checksums(leaves) if for_disk else None
+    kind = PINNED if not on_device and any(map(_may_pin, leaves.values())) else None
+    copies = _copy(leaves, dict.fromkeys(leaves, kind))
+    return look(step, tree)._replace(leaves=copies, sums=sums)
+
+
+def look(step: int, tree: PyTree) -> Snapshot:
+    """What a snapshot knows of a state, without a copy of it: where a NaN is. Does not wait."""
+    leaves = flatten(tree)
     floats = {name: x for name, x in leaves.items() if _may_be_nan(x)}
     has_nan = largest(_of_each(_has_nan, list(floats.values()))) if floats else jnp.zeros(0, bool)
     guarded = dict(zip(leaves, _are_guarded(tree), strict=True))
-    names = [(plain_name(name), guarded[name]) for name in floats]
-    kind = PINNED if not on_device and any(map(_may_pin, leaves.values())) else None
-    return Snapshot(step, _copy(leaves, dict.fromkeys(leaves, kind)), sums, has_nan, names)
+    return Snapshot(step, {}, None, has_nan, [(plain_name(name), guarded[name]) for name in floats])
 
 
 def restore(snapshot: Snapshot, like: PyTree) -> PyTree:

@@ -3,7 +3,8 @@
 The worst of all guards, devices and processes counts, so that all processes act alike.
 """
 
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Collection
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from lbw_optax.rollback.agreement import is_one_a_device, largest
 from lbw_optax.state import GuardState, Mode, find_all
 from lbw_optax.types import PyTree
 
+# What the guard may ask for; broken parameters are always answered.
+ASKS = ("parameters", "inner_state", "skips", "loss")
 # Copies of the guard's state are the same while log(scale) and log(loss) differ by less than this:
 # the last bits may differ between machines.
 TOLERANCE = 1e-3
@@ -158,18 +161,18 @@ def begin(
     """
     guards = find_all(tree)
     compares = replicas and is_one_a_device(guards[0].guard_steps)
-    said = [requested, step % 2**31, saved_alone, compares, *(facts or Facts())]
-    call = np.array(said, np.int32)
-    numbers = largest(_pack([_parts(guard) for guard in guards], call))
+    call = _Call(requested, step % 2**31, saved_alone, compares, *(facts or Facts()))
+    numbers = largest(_pack([_parts(guard) for guard in guards], np.array(call, np.int32)))
     numbers.copy_to_host_async()
     return Report(step, numbers)
 
 
 def read(report: Report, guard_steps: int | None) -> Verdict:
-    """The verdict, `guard_steps` being those of the verdict before."""
+    """The verdict, `guard_steps` being those of the verdict before; None for the first."""
     packed = Numbers[int](*np.asarray(report.numbers).tolist())
     said = packed._replace(**{name: -getattr(packed, name) for name in _LEAST})
-    updates = 1 if guard_steps is None else said.guard_steps - guard_steps
+    # Without one before it, of the newest update, if there was any.
+    updates = min(said.guard_steps, 1) if guard_steps is None else said.guard_steps - guard_steps
     apart = max(said.scale - said.least_scale, said.loss - said.least_loss)
     return Verdict(
         step=report.step,
@@ -186,6 +189,34 @@ def read(report: Report, guard_steps: int | None) -> Verdict:
         complaint=_complain(said),
         facts=Facts(bool(said.time_is_up), bool(said.is_writing), said.copy_every),
     )
+
+
+def reasons_of(names: Collection[str]) -> frozenset[str]:
+    """The reasons that are answered, as a user has named them.
+
+    Raises:
+      ValueError: for a name that is none.
+    """
+    is_some = isinstance(names, Collection) and not isinstance(names, str)
+    given = tuple(names) if is_some else ()
+    if not is_some or any(name not in ASKS for name in given):
+        raise ValueError(
+            f"reasons must be a collection of names out of {ASKS}, got {names!r}: leave out "
+            "what is not to be answered."
+        )
+    return frozenset({*given, "parameters"})
+
+
+class _Call(NamedTuple):
+    """What the host says with each call, in one transfer; int32 each."""
+
+    requested: Any
+    step: Any
+    saved_alone: Any
+    compares: Any
+    time_is_up: Any
+    is_writing: Any
+    copy_every: Any
 
 
 def _parts(guard: GuardState) -> dict[str, jax.Array]:
@@ -208,10 +239,10 @@ def _parts(guard: GuardState) -> dict[str, jax.Array]:
 def _pack(guards: list[dict[str, jax.Array]], call: jax.Array) -> jax.Array:
     """As int32 of which the largest counts: where the least does, the negative is packed."""
     seen = {name: jnp.stack([guard[name] for guard in guards]) for name in guards[0]}
-    governs = seen["mode"] == Mode.GOVERN
-    scale, least_scale = _range(_fixed(seen["log_scale"]), call[3])
-    loss, least_loss = _range(_fixed(_log_of(seen["loss"])), call[3])
-    skips, least_skips = _range(seen["skips"].sum(0), call[3])
+    governs, host = seen["mode"] == Mode.GOVERN, _Call(*call)
+    scale, least_scale = _range(_fixed(seen["log_scale"]), host.compares)
+    loss, least_loss = _range(_fixed(_log_of(seen["loss"])), host.compares)
+    skips, least_skips = _range(seen["skips"].sum(0), host.compares)
     numbers = Numbers(
         asked=jnp.where(seen["asked"] > 0, len(Reason) - seen["asked"], 0).max(),
         guard_steps=seen["guard_steps"].max(),
@@ -220,19 +251,19 @@ def _pack(guards: list[dict[str, jax.Array]], call: jax.Array) -> jax.Array:
         broken=seen["broken"].any(),
         exhausted=(seen["exhausted"] & governs).any(),
         governs=governs.any(),
-        requested=call[0],
-        step=call[1],
-        least_step=call[1],
-        saved_alone=call[2],
+        requested=host.requested,
+        step=host.step,
+        least_step=host.step,
+        saved_alone=host.saved_alone,
         scale=scale,
         least_scale=least_scale,
         loss=loss,
         least_loss=least_loss,
         skips=skips,
         least_skips=least_skips,
-        time_is_up=call[4],
-        is_writing=call[5],
-        copy_every=call[6],
+        time_is_up=host.time_is_up,
+        is_writing=host.is_writing,
+        copy_every=host.copy_every,
     )
     signed = numbers._replace(**{name: -getattr(numbers, name) for name in _LEAST})
     return jnp.stack([x.astype(jnp.int32) for x in signed])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lbw_optax import orders
 from lbw_optax.watch import keyboard
-from lbw_optax.watch.following import Following
+from lbw_optax.watch.following import Following, finished
 
 KEYS = {"h": "hold", "f": "release", "o": "observe", "g": "govern", "b": "rollback"}
 # Lines of the screen that are not interventions.
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         if not chosen.run.is_dir():
-            raise NotADirectoryError(20, "is not a run directory", str(chosen.run))
+            raise ValueError(f"{chosen.run} is not a run directory.")
         if chosen.order is not None:
             return _give(chosen.run, chosen.order, chosen.scale)
         return _show(chosen.run, chosen.once)
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _give(run: Path, order: str, scale: float | None) -> int:
+    if finished(run):
+        raise ValueError(f"{run} has finished: no process is left to obey an order.")
     given = orders.give(run, order, scale)
     print(f"{given.order}: ordered by {given.who} at {given.time}")
     return 0
@@ -80,6 +82,8 @@ def _show(run: Path, once: bool) -> int:
         while (key := keyboard.pressed(0.5)) != "q":
             if key == "b" and asked != "b":
                 said, asked = "Go back to the last proven state? b again to order it.", "b"
+            elif key in KEYS and finished(run):
+                said, asked = "The run has finished: no process is left to obey.", ""
             elif key in KEYS:
                 given = orders.give(run, KEYS[key])
                 said, asked = f"Ordered: {given.order}. The run obeys within ten steps.", ""

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lbw_optax.lines import Lines
 from lbw_optax.report.reading import written
 
 # Interventions that are kept to be shown.
@@ -13,27 +14,6 @@ NEWEST = 50
 TIMED = 50
 # Names that a log may have for the step's duration are many; its time of day has these.
 TIMES = ("time", "_timestamp")
-
-
-class Lines:
-    """The whole lines of a JSON Lines file that grows, as dicts; others are passed over."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._read = 0
-
-    def new(self) -> list[dict[str, Any]]:
-        """Those since the last call. A file that has become shorter is read from its start."""
-        try:
-            with self.path.open("rb") as file:
-                self._read = self._read if self._read <= file.seek(0, 2) else 0
-                file.seek(self._read)
-                text = file.read()
-        except FileNotFoundError:
-            return []
-        whole = text[: text.rfind(b"\n") + 1]
-        self._read += len(whole)
-        return [line for row in whole.splitlines() if (line := _dict(row)) is not None]
 
 
 class Seen(NamedTuple):
@@ -93,13 +73,13 @@ class Following:
             logs, audits = written(self._directory)
             self._log = self._log or (Lines(logs[0]) if logs else None)
             self._audit = self._audit or (Lines(audits[0]) if audits else None)
-        for line in self._log.new() if self._log else []:
+        for line in _dicts(self._log):
             self._take(line)
-        interventions = self._audit.new() if self._audit else []
+        interventions = _dicts(self._audit)
         self._seen = self._seen._replace(
             audit=(self._seen.audit + interventions)[-NEWEST:],
-            total=self._total(),
-            finished=(self._directory / "result.json").exists(),
+            total=_steps(self._directory / "config.json"),
+            finished=finished(self._directory),
         )
         return self._seen
 
@@ -124,18 +104,31 @@ class Following:
         self._seen.regimes.append(regime if isinstance(regime, str) else "")
         self._seen = self._seen._replace(last=line)
 
-    def _total(self) -> int | None:
-        try:
-            config = json.loads((self._directory / "config.json").read_text())
-        except (OSError, ValueError):
-            return None
-        steps = config.get("steps") if isinstance(config, dict) else None
-        return steps if type(steps) is int else None
+
+def finished(directory: Path) -> bool:
+    """Whether the run has its result, and has not been told since to go on to another step."""
+    result, config = directory / "result.json", _steps(directory / "config.json")
+    return result.exists() and _steps(result) in (None, config)
+
+
+def _steps(file: Path) -> int | None:
+    """That these options, or a result of them, say."""
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+        steps = read.get("options", read).get("steps")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return steps if type(steps) is int else None
+
+
+def _dicts(lines: Lines | None) -> list[dict[str, Any]]:
+    """What has come in; lines that are no dicts are passed over."""
+    return [line for row in lines.new() if (line := _dict(row)) is not None] if lines else []
 
 
 def _dict(row: bytes) -> dict[str, Any] | None:
     try:
         line = json.loads(row)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return line if isinstance(line, dict) else None

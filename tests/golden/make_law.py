@@ -19,7 +19,7 @@ import numpy as np
 FILE = Path(__file__).with_name("law.npz")
 sys.path.insert(0, str(FILE.parent.parent))
 
-from trajectories import BOUNDS, DISTRESSED, batch, scan  # noqa: E402
+from trajectories import BOUNDS, DIVERGING, batch, scan  # noqa: E402
 
 from lbw_optax.law import control, divergence, statistics, telemetry  # noqa: E402
 from lbw_optax.law.telemetry import Telemetry  # noqa: E402
@@ -48,14 +48,14 @@ def constants() -> dict[str, Any]:
 
 def golden_runs() -> dict[str, np.ndarray]:
     """The signals of every run, stacked: one array a signal, of shape (runs, steps)."""
-    runs = [batch(steps) for steps in DISTRESSED.values()]
+    runs = [batch(steps) for steps in DIVERGING.values()]
     return {name: np.stack([getattr(run, name) for run in runs]) for name in SIGNALS}
 
 
 def outputs(signals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What the law makes of every step of every run, of shape (runs, steps)."""
     runs, steps = signals["loss"].shape
-    nothing = batch([next(iter(DISTRESSED.values()))[0]] * steps)
+    nothing = batch([next(iter(DIVERGING.values()))[0]] * steps)
     found = [
         _outputs(nothing._replace(**{name: x[run] for name, x in signals.items()}))
         for run in range(runs)
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None, file: Path = FILE) -> None:
     stated, stored = json.loads(file.with_suffix(".json").read_text()), np.load(file)
     signals = golden_runs()
     found = outputs(signals)
-    document = {"law": control.LAW, "runs": list(DISTRESSED), "constants": constants()}
+    document = {"law": control.LAW, "runs": list(DIVERGING), "constants": constants()}
     differ = differences(found, stored, stated["runs"])
     if stated["law"] == control.LAW:
         if differ and options.same_law is None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import LawReference, Signals
-from trajectories import BOUNDS, DISTRESSED, batch, change, falling, noisy, risen, scan
+from trajectories import BOUNDS, DIVERGING, batch, change, falling, noisy, risen, scan
 
 from lbw_optax.law import divergence, statistics
 from lbw_optax.law.divergence import Divergence, Reason
@@ -30,7 +30,7 @@ def asked_at(steps: list[Signals]) -> tuple[str, int | None]:
     return name_of(asked[-1]), first
 
 
-@pytest.mark.parametrize("steps", DISTRESSED.values(), ids=DISTRESSED)
+@pytest.mark.parametrize("steps", DIVERGING.values(), ids=DIVERGING)
 def test_trajectory_equals_the_reference(steps):
     state, reference = assess(steps), LawReference(*BOUNDS)
     expected = [reference.step(step) for step in steps]
@@ -42,7 +42,7 @@ def test_trajectory_equals_the_reference(steps):
 
 def test_every_reason_occurs():
     """Or else the comparison above would prove less than it seems to."""
-    reasons = {asked_at(steps)[0] for steps in DISTRESSED.values()}
+    reasons = {asked_at(steps)[0] for steps in DIVERGING.values()}
     assert reasons == {name_of(reason) for reason in Reason} - {"request"}
 
 
@@ -54,7 +54,7 @@ def test_a_healthy_run_never_asks(seed):
 @pytest.mark.parametrize(
     ("steps", "reason", "after"),
     [
-        (DISTRESSED["corrupt_parameters"], "parameters", 0),
+        (DIVERGING["corrupt_parameters"], "parameters", 0),
         (change(noisy(), range(150, 400), updates_broken=True), "inner_state", 1),
         (change(noisy(), range(150, 400), nonfinite_updates=1), "inner_state", 1),
         (change(noisy(), range(150, 400), **BAD_GRADIENT), "skips", 19),
@@ -236,7 +236,7 @@ def _told(steps: list[Signals], unit: float) -> tuple[np.ndarray, ...]:
 @pytest.mark.parametrize("name", SCALED)
 def test_the_unit_of_the_loss_decides_nothing(name, unit):
     for found, expected in zip(
-        _told(DISTRESSED[name], unit), _told(DISTRESSED[name], 1.0), strict=True
+        _told(DIVERGING[name], unit), _told(DIVERGING[name], 1.0), strict=True
     ):
         np.testing.assert_allclose(found, expected, atol=1e-3)
 

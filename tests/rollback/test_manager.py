@@ -31,7 +31,7 @@ from rollback_loop import (
 from support import assert_all_finite, assert_same_bits, guard_in
 
 import lbw_optax
-from lbw_optax import AuditLog, GuardExhausted, RollbackManager
+from lbw_optax import AuditLog, GuardExhausted, RollbackManager, orders
 from lbw_optax.law.divergence import CEILING, CEILING_STEPS
 from lbw_optax.rollback import cadence, checkpoints
 from lbw_optax.state import Mode
@@ -202,6 +202,48 @@ def test_request(tmp_path):
     _, rollback, _ = run(tmp_path, 40, on_step=ask)
     (event,) = rollback.history
     assert (event.from_step, event.reason) == (31, "the evaluation looked wrong")
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        (ValueError("bad shard"), "bad shard"),
+        (ValueError(), "request"),
+        (None, "request"),
+        (b"x", "b'x'"),
+        (float("nan"), "nan"),
+        (np.zeros(2), "[0. 0.]"),
+        pytest.param("\ud800", "\\ud800", id="half a character"),
+    ],
+)
+def test_a_request_of_any_kind_is_written_as_words(tmp_path, reason, words):
+    with Patient(tmp_path, **QUICK) as rollback:
+        step, tree = rollback.resume(start())
+        for _ in range(10):
+            step, tree = rollback.step(step + 1, update(tree, batch(step)))
+        rollback.request(reason)
+        step, tree = rollback.step(step + 1, update(tree, batch(step)))
+    with RollbackManager(tmp_path) as again:
+        assert [r.reason for r in again.history] == [words]
+
+
+@pytest.mark.parametrize("first", [1, 2**31 - 8, 2**31 + 5])
+def test_a_state_of_numpy_and_of_any_step_is_gone_back_from(tmp_path, first):
+    """What a loop hands in may have come from a file; the ring's int32 ends where counters do."""
+    with Patient(tmp_path, **QUICK) as rollback:
+        _, tree = rollback.resume(start())
+        for step in range(first, first + 14):
+            tree = update(tree, batch(step))
+            assert rollback.step(step, tree)[0] == step
+        rollback.request("by hand")
+        broken = jax.tree.map(np.asarray, update(tree, batch(step)))
+        back, tree = rollback.step(step + 1, broken)
+        event = lbw_optax.events(tree[1])[-1]
+        for step in range(back, back + 3):
+            tree = update(tree, batch(step))
+            assert rollback.step(step + 1, tree)[0] == step + 1
+    assert (rollback.history[0].from_step, rollback.history[0].to_step) == (first + 14, back)
+    assert (event.from_step, event.to_step) == (min(first + 14, 2**31 - 1), min(back, 2**31 - 1))
 
 
 def test_observing_never_goes_back_but_says_so(tmp_path):
@@ -637,6 +679,7 @@ def test_checkpoints_are_not_compressed(tmp_path):
         ({"save_every": 25.5}, "save_every must be an integer, for steps, .* got 25.5"),
         ({"save_every": None}, "save_every must be an integer, for steps, .* got None"),
         ({"snapshot_every": True}, "snapshot_every must be an integer, got True"),
+        ({"snapshot_every": np.zeros(2)}, r"snapshot_every must be an integer, got array"),
         ({"max_distance": math.nan}, "max_distance must be an integer, got nan"),
         ({"probation": "2"}, "probation must be an integer, got '2'"),
     ],
@@ -644,6 +687,17 @@ def test_checkpoints_are_not_compressed(tmp_path):
 def test_arguments(tmp_path, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         RollbackManager(tmp_path, **options)
+
+
+@pytest.mark.parametrize("directory", [None, 5, b"run"])
+@pytest.mark.parametrize(
+    "use",
+    [RollbackManager, lbw_optax.AuditLog, orders.Orders, lambda d: orders.give(d, "hold")],
+    ids=["rollback", "audit", "orders", "give"],
+)
+def test_what_is_no_path(directory, use):
+    with pytest.raises(TypeError, match=r"must be a path, a str or a pathlib\.Path, got"):
+        use(directory)
 
 
 def test_a_state_without_a_guard(tmp_path):

@@ -162,6 +162,36 @@ def test_the_budget_counts_calls_over_restarts(tmp_path):
         assert len(rollback.history) == session + 1
 
 
+def test_calls_since_the_last_checkpoint_are_counted_on_close(tmp_path):
+    for session in range(2):
+        with RollbackManager(tmp_path) as rollback:
+            step, tree = rollback.resume(start())
+            for _ in range(30):
+                step, tree = rollback.step(step + 1, update(tree, batch(step)))
+            rollback.request("by hand")
+            for _ in range(6):
+                step, tree = rollback.step(step + 1, update(tree, batch(step)))
+        assert rollback.history[-1].at_call == 31 + 36 * session
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_another_state_for_a_step_that_is_written_is_not_lost_in_silence(tmp_path, resumed):
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        step, tree = rollback.resume(start())
+        step, tree = rollback.step(1, update(tree, batch(0)))
+        rollback.save(step, tree)
+        if resumed:
+            rollback.close()
+            rollback = RollbackManager(tmp_path, **QUICK)
+            step, tree = rollback.resume(tree)
+        rollback.save(step, tree)
+        other = {**tree[0], "b": tree[0]["b"] + 1}, tree[1]
+        with pytest.warns(RuntimeWarning, match="step 1 in .* is of another state .* not saved"):
+            rollback.save(step, other)
+        rollback.close()
+    assert_same_bits(resume(tmp_path)[1], tree)
+
+
 def test_an_occupied_directory_must_be_resumed(directory):
     with (
         RollbackManager(directory, **QUICK) as rollback,
@@ -340,6 +370,52 @@ def test_checkpoints_without_a_journal_are_adopted(directory, lose):
     tree, _, used = run(directory, 70)  # and now there is one
     assert_same_bits(tree, plain(70))
     assert used[0] == 40
+
+
+def test_where_an_older_journal_names_what_is_gone_the_others_are_used(directory):
+    """As where the small file came out of a backup."""
+    before = steps_in(directory)
+    for name in ("journal.json", "journal.before.json"):
+        content = json.loads((directory / name).read_text())
+        older = content | {"checkpoints": {"8": "good", "12": "candidate"}}
+        (directory / name).write_text(json.dumps(older))
+    with pytest.warns(RuntimeWarning, match=r"names none that can be read: .* step 40 that"):
+        step, tree = resume(directory)
+    assert step == 40
+    assert_same_bits(tree, plain(40))
+    assert steps_in(directory) == before
+
+
+@pytest.mark.parametrize("make", ["link", "file"])
+def test_what_has_taken_the_place_of_a_checkpoint_is_left(directory, make):
+    path, elsewhere = directory / "checkpoints" / "24", directory / "elsewhere"
+    shutil.move(path, elsewhere)
+    if make == "link":
+        path.symlink_to(elsewhere)
+    else:
+        path.write_text("mine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        tree, _, _ = run(directory, 80)
+    assert_same_bits(tree, plain(80))
+    assert path.exists()
+    assert any(elsewhere.iterdir())
+    assert "24" not in json.loads((directory / "journal.json").read_text())["checkpoints"]
+
+
+def test_a_file_where_a_folder_is_to_be_made(tmp_path):
+    """One sentence, and nothing of Orbax's that nobody awaits."""
+    (tmp_path / "arrivals").write_text("mine")
+
+    def go():
+        run(tmp_path, 24, {20: nan_parameter})
+        gc.collect()
+
+    with pytest.warns(RuntimeWarning) as said:
+        go()
+    (sentence,) = {str(w.message) for w in said}
+    assert "could not be written to" in sentence
+    assert (tmp_path / "arrivals").read_text() == "mine"
 
 
 def test_a_damaged_one_is_not_adopted(directory):

@@ -89,7 +89,7 @@ def test_what_is_switched_off_is_passed_over_and_a_nan_is_not(tmp_path: Path, re
     assert 60 < rollback.history[0].from_step <= 63
 
 
-@pytest.mark.parametrize("reasons", ["loss", ("los",), ("request",), ("none",)])
+@pytest.mark.parametrize("reasons", ["loss", ("los",), ("request",), ("none",), None, 5])
 def test_an_unknown_reason_is_refused(tmp_path, reasons):
     with pytest.raises(ValueError, match=r"reasons must be a collection of names out of .*skips"):
         RollbackManager(tmp_path, **QUICK, reasons=reasons)

@@ -236,7 +236,11 @@ def test_report(tmp_path):
     assert str(said).startswith("no copies in memory, checkpoints after 8 steps (")
 
 
-@pytest.mark.parametrize("overhead", [0, -0.1, math.nan, math.inf, "1 %"])
+@pytest.mark.parametrize("overhead", [0, -0.1, math.nan, math.inf, "1 %", True])
 def test_a_budget_is_a_share(tmp_path, overhead):
     with pytest.raises(ValueError, match="overhead must be a finite share above 0, got"):
         RollbackManager(tmp_path, overhead=overhead)
+
+
+def test_a_budget_may_be_a_number_of_numpy(tmp_path):
+    RollbackManager(tmp_path, overhead=np.float32(0.01)).close()

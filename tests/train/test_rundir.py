@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import lbw_optax
 from lbw_optax import REGIMES
 from train import logs, rundir
 from train.options import Options
@@ -159,12 +158,6 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
         },
         3: {"loss/valid_perplexity": 8.0, "run/learning_rate": 0.125},
     }
-
-
-def test_every_metric_of_the_guard_has_a_group():
-    state = lbw_optax.adamw(0.1).init(np.ones(3, np.float32))
-    groups = {logs.tag(name).partition("/")[0] for name in lbw_optax.metrics(state)}
-    assert groups == {"loss", "guard", "signals"}
 
 
 def test_a_line_of_the_log_is_on_disk_at_once(tmp_path):

@@ -103,17 +103,28 @@ def test_the_screen_says_how_far_the_run_is_and_what_was_done(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere"], "is not a run directory"),
+        (["nowhere"], "lbw-watch: nowhere is not a run directory"),
+        (["ended", "--order", "hold"], "ended has finished: no process is left"),
         ([".", "--order", "hold", "--scale", "2"], "scale must be in (0, 1]"),
         ([".", "--order", "govern", "--scale", "0.5"], 'is for "hold" only'),
     ],
 )
 def test_what_cannot_work_gets_one_sentence(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "ended").mkdir()
+    (tmp_path / "ended" / "result.json").write_text("{}")
     assert command.main(arguments) == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith("lbw-watch: ")
     assert said in sentence
+
+
+def test_a_run_that_was_told_to_go_on_has_not_finished(tmp_path):
+    (tmp_path / "config.json").write_text('{"steps": 20}')
+    (tmp_path / "result.json").write_text('{"options": {"steps": 10}}')
+    assert command.main([str(tmp_path), "--order", "hold"]) == 0
+    (tmp_path / "result.json").write_text('{"options": {"steps": 20}}')
+    assert command.main([str(tmp_path), "--order", "hold"]) == 2
 
 
 @pytest.mark.process

@@ -282,7 +282,7 @@ def test_a_killed_process_is_continued(place, ready, tmp_path):
     ("arguments", "near"),
     [
         ("--methods gard", "'gard': did you mean guard"),
-        ("--methods adamw nonsense", "'nonsense'"),
+        ("--methods adamw nonsense", "'nonsense': choose from "),
         ("--regimes LoRa", "'LoRa': did you mean lora"),
         ("--lrs 31", "'31': did you mean 3"),
     ],

@@ -1,0 +1,60 @@
+"""Metrics as JSON Lines: what `lbw-watch` and `lbw-report` read of a run."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from lbw_optax.audit import as_json
+from lbw_optax.exporters.names import plain
+from lbw_optax.law.control import REGIMES
+from lbw_optax.lines import is_torn
+
+
+class MetricsLog:
+    """Appends a line of metrics at each call, with the regime by its name and the time of day.
+
+    After a resume or a rollback some steps come again; readers take the newest line of each. What
+    is not finite is null, as JSON has it.
+
+    Args:
+      path: the file, ``log.jsonl`` in the run's directory. With several processes, on the first.
+
+    Raises:
+      OSError: if it cannot be written.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "log.jsonl"
+      >>> with MetricsLog(path) as log:
+      ...     log(1, {"loss": 2.5, "regime": 0, "time": 1.7e9})
+      >>> print(path.read_text().strip())
+      {"step": 1, "loss": 2.5, "regime": "nominal", "time": 1700000000.0}
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        place = Path(path)
+        with place.open("ab+") as file:
+            file.write(b"\n" * is_torn(file))
+        # Line by line: a kill loses no step that a checkpoint holds.
+        self._file = place.open("a", encoding="utf-8", buffering=1)
+
+    def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write the scalars of one step; `step` counts the updates made, from 1."""
+        values: dict[str, Any] = {"step": int(step), **plain(metrics)}
+        values.setdefault("time", round(time.time(), 3))
+        if "regime" in values:
+            values["regime"] = REGIMES[values["regime"]]
+        self._file.write(json.dumps(as_json(values), allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -1,0 +1,63 @@
+"""The names of dashboards: every metric has one, and it stays as it is."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lbw_optax
+from lbw_optax.exporters import NAMES, MetricsLog, grouped, tag
+from lbw_optax.exporters.names import parts
+from train import logs
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    return lbw_optax.metrics(lbw_optax.adamw(1e-3).init(jnp.ones(3)))
+
+
+def test_the_list_has_every_metric_and_what_a_loop_logs_beside_them(metrics):
+    beside = {"learning_rate", "tokens_per_second", "mfu"}
+    assert set(NAMES) - beside == {parts(name).base for name in metrics}
+
+
+def test_every_metric_is_in_a_group(metrics):
+    groups = {name.partition("/")[0] for name in grouped(metrics)}
+    assert groups == {"guard", "loss", "signals"}
+    assert len(grouped(metrics)) == len(metrics)
+
+
+def test_the_regimes_are_those_of_the_law():
+    said = NAMES["regime"].help.split(", ")
+    assert said == [f"{i} {regime}" for i, regime in enumerate(lbw_optax.REGIMES)]
+
+
+def test_several_guards_have_the_same_groups():
+    tx = optax.partition(
+        {"a": lbw_optax.adamw(0.1), "b": lbw_optax.adamw(0.1)}, {"x": "a", "y": "b"}
+    )
+    found = grouped(lbw_optax.metrics(tx.init({"x": jnp.ones(2), "y": jnp.ones(2)})))
+    assert found["guard/inner_states/a/inner_state/scale"] == pytest.approx(0.01)
+    assert "loss/inner_states/b/inner_state/train" in found
+    assert "signals/inner_states/b/inner_state/gradient_log2/-24" in found
+
+
+@pytest.mark.parametrize("name", ["accuracy", "eval/accuracy", "scale_of_mine", "my/loss_2"])
+def test_a_name_of_somebody_else_stays(name):
+    assert tag(name) == name
+
+
+@pytest.mark.parametrize("x", [np.ones(2), "nominal", None, 1j])
+def test_only_numbers_are_logged(x):
+    with pytest.raises(TypeError, match="metric 'mine' must be a single number"):
+        grouped({"mine": x})
+
+
+def test_a_line_after_a_torn_one_is_whole(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    with MetricsLog(path) as log:
+        log(3, {"loss": np.inf, "parameters_broken": np.bool_(True)})
+    found = logs.history(tmp_path)
+    assert found["step"].tolist() == [1, 3]
+    np.testing.assert_array_equal(found["loss"], [2.0, np.nan])
