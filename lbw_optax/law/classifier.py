@@ -3,7 +3,7 @@
 The classifier advises and nothing else: no rule of the law reads it. It is a gated recurrent unit
 of 16 cells over 16 inputs, all of them free of the unit of the loss and of the size of the model,
 so that it reads a log of loss and gradient norm as well as a run that is under the guard.
-`python -m benchmarks.prediction train` makes its weights.
+`python -m benchmarks.classifier train` makes its weights.
 """
 
 import enum
@@ -16,15 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax.law import control, divergence, statistics
-from lbw_optax.law.statistics import Memory, Running
-from lbw_optax.law.step import Law
+from lbw_optax.law.divergence import Divergence
+from lbw_optax.law.statistics import Running, Statistics
 from lbw_optax.law.telemetry import Telemetry
 
-CELLS = 16
+INPUTS, CELLS = 16, 16
 # Steps ahead of which a probability is given.
 HORIZONS = (10, 50)
 # How log |g| is remembered beside the law's own memory, which is five times as short.
-SLOW = Memory(decay=0.99, floor=0.1, prior=1.0)
+SLOW = statistics.Memory(decay=0.99, floor=0.1, prior=1.0)
 # A log of one norm, or of none, says nothing about gradients.
 LEAST_VARIANCE = 1e-12
 
@@ -37,7 +37,17 @@ class Kind(enum.IntEnum):
     BROKEN = 2  # the state, or the numbers
 
 
-class Memories(NamedTuple):
+class View(NamedTuple):
+    """What the law knows of a step, as the classifier reads it."""
+
+    known: Statistics  # before the step
+    now: Statistics  # after it
+    diverging: Divergence  # after it
+    age: jax.Array  # int32, of the law, after it
+    seen: Telemetry  # what the step showed
+
+
+class Memory(NamedTuple):
     """What the classifier remembers from step to step."""
 
     cells: jax.Array  # float32[16]
@@ -68,32 +78,41 @@ class Weights(NamedTuple):
     output_bias: jax.Array  # [5]: soon, later, and three kinds
 
 
-def init() -> Memories:
+def init() -> Memory:
     """Before the first step."""
     zero = jnp.zeros([], jnp.float32)
-    return Memories(jnp.zeros([CELLS], jnp.float32), Running(zero, zero, zero))
+    return Memory(jnp.zeros([CELLS], jnp.float32), Running(zero, zero, zero))
 
 
-def step(
-    memories: Memories, before: Law, after: Law, seen: Telemetry, weights: Weights | None = None
-) -> tuple[Memories, Risk]:
+def step(memory: Memory, view: View, weights: Weights | None = None) -> Memory:
     """Take one step in.
 
     Args:
-      memories: after the step before.
-      before: what the law remembered before this step.
-      after: what it remembers after it.
-      seen: what the step showed.
-      weights: other ones than the shipped; for experiments.
+      memory: after the step before.
+      view: what the law knows of this step.
+      weights: others than the shipped ones, for experiments.
     """
-    found, log_norm = inputs(memories.log_norm, before, after, seen)
-    cells, logits = advance(weights or shipped(), memories.cells, found)
-    return Memories(cells, log_norm), risk(logits)
+    found, log_norm = inputs(memory.log_norm, view)
+    return Memory(advance(weights or shipped(), memory.cells, found), log_norm)
 
 
-def inputs(
-    log_norm: Running, before: Law, after: Law, seen: Telemetry
-) -> tuple[jax.Array, Running]:
+def risk(memory: Memory, broken: jax.Array, weights: Weights | None = None) -> Risk:
+    """What the steps up to now say of the next ones.
+
+    What diverges within 10 steps does so within 50, and a loss that is not finite has diverged.
+
+    Args:
+      memory: after the newest step.
+      broken: bool scalar, whether its loss was not finite.
+      weights: others than the shipped ones, for experiments.
+    """
+    weights = weights or shipped()
+    logits = memory.cells @ weights.outputs + weights.output_bias
+    soon, later = (jnp.where(broken, 1.0, jax.nn.sigmoid(logits[i])) for i in range(2))
+    return Risk(soon, jnp.maximum(soon, later), jax.nn.softmax(logits[2:]))
+
+
+def inputs(log_norm: Running, view: View) -> tuple[jax.Array, Running]:
     """The 16 inputs of a step, float32 of about unit size, and the slow memory of log |g|.
 
     Of the loss: how far it is from its mean, how far the fast mean is from the slow one, how far it
@@ -102,7 +121,7 @@ def inputs(
     mean, and the one mean from the other. The overshoot's mean and newest value; the relative step
     over its ceiling; the age of the law; what was not measured or not finite. 0 says nothing.
     """
-    known, now, diverging = before.statistics, after.statistics, after.divergence
+    known, now, diverging, age, seen = view
     y, has_loss = statistics.relative_loss(known, seen), statistics.has_level(seen)
     loss_std = statistics.std(known.loss, statistics.LOSS)
     fell = now.loss_start.mean - diverging.lowest
@@ -117,9 +136,8 @@ def inputs(
     slow_std = statistics.std(log_norm, SLOW)
 
     has_step = seen.has_step & (seen.relative_step > 0)
-    age = after.control.age + 1
-    log_step = jnp.log(jnp.where(has_step, seen.relative_step, 1.0)) - control.log_ceiling(age)
-    has_way = after.control.age > 1
+    log_step = jnp.log(jnp.where(has_step, seen.relative_step, 1.0))
+    log_step = log_step - control.log_ceiling(age + 1)
     overshoots = now.overshoot.variance > 0
 
     broken = (seen.nonfinite_loss > 0) | (seen.nonfinite_gradients > 0)
@@ -142,8 +160,8 @@ def inputs(
         jnp.where(has_norm, _squashed((now.gradient.mean - slow.mean) / slow_std), 0.0),
         jnp.where(overshoots, _squashed(statistics.in_stds(now.overshoot)), 0.0),
         jnp.where(overshoots, now.overshoot.last, 0.0),
-        jnp.where(has_step & has_way, jnp.clip(log_step / 3, -2.0, 2.0), 0.0),
-        1 / jnp.sqrt(age.astype(jnp.float32)),
+        jnp.where(has_step & (age > 1), jnp.clip(log_step / 3, -2.0, 2.0), 0.0),
+        1 / jnp.sqrt(age.astype(jnp.float32) + 1),
         has_norm,
         overshoots,
         broken,
@@ -152,8 +170,8 @@ def inputs(
     return jnp.stack([jnp.asarray(x, jnp.float32) for x in found]), slow
 
 
-def advance(weights: Weights, cells: jax.Array, found: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""One step of the unit, and its five logits.
+def advance(weights: Weights, cells: jax.Array, found: jax.Array) -> jax.Array:
+    r"""One step of the unit, the cells after it.
 
     .. math::
       (z, r) = \sigma(W x + U h + b), \qquad n = \tanh(W_n x + r \odot (U_n h) + b_n), \qquad
@@ -166,14 +184,7 @@ def advance(weights: Weights, cells: jax.Array, found: jax.Array) -> tuple[jax.A
     gates = jax.nn.sigmoid(x[: 2 * CELLS] + h[: 2 * CELLS])
     keep, reset = gates[:CELLS], gates[CELLS:]
     new = jnp.tanh(x[2 * CELLS :] + reset * h[2 * CELLS :])
-    cells = (1 - keep) * new + keep * cells
-    return cells, cells @ weights.outputs + weights.output_bias
-
-
-def risk(logits: jax.Array) -> Risk:
-    """Probabilities. What diverges within 10 steps does so within 50."""
-    soon, later = jax.nn.sigmoid(logits[0]), jax.nn.sigmoid(logits[1])
-    return Risk(soon, jnp.maximum(soon, later), jax.nn.softmax(logits[2:]))
+    return (1 - keep) * new + keep * cells
 
 
 @functools.cache

@@ -1,78 +1,96 @@
 """What divergence is: one definition, for the classifier, its benchmark and their tests.
 
-This looks at a run that is over, with NumPy, and may look ahead; what a running guard can know is in
+This reads the log of a run that is over, with NumPy; what a running guard goes by is in
 :mod:`lbw_optax.law.divergence`.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
-# The level of a loss is the median of so many entries, half of them before and half after.
-LEVEL = 9
-# It has risen by so much of all that it had fallen, and by so many standard deviations of its noise.
-SHARE, STDS = 0.25, 6.0
-# And stays there for so many entries, or to the end of the log, and then for so many at least.
-STAYS, LEAST = 20, 4
-# Nothing is said of the first entries: there is no level that the loss could leave.
+# The level of a loss is the median of the newest entries, so many of them.
+LEVEL = 5
+# It has risen by so many standard deviations of its noise,
+STDS = 6.0
+# and is there for so many entries, or to the end of the log, and then for so many at least.
+STAYS, LEAST = 20, 2
+# Of the first entries nothing is said: there is no level yet that the loss could leave.
 FIRST = 5
 
 
-def diverges_at(loss: np.ndarray, rollbacks: np.ndarray | None = None) -> int | None:
-    r"""The entry at which a run begins to diverge, or None if it does not.
+class Divergence(NamedTuple):
+    """Entries of a log, from 0.
 
-    It is the first t, not among the first five, for which one of these holds: the loss is not
-    finite; a rollback was made; or, with m the median of nine entries around each one,
+    Attributes:
+      begins: the first entry at which the level is up for good.
+      stands: the entry at which that is known: this is when the run has diverged.
+    """
+
+    begins: int
+    stands: int
+
+
+def divergence(loss: np.ndarray, rollbacks: np.ndarray | None = None) -> Divergence | None:
+    r"""When a run diverged, or None if it did not.
+
+    A run has diverged when its loss is not finite, when it was rolled back, or when the level of
+    its loss has been too high for twenty entries. With m_t the median of the five newest entries,
+    the level is too high from t on if
 
     .. math::
-      \min(m_t, \dots, m_{t+19}) > m^*_t + \max\big(\tfrac14 (m_0 - m^*_t)_+,\ 6 \sigma_t\big), \qquad
-      m^*_t = \min_{i < t} m_i,
+      \min(m_t, \dots, m_{t+19}) > \max\big(\bar m_t,\ m^*_t + 6 \sigma_t\big), \qquad
+      \bar m_t = \tfrac1t \sum_{i < t} m_i, \qquad m^*_t = \min_{i < t} m_i,
 
-    where σ is 1.48 times the median of |y_i - m_i| so far. A log that ends before twenty entries
-    have passed needs four. The unit of the loss does not matter, nor what is added to it.
+    so that more is lost than the run has won on average, and no noise explains it. σ is 1.05 times
+    the median of |y_i - y_{i-1}| so far, the standard deviation of noise that is independent from
+    entry to entry. A log that ends before twenty entries have passed needs two. Nothing is asked of
+    the first five entries. The unit of the loss does not matter, nor what is added to it.
 
     Args:
-      loss: float[n], an entry a step or every so many steps; a missing one is left out before.
+      loss: float[n], an entry a step or every so many steps, none missing.
       rollbacks: bool[n], where one was made.
 
     Example:
       >>> import numpy as np
       >>> falling = 3 * 0.99 ** np.arange(200.0)
-      >>> diverges_at(falling), diverges_at(np.append(falling, 3 * np.ones(50)))
-      (None, 200)
+      >>> divergence(falling) is None
+      True
+      >>> divergence(np.append(falling, 3 * np.ones(50)))
+      Divergence(begins=202, stands=221)
     """
     loss = np.asarray(loss, np.float64)
-    ends = [_first(~np.isfinite(loss)), _rises_at(loss)]
-    if rollbacks is not None:
-        ends.append(_first(np.asarray(rollbacks, bool)))
-    found = [end for end in ends if end is not None]
-    return max(min(found), FIRST) if found else None
+    broken = _first(~np.isfinite(loss))
+    found = [_rise(loss if broken is None else loss[:broken])]
+    sudden = [broken, None if rollbacks is None else _first(np.asarray(rollbacks, bool))]
+    found += [Divergence(at, at) for at in sudden if at is not None]
+    return min((x for x in found if x is not None), key=lambda x: x.stands, default=None)
 
 
 def _first(hits: np.ndarray) -> int | None:
     return int(hits.argmax()) if hits.any() else None
 
 
-def _rises_at(loss: np.ndarray) -> int | None:
-    broken = _first(~np.isfinite(loss))
-    loss = loss if broken is None else loss[:broken]
+def _rise(loss: np.ndarray) -> Divergence | None:
     if len(loss) < FIRST + LEAST:
         return None
     level = _level(loss)
+    mean = np.cumsum(level)[:-1] / np.arange(1, len(level))
     best = np.minimum.accumulate(level)[:-1]
-    noise = 1.4826 * _median_so_far(np.abs(loss - level))[:-1]
-    margin = np.maximum(SHARE * np.maximum(level[0] - best, 0.0), STDS * noise)
-    stays = _least_ahead(level)[1:]
-    above = stays > best + margin + np.finfo(np.float32).eps * np.abs(best)
+    noise = 1.4826 / np.sqrt(2) * _median_so_far(np.abs(np.diff(loss)))
+    limit = np.maximum(mean, best + STDS * noise) + np.finfo(np.float32).eps * np.abs(best)
+    above = _least_ahead(level)[1:] > limit
     above[: FIRST - 1] = False
     above[len(above) - LEAST + 1 :] = False
     at = _first(above)
-    # The median of nine sees a step of the loss where it is; the loss itself must be there, too.
-    return None if at is None else at + 1
+    return None if at is None else Divergence(at + 1, min(at + STAYS, len(loss) - 1))
 
 
 def _level(loss: np.ndarray) -> np.ndarray:
-    half = LEVEL // 2
-    padded = np.pad(loss, half, mode="reflect")
-    return np.median(np.lib.stride_tricks.sliding_window_view(padded, LEVEL), axis=1)
+    """The median of the newest five; of the first ones, of as many as there are."""
+    first = np.array([np.median(loss[: i + 1]) for i in range(LEVEL - 1)])
+    windows = np.lib.stride_tricks.sliding_window_view(loss, LEVEL) if len(loss) >= LEVEL else None
+    whole = np.concatenate([first, np.median(windows, axis=1)]) if windows is not None else first
+    return whole[: len(loss)]
 
 
 def _least_ahead(level: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""One step of the law: arrive, absorb, judge, decide, assess."""
+"""One step of the law: arrive, absorb, judge, decide, assess, classify."""
 
 from typing import NamedTuple
 
-from lbw_optax.law import control, divergence, statistics
+from lbw_optax.law import classifier, control, divergence, statistics
 from lbw_optax.law.control import RULES, Bounds, Control, Decision, Rules, Signal
 from lbw_optax.law.divergence import Divergence
 from lbw_optax.law.statistics import Statistics
@@ -10,16 +10,17 @@ from lbw_optax.law.telemetry import Telemetry
 
 
 class Law(NamedTuple):
-    """All that the law remembers from step to step: scalars."""
+    """All that the law remembers from step to step: scalars, and sixteen cells."""
 
     statistics: Statistics
     control: Control
     divergence: Divergence
+    classifier: classifier.Memory
 
 
 def init(bounds: Bounds) -> Law:
     """Before the first step."""
-    return Law(statistics.init(), control.init(bounds), divergence.init())
+    return Law(statistics.init(), control.init(bounds), divergence.init(), classifier.init())
 
 
 def step(law: Law, seen: Telemetry, bounds: Bounds, rules: Rules = RULES) -> tuple[Law, Decision]:
@@ -47,4 +48,7 @@ def step(law: Law, seen: Telemetry, bounds: Bounds, rules: Rules = RULES) -> tup
     diverging = divergence.assess(
         law.divergence, seen, law.statistics, rejected, held.skips_in_a_row
     )
-    return Law(remembered, held, diverging), decision
+    # It advises: nothing above reads it.
+    view = classifier.View(law.statistics, remembered, diverging, held.age, seen)
+    advised = classifier.step(law.classifier, view)
+    return Law(remembered, held, diverging, advised), decision

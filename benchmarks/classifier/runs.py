@@ -11,7 +11,7 @@ import optax
 from benchmarks.atlas import cell, data, models
 from benchmarks.atlas.draw import Task
 from benchmarks.atlas.methods import own
-from benchmarks.prediction.tasks import STEPS, Lanes, lanes
+from benchmarks.classifier.tasks import STEPS, Lanes, lanes
 from lbw_optax.law import telemetry
 from lbw_optax.law.telemetry import Probe
 
@@ -48,7 +48,7 @@ def run(task: Task) -> dict[str, np.ndarray]:
 
 
 def factors(befell: Lanes) -> Factors:
-    """The faults of `benchmarks.prediction.tasks`, as factors."""
+    """The faults of `benchmarks.classifier.tasks`, as factors."""
     step = np.arange(STEPS)[None]
     since = step - befell.at[:, None]
     strikes = (since >= 0) & (since < befell.length[:, None])
@@ -72,7 +72,7 @@ def factors(befell: Lanes) -> Factors:
 
 def _program(task: Task) -> Any:
     """All runs of a setting. The law is not in it, for it would take longer to compile than to run:
-    `benchmarks.prediction.examples` reads what is recorded here with the law, once for all.
+    `benchmarks.classifier.examples` reads what is recorded here with the law, once for all.
     """
 
     @jax.jit

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.prediction.examples import Examples, Runs
+from benchmarks.classifier.examples import Examples, Runs
 
 WINDOW = 128
 """Of OLMo, Levanter, MaxText and llm.c."""

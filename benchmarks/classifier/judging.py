@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.prediction.examples import Examples, Runs
+from benchmarks.classifier.examples import Examples, Runs
 
 RATE = 10.0
 """False alarms in 100,000 healthy steps at which detection is compared."""
-BEFORE, AFTER = 50, 10
-"""An alarm belongs to a divergence from so many steps before it to so many after."""
+BEFORE = 50
+"""An alarm belongs to a divergence from so many steps before it to its own step."""
 CATCHABLE = 20
 """A run that diverges before this step was never sound: there is nothing to be told apart."""
 
@@ -19,31 +19,32 @@ class Judged(NamedTuple):
     threshold: float
     false_alarms: float  # steps in alarm, in 100,000 steps of healthy runs
     caught: float  # share of the divergences
-    lead: float  # median steps from the first alarm to the divergence; 0 or less: after it
+    lead: float  # median steps from the first alarm to the divergence
+    lead_to_rise: float  # and to the beginning of the rise; less than 0: after it
     divergences: int
 
 
 def judge(sets: Sequence[tuple[Runs, np.ndarray]], threshold: float | None = None) -> Judged:
     """Of runs and their scores, at a threshold, or at the one with `RATE` false alarms."""
-    healthy = np.concatenate([_known(s[_healthy(r)])[r.given[_healthy(r)]] for r, s in sets])
+    healthy = np.concatenate([_known(s[~r.diverges])[r.given[~r.diverges]] for r, s in sets])
     if threshold is None:
         threshold = threshold_at(healthy, RATE)
-    leads: list[float] = []
+    leads, rises = [], []
     for runs, scores in sets:
         fires = _known(scores) > threshold
-        for fired, end in zip(fires[runs.diverges], runs.ends[runs.diverges], strict=True):
-            if end < CATCHABLE:
-                continue
-            first = max(end - BEFORE, 0)
-            at = np.flatnonzero(fired[first : end + AFTER + 1])
+        for run in np.flatnonzero(runs.diverges & (runs.ends >= CATCHABLE)):
+            first, end = max(runs.ends[run] - BEFORE, 0), runs.ends[run]
+            at = np.flatnonzero(fires[run, first : end + 1])
             leads.append(end - first - at[0] if len(at) else np.nan)
-    found = np.array(leads) if leads else np.array([np.nan])
+            rises.append(runs.begins[run] - first - at[0] if len(at) else np.nan)
+    found, of_rise = np.array(leads or [np.nan]), np.array(rises or [np.nan])
     caught = np.isfinite(found)
     return Judged(
         float(threshold),
         1e5 * float((healthy > threshold).mean()) if len(healthy) else float("nan"),
-        float(caught.mean()),
+        float(caught.mean()) if leads else float("nan"),
         float(np.median(found[caught])) if caught.any() else float("nan"),
+        float(np.median(of_rise[caught])) if caught.any() else float("nan"),
         len(leads),
     )
 
@@ -121,10 +122,6 @@ def _labelled(
     scores = np.concatenate([_known(s)[x.asked] for x, s in sets])
     labels = np.concatenate([(x.until[x.asked] <= horizon) for x, _ in sets])
     return scores, labels
-
-
-def _healthy(runs: Runs) -> np.ndarray:
-    return ~runs.diverges
 
 
 def _known(scores: np.ndarray) -> np.ndarray:

@@ -47,6 +47,8 @@ FAULTS = {
     "nan_loss": 0.02,
     "broken_weights": 0.06,
 }
+BROKEN = ("nan_gradient", "nan_loss", "broken_weights")
+"""Faults of the state, or of the numbers."""
 
 
 class Lanes(NamedTuple):
@@ -63,14 +65,16 @@ class Lanes(NamedTuple):
 def settings(split: str) -> list[Task]:
     """The settings that train ("train"), choose ("valid") or judge ("unseen") the classifier."""
     if split in ("train", "valid"):
-        number = {"train": 24, "valid": 6}[split]
+        number = {"train": 72, "valid": 12}[split]
         rng = np.random.default_rng([19, number])
         return [
             _draw(rng, SEEN[i % 4], SEEN_OPTIMIZERS[(i // 4) % 3], f"{split}{i:02d}")
             for i in range(number)
         ]
     rng = np.random.default_rng([19, 99])
-    families = [_draw(rng, x, SEEN_OPTIMIZERS[0], f"family{i:02d}") for i, x in enumerate(UNSEEN)]
+    families = [
+        _draw(rng, UNSEEN[i % 4], SEEN_OPTIMIZERS[i // 4], f"family{i:02d}") for i in range(8)
+    ]
     both = [
         _draw(rng, (*UNSEEN, *SEEN)[i], UNSEEN_OPTIMIZERS[i % 2], f"both{i:02d}") for i in range(8)
     ]

@@ -11,18 +11,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.classifier import examples
+from benchmarks.classifier.examples import Runs
+
 SEEN = ("wmt", "imagenet_resnet", "librispeech_conformer_layernorm", "criteo1tb", "ogbg_gelu")
 """Workloads of AlgoPerf that train it."""
-PIECE = 300
-"""Logs are cut into pieces of so many entries to train on."""
+FILES = ("algoperf.npz", "nanogpt.npz")
 
 
 class Log(NamedTuple):
-    name: str
+    """The log of one run."""
+
+    workload: str
     loss: np.ndarray
     norm: np.ndarray | None
     seen: bool  # whether it trains the classifier
-    every_step: bool  # an entry is a step
 
 
 def read(directory: Path) -> list[Log]:
@@ -30,7 +33,7 @@ def read(directory: Path) -> list[Log]:
     logs = []
     with np.load(directory / "algoperf.npz") as stored:
         offsets, meta = stored["offsets"], [json.loads(str(x)) for x in stored["meta"]]
-        loss, norm, step = stored["loss"], stored["grad_norm"], stored["step"]
+        loss, norm = stored["loss"], stored["grad_norm"]
     for i, facts in enumerate(meta):
         part = slice(offsets[i], offsets[i + 1])
         kept = ~np.isnan(loss[part])
@@ -38,14 +41,27 @@ def read(directory: Path) -> list[Log]:
             continue
         logs.append(
             Log(
-                f"{facts['workload']}/{facts['submission']}/{i}",
+                facts["workload"],
                 loss[part][kept],
                 norm[part][kept],
                 facts["workload"] in SEEN,
-                bool(step[part][kept][-1] < 2 * kept.sum()),
             )
         )
     with np.load(directory / "nanogpt.npz") as stored:
         for number, name in enumerate(sorted(stored.files)):
-            logs.append(Log(name, stored[name], None, number % 2 == 0, True))
+            logs.append(Log("modded-nanogpt", stored[name], None, number % 2 == 0))
     return logs
+
+
+def runs(logs: list[Log]) -> Runs:
+    """Logs of one archive, shorter ones filled up at the end."""
+    longest = max(len(log.loss) for log in logs)
+
+    def filled(parts: list[np.ndarray], blank: float) -> np.ndarray:
+        whole = [np.pad(x, (0, longest - len(x)), constant_values=blank) for x in parts]
+        return np.stack(whole)
+
+    norms = [log.norm for log in logs if log.norm is not None]
+    given = np.arange(longest)[None] < np.array([len(log.loss) for log in logs])[:, None]
+    loss = filled([log.loss for log in logs], 0.0)
+    return examples.of_log(loss, filled(norms, 1.0) if norms else None, given)

@@ -10,15 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.classifier.tasks import BROKEN, Lanes
 from lbw_optax import law
 from lbw_optax.law import classifier, control, outcome, statistics, telemetry
-from lbw_optax.law.classifier import Kind
+from lbw_optax.law.classifier import HORIZONS, Kind, View
 from lbw_optax.law.control import Bounds
 
+NEVER = 10**6
 # The law reads a log at scale 1: nothing intervenes.
 _BOUNDS = Bounds(min_scale=1.0)
 # What is gone within so many steps was a hard batch; a divergence within so many was none.
 GONE, FOLLOWS = 5, 50
+# Runs are read so many at a time, and so many steps of them.
+ROWS, CHUNK = 64, 256
 
 
 class Runs(NamedTuple):
@@ -27,30 +31,33 @@ class Runs(NamedTuple):
     logged: np.ndarray  # float32[runs, steps], the loss; may be NaN or infinite
     seen: dict[str, np.ndarray]  # scalars of Telemetry by name, [runs, steps]
     given: np.ndarray  # bool[runs, steps]
-    ends: np.ndarray  # int[runs], where a run diverges, or its length
+    begins: np.ndarray  # int[runs], where the rise of a run that diverges begins, or its length
+    ends: np.ndarray  # int[runs], where it has diverged, or its length
     diverges: np.ndarray  # bool[runs]
     broken: np.ndarray  # bool[runs], what diverges does so for a broken state or a NaN
+    strikes: np.ndarray  # int[runs], when a fault that nothing announces strikes; `NEVER` for none
 
 
 class Examples(NamedTuple):
     """What a predictor learns from and is judged by, [runs, steps] each but for the inputs."""
 
     inputs: np.ndarray  # float32[runs, steps, 16]
-    asked: np.ndarray  # bool: before the end of the run, and of its divergence
+    # bool: before the end of the run, and before it has diverged; but not in the fifty steps before
+    # a fault strikes, for how likely a fault is here says nothing of any run.
+    asked: np.ndarray
     until: np.ndarray  # int: steps until it diverges; a large number if it does not
     kind: np.ndarray  # int: a `Kind` where the step stands out, else -1
     excess: np.ndarray  # float32, the law's own evidence of a lasting rise
     overshoot: np.ndarray  # float32, its mean in standard deviations, as the law has it
 
 
-NEVER = 10**6
-
-
-def of_guard(told: dict[str, np.ndarray], broken: np.ndarray) -> Runs:
-    """Of runs made here; `broken` says whose fault is one of the state or of the numbers."""
+def of_guard(told: dict[str, np.ndarray], befell: Lanes) -> Runs:
+    """Of runs made here, and of what befell them."""
     logged = told["logged"]
     seen = {name: x for name, x in told.items() if name != "logged"}
-    return _runs(logged, seen, np.full(logged.shape, True), broken)
+    strikes = np.where(befell.fault == "none", NEVER, befell.at)
+    broken = np.isin(befell.fault, BROKEN)
+    return _runs(logged, seen, np.full(logged.shape, True), broken, strikes)
 
 
 def of_log(loss: np.ndarray, norm: np.ndarray | None, given: np.ndarray) -> Runs:
@@ -67,24 +74,26 @@ def of_log(loss: np.ndarray, norm: np.ndarray | None, given: np.ndarray) -> Runs
         "has_gradient": fine,
         "nonfinite_gradients": (~fine & has_norm).astype(np.int32),
     }
-    return _runs(loss, seen, given, ~is_number.all(1))
+    return _runs(loss, seen, given, ~is_number.all(1), np.full(len(loss), NEVER))
 
 
 def of(runs: Runs) -> Examples:
     """Inputs and labels."""
-    found, excess, overshoot, stands_out = (np.asarray(x) for x in _replay(runs.seen))
+    found, excess, overshoot, stands_out = _replay(runs.seen)
     at = np.arange(runs.logged.shape[1])[None]
-    asked = runs.given & (at < runs.ends[:, None])
+    ahead = runs.strikes[:, None] - at
+    asked = runs.given & (at < runs.ends[:, None]) & ~((ahead > 0) & (ahead <= max(HORIZONS)))
     until = np.where(runs.diverges[:, None], runs.ends[:, None] - at, NEVER)
     return Examples(found, asked, until, _kinds(runs, stands_out, until), excess, overshoot)
 
 
-def _runs(logged: np.ndarray, seen: Any, given: np.ndarray, broken: np.ndarray) -> Runs:
+def _runs(logged: Any, seen: Any, given: np.ndarray, broken: Any, strikes: Any) -> Runs:
     lengths = given.sum(1)
-    ends = [outcome.diverges_at(x[:n]) for x, n in zip(logged, lengths, strict=True)]
-    diverges = np.array([end is not None for end in ends])
-    last = np.array([n if end is None else end for end, n in zip(ends, lengths, strict=True)])
-    return Runs(logged, seen, given, last, diverges, broken)
+    found = [outcome.divergence(x[:n]) for x, n in zip(logged, lengths, strict=True)]
+    ends = [n if x is None else x.stands for x, n in zip(found, lengths, strict=True)]
+    begins = [n if x is None else x.begins for x, n in zip(found, lengths, strict=True)]
+    diverges = np.array([x is not None for x in found])
+    return Runs(logged, seen, given, np.array(begins), np.array(ends), diverges, broken, strikes)
 
 
 def _kinds(runs: Runs, stands_out: np.ndarray, until: np.ndarray) -> np.ndarray:
@@ -93,24 +102,48 @@ def _kinds(runs: Runs, stands_out: np.ndarray, until: np.ndarray) -> np.ndarray:
     What is followed by a divergence within 50 steps is unstable, or broken; what is not, and after
     five steps no longer stands out, was a hard batch; of the rest nothing is said.
     """
-    kind = np.full(stands_out.shape, -1)
     follows = stands_out & (until > 0) & (until <= FOLLOWS)
-    kind[follows] = np.where(runs.broken[:, None], Kind.BROKEN, Kind.UNSTABLE).repeat(
-        kind.shape[1], 1
-    )[follows]
     later = np.zeros_like(stands_out)
     for ahead in range(GONE, 2 * GONE):
         later[:, :-ahead] |= stands_out[:, ahead:]
-    kind[stands_out & ~follows & ~later & (until > 2 * FOLLOWS)] = Kind.HARD_BATCH
+    alone = stands_out & ~later & (until > 2 * FOLLOWS)
+    of_run = np.where(runs.broken, Kind.BROKEN, Kind.UNSTABLE)[:, None]
+    kind = np.where(follows, of_run, np.where(alone, Kind.HARD_BATCH, -1))
     at = np.arange(kind.shape[1])[None]
-    kind[~runs.given | (at >= runs.ends[:, None])] = -1
-    return kind
+    return np.where(runs.given & (at < runs.ends[:, None]), kind, -1)
+
+
+def _replay(seen: dict[str, np.ndarray]) -> Any:
+    """Inputs of the classifier, and what some rules read, of every step.
+
+    In tiles of one shape, so that one program serves runs of every number and length.
+    """
+    runs, steps = seen["loss"].shape
+    rows, columns = -runs % ROWS, -steps % CHUNK
+    told = telemetry.init()._asdict()
+    del told["histogram"]
+    padded = {
+        name: np.pad(
+            np.broadcast_to(seen.get(name, blank), (runs, steps)), [(0, rows), (0, columns)]
+        )
+        for name, blank in ((name, np.asarray(x)) for name, x in told.items())
+    }
+    first = law.init(_BOUNDS), classifier.init().log_norm
+    lanes = jax.tree.map(lambda x: jnp.broadcast_to(x, (ROWS, *x.shape)), first)
+    strips = []
+    for row in range(0, runs, ROWS):
+        carry, parts = lanes, []
+        for at in range(0, steps, CHUNK):
+            tile = {n: x[row : row + ROWS, at : at + CHUNK] for n, x in padded.items()}
+            carry, found = _tile(carry, tile)
+            parts.append(jax.device_get(found))
+        strips.append(jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts))
+    return jax.tree.map(lambda *x: np.concatenate(x)[:runs, :steps], *strips)
 
 
 @jax.jit
 @jax.vmap
-def _replay(seen: dict[str, Any]) -> Any:
-    """Inputs of the classifier, and what some rules read, of every step."""
+def _tile(carry: Any, seen: dict[str, Any]) -> Any:
     blank = telemetry.init()
 
     def one(carry: Any, now: Any) -> Any:
@@ -118,10 +151,10 @@ def _replay(seen: dict[str, Any]) -> Any:
         told = blank._replace(**now)
         arrival = control.arrive(told, before.statistics)
         after, _ = law.step(before, told, _BOUNDS)
-        found, log_norm = classifier.inputs(log_norm, before, after, told)
+        view = View(before.statistics, after.statistics, after.divergence, after.control.age, told)
+        found, log_norm = classifier.inputs(log_norm, view)
         out = arrival.jumps | arrival.spikes | (arrival.rejected > 0)
         z = jnp.where(told.has_overshoot, statistics.in_stds(after.statistics.overshoot), 0.0)
         return (after, log_norm), (found, after.divergence.loss_excess, z, out)
 
-    _, told = jax.lax.scan(one, (law.init(_BOUNDS), classifier.init().log_norm), seen)
-    return told
+    return jax.lax.scan(one, carry, seen)
