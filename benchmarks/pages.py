@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from benchmarks.classifier import tables as classifier
 from benchmarks.faults import tables as faults
 from benchmarks.health import tables as health
 from benchmarks.parts import front, research, speed
@@ -32,6 +33,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "health": lambda: health.summary(read(FOLDER / "health.jsonl")),
     },
     "docs/placements.md": {"placements": front.placements},
+    "docs/prediction.md": {
+        "targets": classifier.targets,
+        "leaderboard": classifier.leaderboard,
+        "families": classifier.families,
+        "calibration": classifier.calibration,
+    },
     "docs/rollback.md": {"rollback cost": speed.rollback_cost},
     f"{BENCHMARKS}/THROUGHPUT.md": {"throughput": speed.throughput},
     "docs/research.md": {

@@ -17,6 +17,7 @@ import numpy as np
 
 from lbw_optax import lock, sentences
 from lbw_optax.alerts import Alert, Listeners, OnEvent, tell
+from lbw_optax.law import classifier
 from lbw_optax.law import events as ring
 from lbw_optax.law.divergence import after_rollback
 from lbw_optax.law.events import Event
@@ -65,6 +66,9 @@ def metrics(state: PyTree) -> dict[str, jax.Array]:
     ``outstanding``             interventions that are not yet earned back, of the budget
     ``exhausted``               bool, the guard has used up what it may do
     ``rollback_asked``          a `lbw_optax.law.divergence.Reason`, 0 for none
+    ``risk_10``, ``risk_50``    probability that the run diverges within so many steps; advice only
+    ``hard_batch``              if the step stands out, the probability that it is gone by itself;
+                                likewise ``unstable_dynamics`` and ``broken_state``
     ``gradient_log2/k``         sampled gradient coordinates with 2^k <= abs(g) < 2^(k+2)
     ==========================  ====================================================================
 
@@ -88,6 +92,7 @@ def metrics(state: PyTree) -> dict[str, jax.Array]:
 
 def _metrics(guard: GuardState) -> dict[str, jax.Array]:
     seen, remembered, control = guard.telemetry, guard.law.statistics, guard.law.control
+    risk = classifier.risk(guard.law.classifier, seen.nonfinite_loss > 0)
     return {
         "scale": jnp.exp(control.log_scale),
         "regime": control.regime,
@@ -112,6 +117,9 @@ def _metrics(guard: GuardState) -> dict[str, jax.Array]:
         "outstanding": control.outstanding,
         "exhausted": control.exhausted,
         "rollback_asked": guard.law.divergence.rollback_asked,
+        "risk_10": risk.soon,
+        "risk_50": risk.later,
+        **{kind.name.lower(): risk.kinds[..., kind] for kind in classifier.Kind},
         **{f"gradient_log2/{k}": seen.histogram[..., i] for i, k in enumerate(HISTOGRAM_EDGES)},
     }
 

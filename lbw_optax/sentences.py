@@ -4,7 +4,7 @@ import logging
 import math
 from typing import Any
 
-from lbw_optax.law import control, events
+from lbw_optax.law import classifier, control, events
 from lbw_optax.law.control import REGIMES, REJECTED_BOUND, REJECTED_FROM, REST_STEPS, Signal
 from lbw_optax.law.divergence import Reason
 from lbw_optax.law.events import Event
@@ -41,7 +41,7 @@ def explain(guard: GuardState) -> str:
             f"{ASKS[Reason(int(guard.law.divergence.rollback_asked))]}. RollbackManager answers; "
             "without one, restore a checkpoint, or go on with lbw_optax.reset(state)."
         )
-    sentence = _scaling(guard) + _rejecting(guard)
+    sentence = _scaling(guard) + _rejecting(guard) + _risking(guard)
     return (
         sentence if _acts(guard) else f"{_only_watches(guard)} Governing, it would say: {sentence}"
     )
@@ -92,6 +92,17 @@ def _rejecting(guard: GuardState) -> str:
     return (
         f" {_plain(100 * float(rejections.share))} % of the last {int(rejections.steps)} steps "
         f"were rejected, the newest for this: {why}. Look at the data."
+    )
+
+
+def _risking(guard: GuardState) -> str:
+    """What to say of the risk, if it is high."""
+    soon = float(classifier.risk(guard.law.classifier, guard.telemetry.nonfinite_loss > 0).soon)
+    if soon <= float(classifier.shipped().alarm):
+        return ""
+    return (
+        f" The run may diverge within 10 steps: its newest ones look like those before a "
+        f"divergence (probability {_plain(100 * soon)} %). Nothing is done for this alone."
     )
 
 

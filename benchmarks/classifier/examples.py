@@ -19,7 +19,7 @@ from lbw_optax.law.control import Bounds
 NEVER = 10**6
 # The law reads a log at scale 1: nothing intervenes.
 _BOUNDS = Bounds(min_scale=1.0)
-# What is gone within so many steps was a hard batch; a divergence within so many was none.
+# What is gone within so many steps was a hard batch, unless a divergence follows within so many.
 GONE, FOLLOWS = 5, 50
 # Runs are read so many at a time, and so many steps of them.
 ROWS, CHUNK = 64, 256
@@ -99,17 +99,18 @@ def _runs(logged: Any, seen: Any, given: np.ndarray, broken: Any, strikes: Any) 
 def _kinds(runs: Runs, stands_out: np.ndarray, until: np.ndarray) -> np.ndarray:
     """Of steps that stand out: what comes of them says what they were.
 
-    What is followed by a divergence within 50 steps is unstable, or broken; what is not, and after
-    five steps no longer stands out, was a hard batch; of the rest nothing is said.
+    From five steps before the rise of a divergence on they are unstable, or broken. What no longer
+    stands out after five steps, with no divergence in the next fifty, was a hard batch. Of the rest
+    nothing is said.
     """
-    follows = stands_out & (until > 0) & (until <= FOLLOWS)
+    at = np.arange(stands_out.shape[1])[None]
+    follows = stands_out & runs.diverges[:, None] & (at >= runs.begins[:, None] - GONE)
     later = np.zeros_like(stands_out)
     for ahead in range(GONE, 2 * GONE):
         later[:, :-ahead] |= stands_out[:, ahead:]
-    alone = stands_out & ~later & (until > 2 * FOLLOWS)
-    of_run = np.where(runs.broken, Kind.BROKEN, Kind.UNSTABLE)[:, None]
+    alone = stands_out & ~later & (until > FOLLOWS)
+    of_run = np.where(runs.broken, Kind.BROKEN_STATE, Kind.UNSTABLE_DYNAMICS)[:, None]
     kind = np.where(follows, of_run, np.where(alone, Kind.HARD_BATCH, -1))
-    at = np.arange(kind.shape[1])[None]
     return np.where(runs.given & (at < runs.ends[:, None]), kind, -1)
 
 

@@ -44,11 +44,9 @@ def judged(known: Sequence[Source], unseen: Sequence[Source], weights: Weights) 
       weights: of the classifier.
     """
     told = {name: [say(source) for source in unseen] for name, say in _sayers(weights).items()}
-    before = {
-        name: [say(source) for source in known if source.real]
-        for name, say in _sayers(weights).items()
+    limits = {
+        name: _limit([say(source) for source in known]) for name, say in _sayers(weights).items()
     }
-    limits = {name: judging.judge(_first(said)).threshold for name, said in before.items()}
     ours = told[OURS]
     return {
         "rate": judging.RATE,
@@ -71,6 +69,11 @@ def judged(known: Sequence[Source], unseen: Sequence[Source], weights: Weights) 
         },
         "kinds": _kinds([x for x in unseen if not x.real], weights),
     }
+
+
+def alarm(known: Sequence[Source], weights: Weights) -> float:
+    """The classifier's threshold with `RATE` false alarms on the real logs of what is known."""
+    return _limit([_classifier(weights, source) for source in known])
 
 
 def _sayers(weights: Weights) -> dict[str, Callable[[Source], Said]]:
@@ -122,6 +125,12 @@ def _row(name: str, said: Sequence[Said], limit: float) -> dict[str, Any]:
             for kind, x in (("made", made), ("real", real))
         },
     }
+
+
+def _limit(said: Sequence[Said]) -> float:
+    """The threshold with `RATE` false alarms on real logs; on made runs if it reads no log."""
+    says = [x for x in said if not np.isnan(x.scores[0]).all()]
+    return judging.judge(_first([x for x in says if x.source.real] or says)).threshold
 
 
 def _part(said: Sequence[Said], limit: float) -> dict[str, Any]:

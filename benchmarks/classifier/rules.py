@@ -67,6 +67,10 @@ def _window(x: np.ndarray) -> np.ndarray:
     return before - start
 
 
+def _nothing(runs: Runs) -> np.ndarray:
+    return np.full(runs.logged.shape, np.nan)
+
+
 RULES = {
     "window": Rule(
         "skip-step, μ + 6σ over 128 losses (OLMo, Levanter, MaxText)",
@@ -82,10 +86,16 @@ RULES = {
         "ZClip, z of the gradient norm", lambda runs, _: memory_z(runs.seen["gradient_norm"]), 2.5
     ),
     "cusum": Rule("CUSUM of the loss, as the law has it", lambda _, x: x.excess, 6.999),
-    "overshoot": Rule("overshoot alone", lambda _, x: x.overshoot, 2.0),
+    "overshoot": Rule(
+        "overshoot alone",
+        lambda runs, x: x.overshoot if "overshoot" in runs.seen else _nothing(runs),
+        2.0,
+    ),
     "update-norm": Rule(
         "z of the update norm alone",
-        lambda runs, _: memory_z(runs.seen.get("update_norm", np.zeros_like(runs.logged))),
+        lambda runs, _: (
+            memory_z(runs.seen["update_norm"]) if "update_norm" in runs.seen else _nothing(runs)
+        ),
         2.5,
     ),
 }

@@ -8,24 +8,26 @@ docs/prediction.md. Runs that were made once are kept in ``runs/classifier``.
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.classifier import examples, runs, tasks, traces, training
+from benchmarks.classifier import examples, leaderboard, runs, tasks, traces, training
 from benchmarks.classifier.leaderboard import Source, judged
+from benchmarks.classifier.tables import RESULTS
 from benchmarks.command import refuse
-from benchmarks.records import FOLDER, RUNS
+from benchmarks.records import RUNS
 from lbw_optax.law import classifier
 from lbw_optax.law.control import LAW
 from train.provenance import provenance
 
 WEIGHTS = Path(classifier.__file__).with_suffix(".npz")
-RESULTS = FOLDER / "classifier.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(directory: Path, seed: int) -> None:
-    made = [source.examples for source in _made("train")]
-    real = [source.examples for source in _real(directory, seen=True)]
-    weights = training.train([*made, *real], seed)
-    np.savez(WEIGHTS, **weights._asdict())
+    real = list(_real(directory, seen=True))
+    weights = training.train([x.examples for x in (*_made("train"), *real)], seed)
+    alarm = jnp.float32(leaderboard.alarm(real, weights))
+    np.savez(WEIGHTS, allow_pickle=False, **weights._replace(alarm=alarm)._asdict())
     print(f"{WEIGHTS}: {WEIGHTS.stat().st_size} bytes")
 
 
@@ -67,7 +69,7 @@ def _judge(directory: Path) -> None:
     unseen = [*_made("unseen"), *_real(directory, seen=False)]
     facts = {"law": LAW, "seconds": round(time.perf_counter() - began, 1), **provenance()}
     result = {**facts, **judged(known, unseen, classifier.shipped())}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(_without_nan(result), indent=1, allow_nan=False) + "\n")
     print(f"{RESULTS}: run python -m benchmarks.pages for docs/prediction.md")
 
 
@@ -107,5 +109,10 @@ def _real(directory: Path, *, seen: bool) -> list[Source]:
     return found
 
 
-if __name__ == "__main__":
-    main()
+def _without_nan(x: Any) -> Any:
+    """None in the place of what is not finite: JSON has no such number."""
+    if isinstance(x, dict):
+        return {name: _without_nan(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_without_nan(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -47,6 +47,17 @@ FAULTS = {
     "nan_loss": 0.02,
     "broken_weights": 0.06,
 }
+TITLES = {
+    "none": "nothing; the rate is 0.1 to 1000 times the usual one",
+    "scaled_gradient": "gradients × 10 to 10⁵, 1 to 3 steps",
+    "hard_batch": "loss and gradients × 1.6 to 20, 1 to 3 steps",
+    "level_shift": "loss and gradients × 0.3 to 5, for good",
+    "learning_rate": "learning rate × 3 to 300, 5 to 60 steps",
+    "drift": "learning rate × 1.02 to 1.1 each step",
+    "nan_gradient": "NaN in the gradient",
+    "nan_loss": "NaN in the loss",
+    "broken_weights": "first matrix × 3 to 10⁴",
+}
 BROKEN = ("nan_gradient", "nan_loss", "broken_weights")
 """Faults of the state, or of the numbers."""
 

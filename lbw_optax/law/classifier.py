@@ -33,8 +33,8 @@ class Kind(enum.IntEnum):
     """What stands behind a step that stands out."""
 
     HARD_BATCH = 0  # it is gone by itself
-    UNSTABLE = 1  # the dynamics: steps are too long
-    BROKEN = 2  # the state, or the numbers
+    UNSTABLE_DYNAMICS = 1  # steps are too long
+    BROKEN_STATE = 2  # or broken numbers
 
 
 class View(NamedTuple):
@@ -76,6 +76,7 @@ class Weights(NamedTuple):
     bias: jax.Array  # [3 gates of 16 cells]
     outputs: jax.Array  # [16 cells, 5]
     output_bias: jax.Array  # [5]: soon, later, and three kinds
+    alarm: jax.Array  # scalar, the probability within 10 steps from which a person should look
 
 
 def init() -> Memory:
@@ -108,8 +109,8 @@ def risk(memory: Memory, broken: jax.Array, weights: Weights | None = None) -> R
     """
     weights = weights or shipped()
     logits = memory.cells @ weights.outputs + weights.output_bias
-    soon, later = (jnp.where(broken, 1.0, jax.nn.sigmoid(logits[i])) for i in range(2))
-    return Risk(soon, jnp.maximum(soon, later), jax.nn.softmax(logits[2:]))
+    soon, later = (jnp.where(broken, 1.0, jax.nn.sigmoid(logits[..., i])) for i in range(2))
+    return Risk(soon, jnp.maximum(soon, later), jax.nn.softmax(logits[..., 2:]))
 
 
 def inputs(log_norm: Running, view: View) -> tuple[jax.Array, Running]:
@@ -192,7 +193,7 @@ def shipped() -> Weights:
     """The weights of the package."""
     with (resources.files("lbw_optax.law") / "classifier.npz").open("rb") as file:
         stored = np.load(file, allow_pickle=False)
-        return Weights(*(stored[name] for name in Weights._fields))
+        return Weights(**stored)
 
 
 def _squashed(x: jax.Array) -> jax.Array:

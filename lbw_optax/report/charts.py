@@ -53,7 +53,7 @@ CHARTS = (
     Chart("overshoot", "Overshoot: above 0 the run went too far from its mean", False, True),
     Chart("update_norm", "Update norm", True),
     Chart("parameter_norm", "Parameter norm"),
-    Chart("risk", "Risk of a divergence", False),
+    Chart("risk_10", "Probability that the run diverges within 10 steps", False),
     Chart("rejected_share", "Share of rejected steps, of the last 1000", False),
     Chart("outstanding", "Interventions that are not yet earned back", False),
     Chart("valid_perplexity", "Perplexity on the valid split", None),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax import law
-from lbw_optax.law import control, statistics, telemetry
+from lbw_optax.law import classifier, control, statistics, telemetry
 from lbw_optax.law.control import Bounds, Signal
 from lbw_optax.law.divergence import Reason
 from lbw_optax.report import columns as parse
@@ -52,6 +52,20 @@ class Finding(NamedTuple):
     reason: str = ""
 
 
+class Alarm(NamedTuple):
+    """What the classifier said where it was alarmed; see :mod:`lbw_optax.law.classifier`.
+
+    Attributes:
+      step: of the first entry with an alarm.
+      times: entries with one.
+      risk: the highest probability that the run diverges within ten entries.
+    """
+
+    step: int
+    times: int
+    risk: float
+
+
 class Diagnosis(NamedTuple):
     """What a log shows.
 
@@ -62,6 +76,7 @@ class Diagnosis(NamedTuple):
         itself) or "diverged" (it did not).
       sentence: what was seen first, what came of it and what to do, in plain words.
       findings: all that was seen, in the order of the log.
+      alarm: of the classifier, None if it had none; the verdict does not depend on it.
       entries: entries of the log with a loss or a gradient norm.
       complaints: sentences on what of the log is damaged and was passed over.
     """
@@ -69,6 +84,7 @@ class Diagnosis(NamedTuple):
     verdict: str
     sentence: str
     findings: tuple[Finding, ...]
+    alarm: Alarm | None
     entries: int
     complaints: tuple[str, ...]
 
@@ -122,10 +138,13 @@ def of_columns(columns: Columns, name: str, complaints: tuple[str, ...] = ()) ->
     entries = np.any([~np.isnan(columns[x]) for x in given], axis=0)
     step = reading.steps(columns)[entries]
     loss, norm = (columns.get(x, np.full(len(entries), np.nan))[entries] for x in _READ)
-    findings = _findings(step, loss, norm)
+    seen = _watch(loss, norm)
+    findings, alarm = _findings(step, seen), _alarm(step, seen.risk)
     verdict = _verdict(findings, step, loss)
     sentence = _sentence(verdict, findings, step, loss)
-    return Diagnosis(verdict, sentence, findings, len(step), complaints)
+    if alarm is not None:
+        sentence = f"{sentence} {_warned(alarm)}"
+    return Diagnosis(verdict, sentence, findings, alarm, len(step), complaints)
 
 
 _READ = ("loss", "gradient_norm")
@@ -138,10 +157,9 @@ class _Entry(NamedTuple):
     norm: Any
 
 
-def _findings(step: np.ndarray, loss: np.ndarray, norm: np.ndarray) -> tuple[Finding, ...]:
+def _findings(step: np.ndarray, seen: "_Seen") -> tuple[Finding, ...]:
     """In the order of the log; entries of one kind that are near each other become one finding."""
     found: list[Finding] = []
-    seen = _watch(loss, norm)
     newest, row, asked_before = -NEAR, -1, 0
     for i in np.flatnonzero((seen.signal > 0) | (np.diff(seen.asked, prepend=0) != 0)).tolist():
         here, signal, asked = int(step[i]), int(seen.signal[i]), int(seen.asked[i])
@@ -160,6 +178,21 @@ def _findings(step: np.ndarray, loss: np.ndarray, norm: np.ndarray) -> tuple[Fin
     return tuple(found)
 
 
+def _alarm(step: np.ndarray, risk: np.ndarray) -> Alarm | None:
+    above = np.flatnonzero(risk > classifier.shipped().alarm)
+    if not len(above):
+        return None
+    return Alarm(int(step[above[0]]), len(above), float(risk[above].max()))
+
+
+def _warned(alarm: Alarm) -> str:
+    often = "once" if alarm.times == 1 else f"{alarm.times:,} times"
+    return (
+        f"The classifier's alarm is raised {often}, first at step {alarm.step:,}: a divergence "
+        f"within ten entries, with a probability of up to {100 * alarm.risk:.0f} %."
+    )
+
+
 class _Seen(NamedTuple):
     """What the law says of each entry, arrays."""
 
@@ -167,6 +200,7 @@ class _Seen(NamedTuple):
     value: Any
     threshold: Any
     asked: Any  # int32, a `Reason`
+    risk: Any  # float32, the probability that the run diverges within ten entries
 
 
 def _watch(loss: np.ndarray, norm: np.ndarray) -> _Seen:
@@ -221,6 +255,7 @@ def _go_through(held: law.Law, entries: _Entry) -> tuple[law.Law, _Seen]:
             value=jnp.where(by_loss, entry.loss, jnp.where(by_norm, entry.norm, 1.0)),
             threshold=jnp.where(by_loss, of_loss, jnp.where(by_norm, of_norm, 0.0)),
             asked=after.divergence.rollback_asked,
+            risk=classifier.risk(after.classifier, seen.nonfinite_loss > 0).soon,
         )
 
     as_float32 = _Entry(*(jnp.asarray(x, jnp.float32) for x in entries))

@@ -64,7 +64,8 @@ def outputs(signals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _outputs(seen: Telemetry) -> dict[str, np.ndarray]:
-    (_, held, asking), decision = jax.device_get(scan(seen, BOUNDS))
+    state, decision = jax.device_get(scan(seen, BOUNDS))
+    held, asking = state.control, state.divergence
     return {
         "log_scale": held.log_scale,
         "log_applied": np.log(decision.scale),

@@ -1,0 +1,164 @@
+"""The classifier of the law: its arithmetic, what it may not do, and what it says of plain runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trajectories import BOUNDS, DIVERGING, TRAJECTORIES, batch, change, noisy, scan
+
+import lbw_optax
+from lbw_optax import law
+from lbw_optax.law import classifier
+from lbw_optax.law.classifier import CELLS, INPUTS, Kind, Weights
+
+
+def risks(steps, rows=slice(None)):
+    seen = batch(steps)
+    state, _ = scan(seen, BOUNDS)
+    risk = jax.vmap(classifier.risk)(state.classifier, seen.nonfinite_loss > 0)
+    return jax.tree.map(lambda x: np.asarray(x)[rows], risk)
+
+
+def random_weights(seed: int = 0, size: float = 1.0) -> Weights:
+    rng = np.random.default_rng(seed)
+    shipped = classifier.shipped()
+    return Weights(*(np.float32(size * rng.standard_normal(np.shape(x))) for x in shipped))
+
+
+def test_the_unit_is_a_gated_recurrent_unit():
+    """Against one written cell by cell, in float64."""
+    weights = random_weights(size=0.5)
+    rng = np.random.default_rng(1)
+    found, cells = rng.standard_normal(INPUTS), rng.uniform(-1, 1, CELLS)
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    expected = np.zeros(CELLS)
+    for i in range(CELLS):
+        gates = {}
+        for place, gate in enumerate(("keep", "reset", "new")):
+            column = place * CELLS + i
+            gates[gate] = (
+                found @ weights.inputs[:, column] + weights.bias[column],
+                cells @ weights.cells[:, column],
+            )
+        keep = sigmoid(sum(gates["keep"]))
+        new = np.tanh(gates["new"][0] + sigmoid(sum(gates["reset"])) * gates["new"][1])
+        expected[i] = (1 - keep) * new + keep * cells[i]
+    got = classifier.advance(weights, jnp.float32(cells), jnp.float32(found))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def decided():
+    """The law over a run, with these weights in the place of the shipped ones; compiled once."""
+
+    @jax.jit
+    def run(weights, seen):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(classifier, "shipped", lambda: weights)
+            state, decision = jax.lax.scan(
+                lambda state, one: law.step(state, one, BOUNDS), law.init(BOUNDS), seen
+            )
+        return state.classifier.cells, state._replace(classifier=()), decision
+
+    return run
+
+
+@pytest.mark.parametrize("says", ["nothing", "everything", "noise", "nan"])
+def test_it_advises_and_decides_nothing(says, decided):
+    shipped = classifier.shipped()
+    other = {
+        "nothing": jax.tree.map(np.zeros_like, shipped),
+        "everything": shipped._replace(output_bias=np.float32([1e9, 1e9, 0, 1e9, 0])),
+        "noise": random_weights(size=10.0),
+        "nan": jax.tree.map(lambda x: np.full_like(x, np.nan), shipped),
+    }[says]
+    for name in ("healthy", "stormy_0", "gradient_spikes", "risen"):
+        run = batch(DIVERGING[name])
+        _, *expected = decided(shipped, run)
+        cells, *found = decided(other, run)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert says == "everything" or not np.array_equal(cells, decided(shipped, run)[0])
+
+
+@pytest.mark.parametrize("steps", TRAJECTORIES.values(), ids=TRAJECTORIES)
+def test_what_it_says_are_probabilities(steps):
+    risk = risks(steps)
+    for x in jax.tree.leaves(risk):
+        assert ((x >= 0) & (x <= 1)).all()
+    np.testing.assert_allclose(risk.kinds.sum(-1), 1, rtol=1e-5)
+    assert (risk.later >= risk.soon).all()
+
+
+numbers = st.sampled_from([0.0, -1.0, 1e-30, 0.3, 4.0, 1e8, 3e38, -3e38])
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.tuples(numbers, numbers, st.booleans(), st.booleans()), min_size=6, max_size=6)
+)
+def test_no_number_leaves_it_without_a_word(steps):
+    """Whatever a run shows, the cells stay finite, and so does what they say."""
+    changed = noisy(6)
+    for step, (loss, norm, has_loss, has_norm) in zip(changed, steps, strict=True):
+        step.loss = loss if has_loss else None
+        step.gradient_norm = abs(norm) if has_norm else None
+        step.nonfinite_loss = int(not has_loss)
+    state, _ = scan(batch(changed), BOUNDS)
+    assert np.isfinite(state.classifier.cells).all()
+    assert np.isfinite(jax.tree.leaves(risks(changed))[0]).all()
+
+
+@pytest.mark.parametrize("unit", [2.0**-20, 2.0**20])
+def test_the_unit_of_the_loss_does_not_matter(unit):
+    plain, other = noisy(), noisy()
+    for step in other:
+        step.loss *= unit
+        step.gradient_norm *= unit
+    for x, y in zip(risks(plain), risks(other), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_it_tells_a_run_that_diverges_from_one_that_does_not():
+    alarm = float(classifier.shipped().alarm)
+    assert (risks(noisy()).soon < alarm).all()
+    rising = noisy()
+    for t, step in enumerate(rising[200:]):
+        step.loss += 0.05 * 1.2 ** min(t, 60)
+        step.gradient_norm *= 1.1 ** min(t, 60)
+    assert (risks(rising, slice(200, 240)).soon > alarm).any()
+    assert (risks(rising, slice(0, 200)).soon < alarm).all()
+
+
+def test_a_loss_that_is_not_finite_has_diverged():
+    steps = change(noisy(), [50], nonfinite_loss=1, loss=None)
+    assert risks(steps).soon[50] == risks(steps).later[50] == 1
+
+
+def test_it_is_in_the_metrics_and_in_the_sentence():
+    """Of a real run that is lost: steps far too long, without anything that could hold them."""
+    tx = lbw_optax.lbw_guard(optax.sgd(2.2), min_scale=1.0)
+    params = jnp.ones(8)
+
+    def loss(x):
+        return jnp.sum(x**4) + jnp.sum(x**2)
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state, lbw_optax.metrics(state)
+
+    state, highest = tx.init(params), 0.0
+    assert "may diverge" not in lbw_optax.explain(state)
+    for _ in range(12):
+        params, state, metrics = step(params, state)
+        highest = max(highest, float(metrics["risk_10"]))
+    assert highest > float(classifier.shipped().alarm)
+    kinds = sum(float(metrics[kind.name.lower()]) for kind in Kind)
+    assert kinds == pytest.approx(1, abs=1e-5)
