@@ -130,6 +130,8 @@ def _row(name: str, said: Sequence[Said], limit: float) -> dict[str, Any]:
 def _limit(said: Sequence[Said]) -> float:
     """The threshold with `RATE` false alarms on real logs; on made runs if it reads no log."""
     says = [x for x in said if not np.isnan(x.scores[0]).all()]
+    if not says:
+        return float("inf")
     return judging.judge(_first([x for x in says if x.source.real] or says)).threshold
 
 

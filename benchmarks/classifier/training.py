@@ -97,7 +97,7 @@ def _update(
 ) -> Any:
     def loss(weights: Weights) -> jax.Array:
         held = jax.vmap(functools.partial(cells, weights))(x)
-        logits = held @ weights.outputs + weights.output_bias
+        logits = classifier.read_out(weights, held)
         soon = [(until > 0) & (until <= horizon) for horizon in HORIZONS]
         losses = sum(
             jnp.sum(jnp.where(asked, optax.sigmoid_binary_cross_entropy(logits[..., i], y), 0.0))

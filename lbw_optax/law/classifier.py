@@ -107,8 +107,7 @@ def risk(memory: Memory, broken: jax.Array, weights: Weights | None = None) -> R
       broken: bool scalar, whether its loss was not finite.
       weights: others than the shipped ones, for experiments.
     """
-    weights = weights or shipped()
-    logits = memory.cells @ weights.outputs + weights.output_bias
+    logits = read_out(weights or shipped(), memory.cells)
     soon, later = (jnp.where(broken, 1.0, jax.nn.sigmoid(logits[..., i])) for i in range(2))
     return Risk(soon, jnp.maximum(soon, later), jax.nn.softmax(logits[..., 2:]))
 
@@ -186,6 +185,12 @@ def advance(weights: Weights, cells: jax.Array, found: jax.Array) -> jax.Array:
     keep, reset = gates[:CELLS], gates[CELLS:]
     new = jnp.tanh(x[2 * CELLS :] + reset * h[2 * CELLS :])
     return (1 - keep) * new + keep * cells
+
+
+def read_out(weights: Weights, cells: jax.Array) -> jax.Array:
+    """Logits, float32[..., 5], of cells, float32[..., 16]."""
+    read = cells @ weights.outputs
+    return read + jnp.broadcast_to(weights.output_bias, read.shape)
 
 
 @functools.cache

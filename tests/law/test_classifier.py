@@ -78,7 +78,7 @@ def test_it_advises_and_decides_nothing(says, decided):
         "noise": random_weights(size=10.0),
         "nan": jax.tree.map(lambda x: np.full_like(x, np.nan), shipped),
     }[says]
-    for name in ("healthy", "stormy_0", "gradient_spikes", "risen"):
+    for name in ("healthy", "stormy_0", "gradient_spikes", "loss_up_3"):
         run = batch(DIVERGING[name])
         _, *expected = decided(shipped, run)
         cells, *found = decided(other, run)
@@ -98,14 +98,12 @@ def test_what_it_says_are_probabilities(steps):
 numbers = st.sampled_from([0.0, -1.0, 1e-30, 0.3, 4.0, 1e8, 3e38, -3e38])
 
 
-@settings(max_examples=50)
-@given(
-    st.lists(st.tuples(numbers, numbers, st.booleans(), st.booleans()), min_size=6, max_size=6)
-)
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(numbers, numbers, st.booleans(), st.booleans()), min_size=6, max_size=6))
 def test_no_number_leaves_it_without_a_word(steps):
     """Whatever a run shows, the cells stay finite, and so does what they say."""
-    changed = noisy(6)
-    for step, (loss, norm, has_loss, has_norm) in zip(changed, steps, strict=True):
+    changed = noisy()
+    for step, (loss, norm, has_loss, has_norm) in zip(changed[2:], steps, strict=False):
         step.loss = loss if has_loss else None
         step.gradient_norm = abs(norm) if has_norm else None
         step.nonfinite_loss = int(not has_loss)

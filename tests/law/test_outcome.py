@@ -42,8 +42,10 @@ def test_a_rollback_is_one():
 
 logs = st.integers(0, 2**32 - 1).map(
     lambda seed: (
-        lambda rng: np.cumsum(rng.standard_normal(120) * 10 ** rng.uniform(-2, 1))
-        + rng.standard_normal(120)
+        lambda rng: (
+            np.cumsum(rng.standard_normal(120) * 10 ** rng.uniform(-2, 1))
+            + rng.standard_normal(120)
+        )
     )(np.random.default_rng(seed))
 )
 
