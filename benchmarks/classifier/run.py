@@ -67,8 +67,9 @@ def _judge(directory: Path) -> None:
     began = time.perf_counter()
     known = [*_made("valid"), *_real(directory, seen=True)]
     unseen = [*_made("unseen"), *_real(directory, seen=False)]
+    found = judged(known, unseen, classifier.shipped())
     facts = {"law": LAW, "seconds": round(time.perf_counter() - began, 1), **provenance()}
-    result = {**facts, **judged(known, unseen, classifier.shipped())}
+    result = {**facts, **found}
     RESULTS.write_text(json.dumps(_without_nan(result), indent=1, allow_nan=False) + "\n")
     print(f"{RESULTS}: run python -m benchmarks.pages for docs/prediction.md")
 
