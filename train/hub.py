@@ -76,16 +76,28 @@ def tokenizer(name: str | Path) -> Ready:
             found = transformers.AutoTokenizer.from_pretrained(str(name))
         if len(found) <= 256:  # what it makes of a model's directory that holds no tokenizer
             raise ValueError(f"it has {len(found)} tokens")
-    except (OSError, ValueError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # whatever the two libraries raise for files that are damaged
         raise DataError(
             f"cannot load a tokenizer from {name} ({_first_line(error)}): give a directory that "
             "holds tokenizer.json, or a name on the Hugging Face hub and a network"
         ) from error
     if found.eos_token_id is None or not found.is_fast:
         raise DataError(f"the tokenizer of {name} has no end-of-text token, or no tokenizer.json")
-    backend = found.backend_tokenizer
+    backend = _of_whole_texts(found.backend_tokenizer)
     backend.whole = found  # with chat template, special tokens, padding: for `save_tokenizer`
     return Ready(backend, found.eos_token_id)
+
+
+def _of_whole_texts(tokenizer: Tokenizer) -> Any:
+    """The same without the truncation and padding of a model's inputs, which a text is not."""
+    if not (tokenizer.truncation or tokenizer.padding):
+        return tokenizer
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def save_tokenizer(tokenizer: Tokenizer, end: int, directory: str | Path) -> None:
@@ -102,7 +114,10 @@ def save_tokenizer(tokenizer: Tokenizer, end: int, directory: str | Path) -> Non
     if fast is None:
         token = tokenizer.id_to_token(end)
         fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=token)
-    with files.replacing(Path(directory), ["tokenizer.json"], stale=_TOKENIZER_FILES) as draft:
+    folder = Path(directory)
+    named = [str(path.relative_to(folder)) for path in folder.glob(_NAMED_TEMPLATES)]
+    stale = [*_TOKENIZER_FILES, *named]
+    with files.replacing(folder, ["tokenizer.json"], stale=stale) as draft:
         fast.save_pretrained(str(draft))
 
 
@@ -111,6 +126,7 @@ _TOKENIZER_FILES = (
     *("chat_template.jinja", "chat_template.json"),
     *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"),
 )
+_NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 """What `transformers` may find of another tokenizer."""
 
 

@@ -172,6 +172,52 @@ def test_nothing_is_left_of_a_tokenizer_that_is_replaced(chat, tmp_path, trained
     assert names == {"tokenizer.json", "tokenizer_config.json", "notes.txt"}
 
 
+def test_templates_by_name_go_with_their_tokenizer(chat, tmp_path, trained):
+    from transformers import AutoTokenizer
+
+    whole = AutoTokenizer.from_pretrained(chat)
+    whole.chat_template = {"default": TEMPLATE, "tools": "{{ 2 }}"}
+    whole.save_pretrained(chat)
+    ready = hub.tokenizer(chat)
+    hub.save_tokenizer(ready.tokenizer, ready.end, tmp_path / "out")
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert found.chat_template == whole.chat_template
+    hub.save_tokenizer(trained.tokenizer, trained.end, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
+
+
+@pytest.mark.parametrize("kind", ["truncation", "padding"])
+def test_no_text_is_cut_or_filled_up_as_a_models_inputs_are(kind, tmp_path, trained):
+    """Some files ask for it; it is kept in what is saved, and used on no text."""
+    from tokenizers import Tokenizer
+
+    asking = Tokenizer.from_str(trained.tokenizer.to_str())
+    if kind == "truncation":
+        asking.enable_truncation(16)
+    else:
+        asking.enable_padding(length=9000, pad_id=trained.end, pad_token=data.END)
+    hub.save_tokenizer(asking, trained.end, tmp_path / "model")
+    again = data.load(tmp_path / "text", tokenizer=tmp_path / "model")
+    assert again.train.tolist() == trained.train.tolist()
+    hub.save_tokenizer(again.tokenizer, again.end, tmp_path / "out")
+    found = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert getattr(found, kind) == getattr(asking, kind)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "null"),
+        ("tokenizer.json", '{"version": "1.0"}'),
+        ("tokenizer_config.json", "[]"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(file, content, chat):
+    (chat / file).write_text(content)
+    with pytest.raises(data.DataError, match=f"cannot load a tokenizer from {chat} "):
+        hub.tokenizer(chat)
+
+
 def test_a_tokenizer_that_adds_tokens_of_its_own_does_so_only_at_the_end(tmp_path, trained):
     """As Llama's, which puts a token before every text."""
     from tokenizers import Tokenizer, processors
