@@ -302,11 +302,16 @@ def _rotation(given: Mapping[str, Any], kind: str, theta: float) -> dict[str, An
     old, new = given.get("rope_scaling") or {}, given.get("rope_parameters") or {}
     rope, near = old or new, dict[str, Any]()
     if kind == "gemma3_text":
+        if new and not {"full_attention", "sliding_attention"} & new.keys():
+            raise ValueError(
+                "rope_parameters of gemma3_text are those of full_attention and of "
+                "sliding_attention, and there are neither: get config.json anew"
+            )
         local = new.get("sliding_attention") or {}
         base = local.get("rope_theta", given.get("rope_local_base_freq", 10_000.0))
         _scaling(local, given)
         near = {"rope_local_base_freq": float(base)}
-        rope = {**(new.get("full_attention", new) or {}), **old}
+        rope = {**(new.get("full_attention") or {}), **old}
     far = rope.get("rope_theta", given.get("rope_theta", theta))
     return {"rope_theta": float(far), "rope_scaling": _scaling(rope, given), **near}
 
