@@ -165,8 +165,8 @@ _KINDS: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
     (
         (
             *(*_SAME_IN_HF[:7], "max_position_embeddings", "sliding_window"),
-            *("sliding_window_pattern", "_sliding_window_pattern"),
-            *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+            *("sliding_window_pattern", "moe_intermediate_size"),
+            *("num_experts", "num_local_experts", "num_experts_per_tok"),
         ),
         "a whole number from 1 on",
         lambda value: _is_whole(value) and value >= 1,
@@ -247,6 +247,8 @@ def _window(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """The sliding window, and which layers see everything."""
     if kind == "gemma3_text":
         window, every = given.get("sliding_window", 4096), _full_every(given)
+        if window is None:
+            raise ValueError("sliding_window=None of gemma3_text: most of its layers have one")
         return {"sliding_window": window, "sliding_window_pattern": every}
     if kind == "mixtral":
         return {"sliding_window": given.get("sliding_window"), "max_window_layers": 0}
@@ -276,7 +278,7 @@ def _window(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
 def _full_every(given: Mapping[str, Any]) -> int:
     """Of Gemma 3: every so-manyth layer sees everything."""
     layers = given["num_hidden_layers"]
-    every = given.get("sliding_window_pattern", given.get("_sliding_window_pattern", 6))
+    every = given.get("sliding_window_pattern", 6)
     kinds = given.get("layer_types") or _layer_types(layers, every)
     if "full_attention" in kinds:
         every = kinds.index("full_attention") + 1

@@ -1,5 +1,6 @@
 """Models of GGUF files in: shape, weights (also quantised ones), and tokenizer."""
 
+import numbers
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -194,10 +195,14 @@ def _about(
     about = {hf: own[name] for name, hf in _FIELDS.items() if name in own}
     if lacking := sorted({*_NEEDED} - about.keys()):
         raise WeightsError(f"{path} does not say {', '.join(lacking)}: get it anew")
-    about.setdefault("head_dim", about["hidden_size"] // about["num_attention_heads"])
     known = {*_FIELDS, *_CHECKED, *_SAYS_NOTHING}
     refused = {name: value for name, value in own.items() if value and name not in known}
-    refused |= {n: own[n] for n in _CHECKED if own.get(n, about["head_dim"]) != about["head_dim"]}
+    refused |= {name: own[name] for name in _FIELDS if name in own and not _is_one(own[name])}
+    refused |= {name: own[name] for name, plain in _PLAIN.items() if own.get(name, plain) != plain}
+    if not refused:
+        about.setdefault("head_dim", about["hidden_size"] // about["num_attention_heads"])
+        size = about["head_dim"]
+        refused |= {name: own[name] for name in _CHECKED if own.get(name, size) != size}
     if refused:
         named = ", ".join(f"{kind}.{name}={value!r}" for name, value in sorted(refused.items()))
         raise WeightsError(f"{path} asks for {named}: this is not implemented")
@@ -212,6 +217,13 @@ def _about(
 
 
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_NEEDED += ("rms_norm_eps",)
+_PLAIN = {"attention.causal": True}
+
+
+def _is_one(value: Any) -> bool:
+    """Whether it is one number for the whole model, and not one for each layer."""
+    return isinstance(value, numbers.Real) and value > 0
 
 
 def _ids(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,7 +261,9 @@ def _llama3(path: Path, about: Mapping[str, Any], divisors: np.ndarray) -> dict[
 
 def _rope(own: Mapping[str, Any]) -> dict[str, Any]:
     """As `config.json` has it; a scaling that the decoder has not is refused by `Config`."""
-    kind = own.get("rope.scaling.type", "none")
+    # A factor without a type is that of a linear scaling, as llama.cpp reads it.
+    plain = "linear" if own.get("rope.scaling.factor", 0) not in (0, 1) else "none"
+    kind = own.get("rope.scaling.type", plain)
     return {
         "rope_type": "default" if kind == "none" else kind,
         "rope_theta": own.get("rope.freq_base", 10_000.0),

@@ -247,6 +247,7 @@ def test_where_scalings_stand_in_two_places_it_is_that_of_transformers(change, t
         ("mistralai/Mixtral-8x7B-v0.1", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
         ("Qwen/Qwen3-30B-A3B", {"num_experts": 0}, "num_experts=0 in config.json must be"),
         ("Qwen/Qwen3-30B-A3B", {"router_aux_loss_coef": None}, "router_aux_loss_coef=None in"),
+        ("google/gemma-3-1b-pt", {"sliding_window": None}, "sliding_window=None of gemma3_text"),
         ("google/gemma-3-1b-pt", {"sliding_window_pattern": 0}, "sliding_window_pattern=0 in"),
         ("google/gemma-3-1b-pt", {"rope_parameters": {"rope_theta": 3.0}}, "and there are neither"),
         ("Qwen/Qwen3-8B", {"layer_types": ["sliding_attention"] * 36}, "one is wrong"),
