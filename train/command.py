@@ -42,6 +42,8 @@ def parse(
         fail(prog, f"--preset {name}: there is no such preset; there are {', '.join(presets)}")
     if unknown := _unknown(given, [field.name for field in dataclasses.fields(kind)]):
         fail(prog, unknown)
+    if empty := _empty(given):
+        fail(prog, empty)
     shown = f"{description}\n\n--preset NAME sets the defaults below: {', '.join(presets)}."
     with _one_sentence(prog):
         options = tyro.cli(
@@ -81,6 +83,20 @@ def _unknown(arguments: Sequence[str], names: Collection[str]) -> str:
             near = " or ".join(flag(x) for x in _near(name, names))
             meant = f"did you mean {near}? " if near else ""
             return f"{given}: there is no such option; {meant}--help lists all"
+    return ""
+
+
+def _empty(arguments: Sequence[str]) -> str:
+    """A sentence about the first empty value, which an unset variable of a shell leaves.
+
+    >>> _empty(["--steps", "3", "--out", ""])
+    '--out has an empty value: give one, or leave the option out'
+    """
+    for i, argument in enumerate(arguments):
+        named = argument.startswith("--") and argument.endswith("=")
+        if named or argument.strip() == "":
+            given = argument if named else next(iter(arguments[:i][::-1]), "the first argument")
+            return f"{given.rstrip('=')} has an empty value: give one, or leave the option out"
     return ""
 
 
