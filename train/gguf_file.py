@@ -216,14 +216,16 @@ def _about(
     }
 
 
-_NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_NEEDED += ("rms_norm_eps",)
+_NEEDED = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "rms_norm_eps",
+)
 _PLAIN = {"attention.causal": True}
 
 
 def _is_one(value: Any) -> bool:
     """Whether it is one number for the whole model, and not one for each layer."""
-    return isinstance(value, numbers.Real) and value > 0
+    return isinstance(value, numbers.Real) and float(value) > 0
 
 
 def _ids(fields: Mapping[str, Any]) -> dict[str, Any]:
