@@ -187,6 +187,9 @@ def _begin(task: Task, options: Options, where: sharding.Mesh | None) -> tuple[T
     if options.adopt is None or rundir.has_checkpoints(options.out):
         return task, opt_state
     params, opt_state = adoption.load(options.adopt, task.params, opt_state)
+    made = adoption.updates(opt_state)
+    if made >= options.steps:
+        raise ValueError(f"--adopt {options.adopt} has made {made} steps: give more --steps")
     return task._replace(params=params), opt_state
 
 
@@ -351,7 +354,8 @@ def mesh(options: Options) -> sharding.Mesh | None:
     """The devices as the options want them; a single one needs no mesh."""
     if options.mesh is None:
         experts = options.mesh_expert
-        return sharding.make_mesh(expert=experts) if jax.device_count() > 1 else None
+        several = jax.device_count() > 1 or experts > 1  # too few of them are told of
+        return sharding.make_mesh(expert=experts) if several else None
     replicas, fsdp, tensor = options.mesh
     axes = {"data": replicas, "fsdp": fsdp, "tensor": tensor, "expert": options.mesh_expert}
     return sharding.make_mesh(**axes)
