@@ -66,7 +66,7 @@ def tokenizer(path: Path) -> Any:
       WeightsError: for one that is not there, or that splits text in a way that is not known.
     """
     import transformers
-    from tokenizers import pre_tokenizers
+    from tokenizers import decoders, pre_tokenizers
 
     fields, _ = _read(path)
     kind = fields.get("tokenizer.ggml.model")
@@ -84,6 +84,12 @@ def tokenizer(path: Path) -> Any:
         digits = pre_tokenizers.Digits(individual_digits=True)
         levels = pre_tokenizers.ByteLevel(add_prefix_space=False)
         found.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, levels])
+    if kind == "llama" and fields.get("tokenizer.ggml.add_space_prefix") is False:
+        # transformers does not read the field, and always puts a space before a text.
+        spaces = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False)
+        found.backend_tokenizer.pre_tokenizer = spaces
+        steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        found.backend_tokenizer.decoder = decoders.Sequence(steps)
     return found
 
 
@@ -91,6 +97,8 @@ _SPLITS = {"default", "gpt-2", "llama3", "llama-v3", "llama-bpe", "qwen2", "deep
 """What `transformers` makes of a file, by the name of the pre-tokenizer."""
 _OURS = {"smollm"}
 """GPT-2's, with every digit alone."""
+_SPACE = "▁"
+"""As SentencePiece writes it."""
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

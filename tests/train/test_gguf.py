@@ -305,6 +305,41 @@ def test_a_tokenizer_that_splits_in_an_unknown_way(tmp_path):
         hub.tokenizer(path)
 
 
+@pytest.mark.parametrize("prefix", [None, True, False])
+def test_the_space_before_a_text_of_sentencepiece(prefix, tmp_path):
+    """As llama.cpp has it: unless the file says otherwise, there is one."""
+    path = sentencepiece(tmp_path / "m.gguf", prefix)
+    found = hub.tokenizer(path).tokenizer
+    encoded = found.encode("ab ab\nab", add_special_tokens=False)
+    first = "ab" if prefix is False else "▁ab"
+    assert encoded.tokens == [first, "▁ab", "<0x0A>", "ab"]
+    assert found.decode(encoded.ids) == "ab ab\nab"
+
+
+def sentencepiece(path, prefix):
+    writer = gguf.GGUFWriter(path, "llama")
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    tokens += ["▁", "a", "b", "▁a", "ab", "▁ab"]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(i) for i in range(len(tokens))])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * 6)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_embedding_length(16)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(2)
+    if prefix is not None:
+        writer.add_add_space_prefix(prefix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 @pytest.mark.slow
 @needs_torch
 def test_smollm2(tmp_path):
