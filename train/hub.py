@@ -134,9 +134,10 @@ def _texts(name: str, path: str, configuration: str | None, *, articles: bool) -
     datasets = _module("datasets", f"the data set {name}")
     try:
         loaded = datasets.load_dataset(path, configuration)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # files that are damaged raise whatever their reader does
+        reason = _first_line(error.__cause__ or error) or type(error).__name__
         raise DataError(
-            f"cannot load the data set {name} ({_first_line(error)}): check the name and the "
+            f"cannot load the data set {name} ({reason}): check the name and the "
             "network, or give a directory of text files"
         ) from error
     splits = {_SPLIT_NAMES.get(split, split): rows for split, rows in loaded.items()}
@@ -145,7 +146,7 @@ def _texts(name: str, path: str, configuration: str | None, *, articles: bool) -
     rows = _with_held_out(splits)
     column = _text_column(name, rows["train"])
     key = " ".join([name, column, *(rows[split]._fingerprint for split in sorted(rows))])
-    return {split: _Documents(rows[split], column, articles) for split in rows}, key
+    return {split: _Documents(name, rows[split], column, articles) for split in rows}, key
 
 
 _SPLIT_NAMES = {"validation": "valid", "dev": "valid"}
@@ -165,9 +166,12 @@ def _with_held_out(splits: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text_column(name: str, rows: Any) -> str:
-    strings = [column for column, kind in rows.features.items() if str(kind.dtype) == "string"]
+    kinds = {column: str(getattr(kind, "dtype", "")) for column, kind in rows.features.items()}
+    strings = [column for column in kinds if kinds[column] == "string"]
     if "text" in strings:
         return "text"
+    if "text" in kinds:
+        raise DataError(f"the column text of the data set {name} holds what is no text")
     if len(strings) != 1:
         raise DataError(
             f"the data set {name} has no column named text: it has {', '.join(rows.column_names)}"
@@ -178,12 +182,18 @@ def _text_column(name: str, rows: Any) -> str:
 class _Documents:
     """The documents of one split: read from disk as they are asked for, as often as wanted."""
 
-    def __init__(self, rows: Any, column: str, articles: bool):
-        self._rows, self._column, self._articles = rows, column, articles
+    def __init__(self, name: str, rows: Any, column: str, articles: bool):
+        self._name, self._rows, self._column, self._articles = name, rows, column, articles
 
     def __iter__(self) -> Iterator[str]:
         texts = (text for text in self._rows[self._column] if text)
-        return _articles(texts) if self._articles else texts
+        try:
+            yield from _articles(texts) if self._articles else texts
+        except UnicodeDecodeError as error:  # of files whose rows are not looked into before
+            row = f"{error.object[:40]!r}"
+            raise DataError(
+                f"the data set {self._name} is not utf-8 (a row begins {row}): convert its files"
+            ) from error
 
 
 def _articles(lines: Iterator[str]) -> Iterator[str]:
@@ -209,5 +219,5 @@ def _module(name: str, purpose: str) -> Any:
         raise ImportError(f"{purpose} needs {name}: pip install --group train") from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]

@@ -69,6 +69,35 @@ def test_a_data_set_without_text_is_named(tmp_path, lines, sentence):
         data.load(tmp_path / "set", vocab_size=300)
 
 
+ROW = b'{"text": "one two three"}\n' * 20
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("train.jsonl", ROW + b'{"text": "one', "cannot load the data set .*JSON parse error"),
+        (
+            "train.jsonl",
+            ROW + b'{"text": "caf\xe9"}\n',
+            r"is not utf-8 \(a row begins b'caf",
+        ),
+        ("train.jsonl", ROW + b'{"text": 7}\n', "the column text of .* holds what is no text"),
+        ("train.jsonl", b"", "cannot load the data set .*: check the name"),
+        (
+            "train.csv",
+            b"text\ncaf\xe9\n",
+            "cannot load the data set .*codec can't decode",
+        ),
+    ],
+    ids=["cut off", "latin-1", "a number", "empty", "a table"],
+)
+def test_a_damaged_data_set_is_named(tmp_path, file, content, sentence):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / file).write_bytes(content)
+    with pytest.raises(data.DataError, match=sentence):
+        data.load(tmp_path / "set", vocab_size=300)
+
+
 def test_the_only_column_of_strings_is_taken(tmp_path):
     write(tmp_path / "set" / "train.jsonl", rows("train", 60, column="content"))
     assert len(data.load(tmp_path / "set", vocab_size=300).train) > 0
