@@ -148,11 +148,17 @@ def _sentence(box: str) -> str:
     return re.sub(r"\s+", " ", text).partition("Got errors")[0].strip()
 
 
+_OUT_OF_MEMORY = (
+    "out of memory: more --microbatches, --remat and --loss-chunk need less of it, and a run that "
+    "has checkpoints goes on with them"
+)
 _STOPPED = "stopped before the first step; nothing was saved"
 
 
 def guarded_main(prog: str, job: Callable[[], int]) -> int:
     """Run `job`; what a user can mend ends in one sentence and exit code 2, not in a traceback."""
+    from jax.errors import JaxRuntimeError
+
     from lbw_optax import GuardExhausted
 
     # Transformers says on import that it found no PyTorch; here it is for tokenizers only.
@@ -168,6 +174,10 @@ def guarded_main(prog: str, job: Callable[[], int]) -> int:
     except GuardExhausted as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 3
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail(prog, _OUT_OF_MEMORY)
     except (ValueError, ImportError) as error:
         fail(prog, str(error))
     except OSError as error:

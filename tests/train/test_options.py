@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from train import pretrain, qwen_lora, tinyllama_full
-from train.command import parse
+from train.command import guarded_main, parse
 from train.options import BELOW_ONE, SINGLE, Options, problems
 
 ROOT = Path(pretrain.__file__).parent.parent
@@ -155,6 +156,13 @@ def test_presets_are_sound(script):
 
 
 @pytest.mark.process
+def test_out_of_memory_names_what_needs_less(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        guarded_main("train.x", lambda: jnp.zeros(1 << 50).sum())
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("train.x: out of memory: more --microbatches, ")
+
+
 def test_the_sentence_comes_within_seconds(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "train.qwen_lora", "--lr", "3"]
     done = subprocess.run(
