@@ -23,6 +23,7 @@ import jax
 import optax
 
 import lbw_optax
+from train import rundir
 
 
 def load(path: Path, params: Any, opt_state: Any) -> tuple[Any, Any]:
@@ -37,6 +38,8 @@ def load(path: Path, params: Any, opt_state: Any) -> tuple[Any, Any]:
       ValueError: if there is no such checkpoint, or it is of another model or optimizer.
     """
     if (path / "journal.json").exists():
+        if not rundir.has_checkpoints(path):
+            raise ValueError(f"--adopt {path}: the run there has saved nothing yet")
         params, old = _newest(path, params, opt_state)
         return params, lbw_optax.adopt(opt_state, lbw_optax.strip(old))
     read = _read(path, {"params": params, "opt_state": lbw_optax.strip(opt_state)})

@@ -1,6 +1,8 @@
 """Architectures of `transformers`: what each of them fixes, and its `config.json` in and out."""
 
-from collections.abc import Mapping
+import math
+import numbers
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -117,6 +119,7 @@ def fields(given: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"model_type={kind!r} is none of the decoder's: {known}")
+    _refuse_malformed(given)
     _refuse_unknown(given, kind)
     known_of = {**_DEFAULTS, **ARCHITECTURES[kind].defaults}
     heads = given["num_attention_heads"]
@@ -135,6 +138,67 @@ def fields(given: Mapping[str, Any]) -> dict[str, Any]:
         **_window(given, kind),
         **_rotation(given, kind, known_of["rope_theta"]),
     }
+
+
+def _refuse_malformed(given: Mapping[str, Any]) -> None:
+    """Raise for a field that is missing, or can be nothing of its kind."""
+    if lacking := [name for name in _SAME_IN_HF[:5] if name not in given]:
+        raise ValueError(f"config.json does not say {', '.join(lacking)}: get it anew")
+    for names, words, holds in _KINDS:
+        for name in names:
+            value = given.get(name)
+            is_set = value is not None or (name in given and name not in _MAY_BE_NULL)
+            if is_set and not holds(value):
+                raise ValueError(f"{name}={value!r} in config.json must be {words}: get it anew")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
+
+
+_KINDS: list[tuple[tuple[str, ...], str, Callable[[Any], bool]]] = [
+    (
+        (
+            *(*_SAME_IN_HF[:7], "max_position_embeddings", "sliding_window"),
+            *("sliding_window_pattern", "moe_intermediate_size"),
+            *("num_experts", "num_local_experts", "num_experts_per_tok"),
+        ),
+        "a whole number from 1 on",
+        lambda value: _is_whole(value) and value >= 1,
+    ),
+    (
+        ("max_window_layers",),
+        "a whole number from 0 on",
+        lambda value: _is_whole(value) and value >= 0,
+    ),
+    (
+        ("rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"),
+        "a finite number above 0",
+        _is_positive,
+    ),
+    (
+        ("router_aux_loss_coef",),
+        "a finite number, 0 or above",
+        lambda value: value == 0 or _is_positive(value),
+    ),
+    (
+        ("tie_word_embeddings", "use_sliding_window", "norm_topk_prob"),
+        "true or false",
+        lambda value: isinstance(value, bool),
+    ),
+    (
+        ("rope_scaling", "rope_parameters"),
+        "an object",
+        lambda value: isinstance(value, Mapping),
+    ),
+]
+_MAY_BE_NULL = {"num_key_value_heads", "head_dim", "sliding_window"}
+_MAY_BE_NULL |= {"rope_scaling", "rope_parameters"}
 
 
 def _refuse_unknown(given: Mapping[str, Any], kind: str) -> None:
@@ -183,10 +247,18 @@ def _window(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """The sliding window, and which layers see everything."""
     if kind == "gemma3_text":
         window, every = given.get("sliding_window", 4096), _full_every(given)
+        if window is None:
+            raise ValueError("sliding_window=None of gemma3_text: most of its layers have one")
         return {"sliding_window": window, "sliding_window_pattern": every}
     if kind == "mixtral":
         return {"sliding_window": given.get("sliding_window"), "max_window_layers": 0}
-    if not kind.startswith("qwen") or not given.get("use_sliding_window"):
+    if not kind.startswith("qwen"):
+        return {"sliding_window": None, "max_window_layers": 0}
+    if not given.get("use_sliding_window"):
+        if "sliding_attention" in (given.get("layer_types") or []):
+            raise ValueError(
+                "layer_types name sliding attention, and use_sliding_window=false: one is wrong"
+            )
         return {"sliding_window": None, "max_window_layers": 0}
     layers = given["num_hidden_layers"]
     # Mixtures have no layers below a window: transformers puts it on all of them.
@@ -200,13 +272,13 @@ def _window(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
         )
     if full >= layers:
         return {"sliding_window": None, "max_window_layers": 0}
-    return {"sliding_window": given["sliding_window"], "max_window_layers": full}
+    return {"sliding_window": given.get("sliding_window", 4096), "max_window_layers": full}
 
 
 def _full_every(given: Mapping[str, Any]) -> int:
     """Of Gemma 3: every so-manyth layer sees everything."""
     layers = given["num_hidden_layers"]
-    every = given.get("sliding_window_pattern", given.get("_sliding_window_pattern", 6))
+    every = given.get("sliding_window_pattern", 6)
     kinds = given.get("layer_types") or _layer_types(layers, every)
     if "full_attention" in kinds:
         every = kinds.index("full_attention") + 1
@@ -225,14 +297,23 @@ def _layer_types(layers: int, every: int) -> list[str]:
 
 
 def _rotation(given: Mapping[str, Any], kind: str, theta: float) -> dict[str, Any]:
-    """Bases and scaling, from transformers 5's `rope_parameters` or from the older fields."""
-    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    near: dict[str, Any] = {}
+    """Bases and scaling, from transformers 5's `rope_parameters` or from the older fields.
+
+    Where both are there, the older `rope_scaling` is what transformers takes.
+    """
+    old, new = given.get("rope_scaling") or {}, given.get("rope_parameters") or {}
+    rope, near = old or new, dict[str, Any]()
     if kind == "gemma3_text":
-        local = rope.get("sliding_attention", {})
+        if new and not {"full_attention", "sliding_attention"} & new.keys():
+            raise ValueError(
+                "rope_parameters of gemma3_text are those of full_attention and of "
+                "sliding_attention, and there are neither: get config.json anew"
+            )
+        local = new.get("sliding_attention") or {}
         base = local.get("rope_theta", given.get("rope_local_base_freq", 10_000.0))
         _scaling(local, given)
-        near, rope = {"rope_local_base_freq": float(base)}, rope.get("full_attention", rope)
+        near = {"rope_local_base_freq": float(base)}
+        rope = {**(new.get("full_attention") or {}), **old}
     far = rope.get("rope_theta", given.get("rope_theta", theta))
     return {"rope_theta": float(far), "rope_scaling": _scaling(rope, given), **near}
 
@@ -246,9 +327,17 @@ def _scaling(rope: Mapping[str, Any], given: Mapping[str, Any]) -> Llama3Rope | 
             "'default' and 'llama3' on all of it; a yarn scaling may be taken out of config.json "
             "where no sequence is longer than its original_max_position_embeddings"
         )
+    if several := [name for name, value in rope.items() if isinstance(value, Mapping)]:
+        raise ValueError(f"rotary embeddings of several kinds, {', '.join(several)}: one is known")
     if kind == "default":
         return None
-    return Llama3Rope(*(rope[name] for name in Llama3Rope._fields))
+    # As in transformers: a length beside goes before one inside, and the model's own comes last.
+    length = "original_max_position_embeddings"
+    known = {length: given.get("max_position_embeddings"), **rope}
+    known |= {length: given[length]} if length in given else {}
+    if odd := [name for name in Llama3Rope._fields if not _is_positive(known.get(name))]:
+        raise ValueError(f"rotary embedding of type 'llama3' without {', '.join(odd)}: get it anew")
+    return Llama3Rope(*(known[name] for name in Llama3Rope._fields))
 
 
 # --- out ---------------------------------------------------------------------------------------

@@ -42,6 +42,8 @@ def parse(
         fail(prog, f"--preset {name}: there is no such preset; there are {', '.join(presets)}")
     if unknown := _unknown(given, [field.name for field in dataclasses.fields(kind)]):
         fail(prog, unknown)
+    if empty := _empty(given):
+        fail(prog, empty)
     shown = f"{description}\n\n--preset NAME sets the defaults below: {', '.join(presets)}."
     with _one_sentence(prog):
         options = tyro.cli(
@@ -81,6 +83,20 @@ def _unknown(arguments: Sequence[str], names: Collection[str]) -> str:
             near = " or ".join(flag(x) for x in _near(name, names))
             meant = f"did you mean {near}? " if near else ""
             return f"{given}: there is no such option; {meant}--help lists all"
+    return ""
+
+
+def _empty(arguments: Sequence[str]) -> str:
+    """A sentence about the first empty value, which an unset variable of a shell leaves.
+
+    >>> _empty(["--steps", "3", "--out", ""])
+    '--out has an empty value: give one, or leave the option out'
+    """
+    for i, argument in enumerate(arguments):
+        named = argument.startswith("--") and argument.endswith("=")
+        if named or argument.strip() == "":
+            given = argument if named else next(iter(arguments[:i][::-1]), "the first argument")
+            return f"{given.rstrip('=')} has an empty value: give one, or leave the option out"
     return ""
 
 
@@ -132,11 +148,17 @@ def _sentence(box: str) -> str:
     return re.sub(r"\s+", " ", text).partition("Got errors")[0].strip()
 
 
+_OUT_OF_MEMORY = (
+    "out of memory: more --microbatches, --remat and --loss-chunk need less of it, and a run that "
+    "has checkpoints goes on with them"
+)
 _STOPPED = "stopped before the first step; nothing was saved"
 
 
 def guarded_main(prog: str, job: Callable[[], int]) -> int:
     """Run `job`; what a user can mend ends in one sentence and exit code 2, not in a traceback."""
+    from jax.errors import JaxRuntimeError
+
     from lbw_optax import GuardExhausted
 
     # Transformers says on import that it found no PyTorch; here it is for tokenizers only.
@@ -152,6 +174,10 @@ def guarded_main(prog: str, job: Callable[[], int]) -> int:
     except GuardExhausted as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 3
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail(prog, _OUT_OF_MEMORY)
     except (ValueError, ImportError) as error:
         fail(prog, str(error))
     except OSError as error:

@@ -86,8 +86,9 @@ def _source(path: Path) -> str:
 
 
 def _read(path: Path, encoding: str) -> str:
+    """The text, without the mark that some editors put before it."""
     try:
-        return _opened(path, encoding, errors="strict")
+        return _opened(path, encoding, errors="strict").removeprefix("\ufeff")
     except UnicodeError as error:
         where = ""
         if isinstance(error, UnicodeDecodeError):

@@ -150,7 +150,7 @@ def _what_to_do(found: list[str]) -> str:
 
 def indexed(folder: Path) -> list[str]:
     """The names of the files that an index names. Raises `WeightsError` for a damaged one."""
-    index = read_json(folder / INDEX)
+    index = _json(folder / INDEX)
     where = index.get("weight_map") if isinstance(index, dict) else None
     names: set[Any] = set(where.values()) if isinstance(where, dict) else set()
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
@@ -169,7 +169,15 @@ def shards(folder: Path) -> list[str]:
         return []
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file says. Raises `WeightsError` for one that is not there, or holds no object."""
+    found = _json(path)
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path} holds no JSON object, but {found!r:.60}: get it anew")
+    return found
+
+
+def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -1,5 +1,6 @@
 """Models of GGUF files in: shape, weights (also quantised ones), and tokenizer."""
 
+import numbers
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def tokenizer(path: Path) -> Any:
       WeightsError: for one that is not there, or that splits text in a way that is not known.
     """
     import transformers
-    from tokenizers import pre_tokenizers
+    from tokenizers import decoders, pre_tokenizers
 
     fields, _ = _read(path)
     kind = fields.get("tokenizer.ggml.model")
@@ -83,6 +84,12 @@ def tokenizer(path: Path) -> Any:
         digits = pre_tokenizers.Digits(individual_digits=True)
         levels = pre_tokenizers.ByteLevel(add_prefix_space=False)
         found.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, levels])
+    if kind == "llama" and fields.get("tokenizer.ggml.add_space_prefix") is False:
+        # transformers does not read the field, and always puts a space before a text.
+        spaces = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="never", split=False)
+        found.backend_tokenizer.pre_tokenizer = spaces
+        steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        found.backend_tokenizer.decoder = decoders.Sequence(steps)
     return found
 
 
@@ -90,6 +97,8 @@ _SPLITS = {"default", "gpt-2", "llama3", "llama-v3", "llama-bpe", "qwen2", "deep
 """What `transformers` makes of a file, by the name of the pre-tokenizer."""
 _OURS = {"smollm"}
 """GPT-2's, with every digit alone."""
+_SPACE = "▁"
+"""As SentencePiece writes it."""
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -194,10 +203,14 @@ def _about(
     about = {hf: own[name] for name, hf in _FIELDS.items() if name in own}
     if lacking := sorted({*_NEEDED} - about.keys()):
         raise WeightsError(f"{path} does not say {', '.join(lacking)}: get it anew")
-    about.setdefault("head_dim", about["hidden_size"] // about["num_attention_heads"])
     known = {*_FIELDS, *_CHECKED, *_SAYS_NOTHING}
     refused = {name: value for name, value in own.items() if value and name not in known}
-    refused |= {n: own[n] for n in _CHECKED if own.get(n, about["head_dim"]) != about["head_dim"]}
+    refused |= {name: own[name] for name in _FIELDS if name in own and not _is_one(own[name])}
+    refused |= {name: own[name] for name, plain in _PLAIN.items() if own.get(name, plain) != plain}
+    if not refused:
+        about.setdefault("head_dim", about["hidden_size"] // about["num_attention_heads"])
+        size = about["head_dim"]
+        refused |= {name: own[name] for name in _CHECKED if own.get(name, size) != size}
     if refused:
         named = ", ".join(f"{kind}.{name}={value!r}" for name, value in sorted(refused.items()))
         raise WeightsError(f"{path} asks for {named}: this is not implemented")
@@ -211,7 +224,16 @@ def _about(
     }
 
 
-_NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_NEEDED = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "rms_norm_eps",
+)
+_PLAIN = {"attention.causal": True}
+
+
+def _is_one(value: Any) -> bool:
+    """Whether it is one number for the whole model, and not one for each layer."""
+    return isinstance(value, numbers.Real) and float(value) > 0
 
 
 def _ids(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,7 +271,9 @@ def _llama3(path: Path, about: Mapping[str, Any], divisors: np.ndarray) -> dict[
 
 def _rope(own: Mapping[str, Any]) -> dict[str, Any]:
     """As `config.json` has it; a scaling that the decoder has not is refused by `Config`."""
-    kind = own.get("rope.scaling.type", "none")
+    # A factor without a type is that of a linear scaling, as llama.cpp reads it.
+    plain = "linear" if own.get("rope.scaling.factor", 0) not in (0, 1) else "none"
+    kind = own.get("rope.scaling.type", plain)
     return {
         "rope_type": "default" if kind == "none" else kind,
         "rope_theta": own.get("rope.freq_base", 10_000.0),

@@ -76,16 +76,28 @@ def tokenizer(name: str | Path) -> Ready:
             found = transformers.AutoTokenizer.from_pretrained(str(name))
         if len(found) <= 256:  # what it makes of a model's directory that holds no tokenizer
             raise ValueError(f"it has {len(found)} tokens")
-    except (OSError, ValueError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # whatever the two libraries raise for files that are damaged
         raise DataError(
             f"cannot load a tokenizer from {name} ({_first_line(error)}): give a directory that "
             "holds tokenizer.json, or a name on the Hugging Face hub and a network"
         ) from error
     if found.eos_token_id is None or not found.is_fast:
         raise DataError(f"the tokenizer of {name} has no end-of-text token, or no tokenizer.json")
-    backend = found.backend_tokenizer
+    backend = _of_whole_texts(found.backend_tokenizer)
     backend.whole = found  # with chat template, special tokens, padding: for `save_tokenizer`
     return Ready(backend, found.eos_token_id)
+
+
+def _of_whole_texts(tokenizer: Tokenizer) -> Any:
+    """The same without the truncation and padding of a model's inputs, which a text is not."""
+    if not (tokenizer.truncation or tokenizer.padding):
+        return tokenizer
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def save_tokenizer(tokenizer: Tokenizer, end: int, directory: str | Path) -> None:
@@ -102,7 +114,10 @@ def save_tokenizer(tokenizer: Tokenizer, end: int, directory: str | Path) -> Non
     if fast is None:
         token = tokenizer.id_to_token(end)
         fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=token)
-    with files.replacing(Path(directory), ["tokenizer.json"], stale=_TOKENIZER_FILES) as draft:
+    folder = Path(directory)
+    named = [str(path.relative_to(folder)) for path in folder.glob(_NAMED_TEMPLATES)]
+    stale = [*_TOKENIZER_FILES, *named]
+    with files.replacing(folder, ["tokenizer.json"], stale=stale) as draft:
         fast.save_pretrained(str(draft))
 
 
@@ -111,6 +126,7 @@ _TOKENIZER_FILES = (
     *("chat_template.jinja", "chat_template.json"),
     *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"),
 )
+_NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
 """What `transformers` may find of another tokenizer."""
 
 
@@ -118,9 +134,10 @@ def _texts(name: str, path: str, configuration: str | None, *, articles: bool) -
     datasets = _module("datasets", f"the data set {name}")
     try:
         loaded = datasets.load_dataset(path, configuration)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # files that are damaged raise whatever their reader does
+        reason = _first_line(error.__cause__ or error) or type(error).__name__
         raise DataError(
-            f"cannot load the data set {name} ({_first_line(error)}): check the name and the "
+            f"cannot load the data set {name} ({reason}): check the name and the "
             "network, or give a directory of text files"
         ) from error
     splits = {_SPLIT_NAMES.get(split, split): rows for split, rows in loaded.items()}
@@ -129,7 +146,7 @@ def _texts(name: str, path: str, configuration: str | None, *, articles: bool) -
     rows = _with_held_out(splits)
     column = _text_column(name, rows["train"])
     key = " ".join([name, column, *(rows[split]._fingerprint for split in sorted(rows))])
-    return {split: _Documents(rows[split], column, articles) for split in rows}, key
+    return {split: _Documents(name, rows[split], column, articles) for split in rows}, key
 
 
 _SPLIT_NAMES = {"validation": "valid", "dev": "valid"}
@@ -149,9 +166,12 @@ def _with_held_out(splits: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text_column(name: str, rows: Any) -> str:
-    strings = [column for column, kind in rows.features.items() if str(kind.dtype) == "string"]
+    kinds = {column: str(getattr(kind, "dtype", "")) for column, kind in rows.features.items()}
+    strings = [column for column in kinds if kinds[column] == "string"]
     if "text" in strings:
         return "text"
+    if "text" in kinds:
+        raise DataError(f"the column text of the data set {name} holds what is no text")
     if len(strings) != 1:
         raise DataError(
             f"the data set {name} has no column named text: it has {', '.join(rows.column_names)}"
@@ -162,12 +182,18 @@ def _text_column(name: str, rows: Any) -> str:
 class _Documents:
     """The documents of one split: read from disk as they are asked for, as often as wanted."""
 
-    def __init__(self, rows: Any, column: str, articles: bool):
-        self._rows, self._column, self._articles = rows, column, articles
+    def __init__(self, name: str, rows: Any, column: str, articles: bool):
+        self._name, self._rows, self._column, self._articles = name, rows, column, articles
 
     def __iter__(self) -> Iterator[str]:
         texts = (text for text in self._rows[self._column] if text)
-        return _articles(texts) if self._articles else texts
+        try:
+            yield from _articles(texts) if self._articles else texts
+        except UnicodeDecodeError as error:  # of files whose rows are not looked into before
+            row = f"{error.object[:40]!r}"
+            raise DataError(
+                f"the data set {self._name} is not utf-8 (a row begins {row}): convert its files"
+            ) from error
 
 
 def _articles(lines: Iterator[str]) -> Iterator[str]:
@@ -193,5 +219,5 @@ def _module(name: str, purpose: str) -> Any:
         raise ImportError(f"{purpose} needs {name}: pip install --group train") from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]

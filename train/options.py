@@ -22,16 +22,26 @@ def whole(low: int, bits: int = 31) -> Allowed:
     return Allowed(f"must be at least {low} (and below 2^{bits})", lambda x: low <= x < 2**bits)
 
 
+def _is_single(x: float) -> bool:
+    """Whether it is neither lost nor infinite in the arithmetic of a run."""
+    return x == 0 or 2.0**-126 <= abs(x) < 2.0**128 - 2.0**103
+
+
+SINGLE = Allowed("is nothing that single precision holds (1.2e-38 to 3.4e38)", _is_single)
+BELOW_ONE = Allowed("is 1 in single precision; use 0.9999999", lambda x: x < 1 - 2.0**-25)
+
 Count = Annotated[int, whole(1)]
 CountOrZero = Annotated[int, whole(0)]
 Seed = Annotated[int, whole(0, bits=32)]
 Positive = Annotated[
-    float, Allowed("must be a finite number above 0", lambda x: x > 0 and math.isfinite(x))
+    float, Allowed("must be a finite number above 0", lambda x: x > 0 and math.isfinite(x)), SINGLE
 ]
 NonNegative = Annotated[
-    float, Allowed("must be a finite number, 0 or above", lambda x: x >= 0 and math.isfinite(x))
+    float,
+    Allowed("must be a finite number, 0 or above", lambda x: x >= 0 and math.isfinite(x)),
+    SINGLE,
 ]
-Share = Annotated[float, Allowed("must be at least 0 and below 1", lambda x: 0 <= x < 1)]
+Share = Annotated[float, Allowed("must be at least 0 and below 1", lambda x: 0 <= x < 1), BELOW_ONE]
 Names = Annotated[tuple[str, ...], Allowed("needs at least one name", lambda x: len(x) >= 1)]
 Devices = Annotated[
     tuple[int, int, int], Allowed("needs at least 1 along each axis", lambda x: min(x) >= 1)
@@ -127,22 +137,23 @@ def problems(options: Options) -> list[str]:
     '--learning-rate nan must be a finite number above 0'
     """
     hints = typing.get_type_hints(type(options), include_extras=True)
-    values = [(name, getattr(options, name), _allowed(hint)) for name, hint in hints.items()]
     single = [
-        f"{flag(name)} {value} {allowed.words}"
-        for name, value, allowed in values
-        if allowed is not None and value is not None and not allowed.holds(value)
+        f"{flag(name)} {value} {wrong[0].words}"
+        for name, hint in hints.items()
+        if (value := getattr(options, name)) is not None
+        and (wrong := [allowed for allowed in _allowed(hint) if not allowed.holds(value)])
     ]
     return single or list(_contradictions(options))
 
 
-def _allowed(hint: Any) -> Allowed | None:
+def _allowed(hint: Any) -> list[Allowed]:
     """What stands beside the type, also where the option may be None."""
-    for part in (hint, *typing.get_args(hint)):
-        for note in getattr(part, "__metadata__", ()):
-            if isinstance(note, Allowed):
-                return note
-    return None
+    notes = [
+        note
+        for part in (hint, *typing.get_args(hint))
+        for note in getattr(part, "__metadata__", ())
+    ]
+    return [note for note in notes if isinstance(note, Allowed)]
 
 
 def _contradictions(options: Options) -> Iterator[str]:

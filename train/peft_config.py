@@ -1,7 +1,8 @@
 """What an `adapter_config.json` of PEFT asks for: understood, or refused by name."""
 
+import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from train.files import WeightsError
@@ -58,10 +59,9 @@ class Adapter(NamedTuple):
         wanted = self.layers_to_transform
         if wanted is None or wanted == []:
             return True
-        patterns = self.layers_pattern or [r"[^.]*"]
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
-                number = int(found[1])
+        for pattern in _several(self.layers_pattern) or [r"[^.]*"]:
+            if found := re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<layer>\d+)\.", module):
+                number = int(found["layer"])
                 return number == wanted if isinstance(wanted, int) else number in wanted
         return False
 
@@ -81,7 +81,9 @@ def understood(config: Mapping[str, Any]) -> Adapter:
         if value and name not in {*Adapter._fields, *_PLAIN, *_SAYS_NOTHING}
     }
     refused |= {n: given[n] for n, plain in _PLAIN.items() if given.get(n, plain[0]) not in plain}
-    refused |= {n: config.get(n) for n, k in _KINDS.items() if not isinstance(given.get(n), k)}
+    refused |= {n: given[n] for n, is_one in _KINDS.items() if n in given and not is_one(given[n])}
+    if "target_modules" not in given:
+        refused["target_modules"] = None
     if refused:
         named = ", ".join(f"{name}={value!r}" for name, value in sorted(refused.items()))
         raise WeightsError(
@@ -103,25 +105,55 @@ _SAYS_NOTHING = {
     *("inference_mode", "runtime_config"),
     *("megatron_core", "qalora_group_size"),  # of megatron_config and use_qalora, which are refused
 }
-_NAMES = (str, list, tuple, type(None))
-_KINDS: dict[str, Any] = {
-    "r": (int, type(None)),
-    "lora_alpha": (int, float, type(None)),
-    "lora_dropout": (int, float, type(None)),
-    "target_modules": (str, list, tuple),
-    "exclude_modules": _NAMES,
-    "modules_to_save": (list, tuple, type(None)),
-    "layers_to_transform": (int, list, tuple, type(None)),
-    "layers_pattern": _NAMES,
-    "rank_pattern": (dict, type(None)),
-    "alpha_pattern": (dict, type(None)),
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not _is_flag(value)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _are(kind: Callable[[Any], bool], values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(map(kind, values))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_texts(value: Any) -> bool:
+    return _is_text(value) or _are(_is_text, value)
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "r": _is_whole,
+    "lora_alpha": _is_number,
+    "lora_dropout": _is_number,
+    "use_rslora": _is_flag,
+    "use_dora": _is_flag,
+    "ensure_weight_tying": _is_flag,
+    "target_modules": _is_text_or_texts,
+    "exclude_modules": _is_text_or_texts,
+    "modules_to_save": lambda value: _are(_is_text, value),
+    "layers_to_transform": lambda value: _is_whole(value) or _are(_is_whole, value),
+    "layers_pattern": _is_text_or_texts,
+    "rank_pattern": lambda value: isinstance(value, dict) and _are(_is_whole, [*value.values()]),
+    "alpha_pattern": lambda value: isinstance(value, dict) and _are(_is_number, [*value.values()]),
 }
+"""What a field that is set may be; JSON's true is no number, and its NaN none either."""
 
 
 def _compile(asked: Adapter) -> None:
     """Raise for a regular expression that is none."""
     whole = [names for names in (asked.target_modules, asked.exclude_modules) if names]
     patterns = [pattern for pattern in whole if isinstance(pattern, str)]
+    patterns += _several(asked.layers_pattern)
     for pattern in [*patterns, *asked.rank_pattern, *asked.alpha_pattern]:
         try:
             re.compile(pattern)
@@ -129,6 +161,11 @@ def _compile(asked: Adapter) -> None:
             raise WeightsError(
                 f"{FILE} holds {pattern!r}, which is no regular expression ({error}): mend it there"
             ) from error
+
+
+def _several(names: str | Sequence[str] | None) -> list[str]:
+    """The names, where one of them may stand alone."""
+    return [names] if isinstance(names, str) else [*(names or ())]
 
 
 def _named(names: str | Collection[str], module: str) -> bool:

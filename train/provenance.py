@@ -68,7 +68,8 @@ def made_at(records: Sequence[dict[str, Any]]) -> str:
 def machine() -> str:
     """Processor, usable cores and system, e.g. ``Intel(R) Xeon(R) Processor, 2 cores, Linux``."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor()}, {cores} cores, {platform.system()} {platform.machine()}"
+    counted = "1 core" if cores == 1 else f"{cores} cores"
+    return f"{_processor()}, {counted}, {platform.system()} {platform.machine()}"
 
 
 def _processor() -> str:

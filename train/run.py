@@ -187,6 +187,9 @@ def _begin(task: Task, options: Options, where: sharding.Mesh | None) -> tuple[T
     if options.adopt is None or rundir.has_checkpoints(options.out):
         return task, opt_state
     params, opt_state = adoption.load(options.adopt, task.params, opt_state)
+    made = adoption.updates(opt_state)
+    if made >= options.steps:
+        raise ValueError(f"--adopt {options.adopt} has made {made} steps: give more --steps")
     return task._replace(params=params), opt_state
 
 
@@ -197,9 +200,26 @@ def _train(
     where: sharding.Mesh | None,
     save: Callable[[Decoder], None],
 ) -> Result:
+    """The run, and what it leaves; Ctrl-C while that is written waits for it."""
     began = time.perf_counter()
+    with Interrupt() as interrupted:
+        result = _stepped(task, opt_state, options, where, interrupted)
+        if result.finished:
+            save(result.decoder)
+            seconds = time.perf_counter() - began
+            summary.write(options, result.perplexity, result.targets, seconds=seconds)
+            print(summary.places(options.out), file=sys.stderr)
+    return result
+
+
+def _stepped(
+    task: Task,
+    opt_state: Any,
+    options: Options,
+    where: sharding.Mesh | None,
+    interrupted: Interrupt,
+) -> Result:
     with (
-        Interrupt() as interrupted,
         checkpoints(options) as rollback,  # first, for it says if another process is here
         Watch(options, task.cost, evaluation.size(task.held_out, options)) as watch,
         packing.Prefetch(task.batch, put=_put(where)) as batch,
@@ -217,12 +237,8 @@ def _train(
         ends = look.at_the_end(state[0]) if step >= options.steps else {}
         if not ends:
             watch.note(f"stopped after step {step}, and saved; the same command goes on from there")
-            return Result(decoder, step, {}, {})
-    save(decoder)
-    targets = {split: evaluation.targets(look.final(split)) for split in ends}
-    summary.write(options, ends, targets, seconds=time.perf_counter() - began)
-    print(summary.places(options.out), file=sys.stderr)
-    return Result(decoder, step, ends, targets)
+        targets = {split: evaluation.targets(look.final(split)) for split in ends}
+        return Result(decoder, step, ends, targets)
 
 
 def steps(
@@ -338,7 +354,8 @@ def mesh(options: Options) -> sharding.Mesh | None:
     """The devices as the options want them; a single one needs no mesh."""
     if options.mesh is None:
         experts = options.mesh_expert
-        return sharding.make_mesh(expert=experts) if jax.device_count() > 1 else None
+        several = jax.device_count() > 1 or experts > 1  # too few of them are told of
+        return sharding.make_mesh(expert=experts) if several else None
     replicas, fsdp, tensor = options.mesh
     axes = {"data": replicas, "fsdp": fsdp, "tensor": tensor, "expert": options.mesh_expert}
     return sharding.make_mesh(**axes)

@@ -95,11 +95,18 @@ def _opened(place: Path) -> tuple[dict[str, Any], Tensors]:
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+    has_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if has_adapter and not (folder / "config.json").is_file():
         base = files.read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise WeightsError(
             f"{folder} holds an adapter, not a model: load its base ({base}), then the adapter "
             "with train.weights.load_adapter"
+        )
+    if has_adapter:
+        warnings.warn(
+            f"{folder} holds an adapter beside the model, which transformers would put onto it: "
+            "here train.weights.load_adapter does",
+            stacklevel=4,
         )
     return files.read_json(folder / "config.json")
 
@@ -161,7 +168,8 @@ def save(
     is written, not into `model`. The tensors of one file at a time are in the host's memory.
     `config.json` and `generation_config.json` have the token ids and settings with which the
     model was loaded; where it was not, `end` is the id at which a text ends. A model that is
-    there already is replaced when all is written (`train.files.replacing`).
+    there already is replaced when all is written (`train.files.replacing`), and so is an adapter,
+    which `transformers` would put onto the new model.
 
     Raises:
       WeightsError: if it cannot be written.
@@ -173,7 +181,8 @@ def save(
     tokens = model.generation or generation.of({"eos_token_id": end})
     plan = _planned(every, file_bytes)
     entries = [files.MODEL, files.INDEX]
-    with files.replacing(folder, entries, stale=files.shards(folder)) as draft:
+    stale = [*files.shards(folder), ADAPTER_CONFIG, ADAPTER]
+    with files.replacing(folder, entries, stale=stale) as draft:
         dtype = str(every[0].form.dtype)
         ids = json.loads(tokens.ids)
         files.write_json(draft / "config.json", {**config, **ids, "torch_dtype": dtype})

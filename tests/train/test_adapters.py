@@ -175,9 +175,15 @@ REFUSED = {
     "bias": ["all", "lora_only", "something"],
     "peft_type": ["IA3", "ADALORA", "XLORA"],
     "a_field_of_next_year": [1, "x", {"y": 0}],
-    "r": ["8", [8]],
-    "rank_pattern": [["q_proj"]],
-    "target_modules": [None, 7],
+    "r": ["8", [8], True],
+    "lora_alpha": ["16", float("inf")],
+    "use_rslora": ["no"],
+    "rank_pattern": [["q_proj"], {"q_proj": "4"}, {"q_proj": 2.5}, {"q_proj": None}],
+    "alpha_pattern": [{"q_proj": "4"}, {"q_proj": True}, {"q_proj": -float("inf")}],
+    "layers_to_transform": [["0"], True],
+    "exclude_modules": [[1]],
+    "modules_to_save": [[1], "lm_head"],
+    "target_modules": [None, 7, ["q_proj", 7]],
 }
 
 
@@ -195,6 +201,10 @@ def test_what_is_not_understood_is_refused_by_name(field, value, plain):
         ({"target_modules": ["c_attn"]}, r"\['c_attn'\] .*names no linear layer .* q_proj"),
         ({"target_modules": "(q_proj"}, r"'\(q_proj', which is no regular expression"),
         ({"rank_pattern": {"q_(": 2}}, r"'q_\(', which is no regular expression"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": "layers("},
+            r"'layers\(', which is no regular expression",
+        ),
         ({"r": 0}, "rank=0: a low-rank adapter needs"),
         ({"rank_pattern": {"v_proj": 0}}, "rank=0: a low-rank adapter needs"),
         ({"lora_dropout": 1.0}, r"dropout=1.0: the share"),
@@ -209,6 +219,13 @@ def test_what_is_not_understood_is_refused_by_name(field, value, plain):
 def test_a_config_that_its_file_does_not_bear_out(changed, sentence, plain):
     change(plain, changed)
     with pytest.raises(weights.WeightsError, match=sentence):
+        loaded(plain)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"LORA"'])
+def test_a_config_that_is_no_object(content, plain):
+    (plain / "adapter" / weights.ADAPTER_CONFIG).write_text(content)
+    with pytest.raises(weights.WeightsError, match=r"adapter_config.json holds no JSON object"):
         loaded(plain)
 
 

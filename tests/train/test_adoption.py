@@ -152,7 +152,25 @@ def another_model(place):
     return place / "other", "of this model"
 
 
-@pytest.mark.parametrize("make", [missing, no_checkpoint, another_optimizer, another_model])
+def nothing_saved(place):
+    (place / "run-before").mkdir()
+    (place / "run-before" / "journal.json").write_text('{"checkpoints": {}}')
+    return place / "run-before", "the run there has saved nothing yet"
+
+
+def as_long(place):
+    """Of a run that made as many steps as are asked for."""
+    _, params, _ = model.split(build())
+    schedule = optax.constant_schedule(0.1)
+    state = optax.tree.set(optax.adamw(schedule).init(params), count=jnp.int32(20))
+    ocp.save(place / "long", {"params": params, "opt_state": state})
+    return place / "long", "has made 20 steps: give more --steps"
+
+
+CANNOT = [missing, no_checkpoint, another_optimizer, another_model, nothing_saved, as_long]
+
+
+@pytest.mark.parametrize("make", CANNOT)
 def test_what_cannot_be_adopted_is_named(make, options, corpus, tmp_path):
     old, said = make(tmp_path)
     with pytest.raises(ValueError, match=f"--adopt {old}.*{said}") as raised:

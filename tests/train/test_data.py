@@ -193,6 +193,12 @@ def test_unusable_directories_are_named(directory, damage, sentence):
     assert str(directory) in str(raised.value)
 
 
+def test_the_mark_before_a_text_is_no_part_of_it(tmp_path):
+    for split in data.SPLITS:
+        (tmp_path / f"{split}.txt").write_text(f"{split} text", encoding="utf-8-sig")
+    assert data.text_directory(tmp_path)["train"] == ["train text"]
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "cp1252"])
 def test_text_in_another_encoding_is_read_with_its_name_and_named_without(tmp_path, encoding):
     text = "Käse für 3 Café\n" * 50

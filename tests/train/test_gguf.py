@@ -72,7 +72,8 @@ def write(path, kind, tensors, *, quantised="F32", tokenizer=None, leave_out=(),
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if "rms_eps" not in leave_out:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_key_length(config.head_dim)
@@ -81,8 +82,8 @@ def write(path, kind, tensors, *, quantised="F32", tokenizer=None, leave_out=(),
     if "block_count" not in leave_out:
         writer.add_block_count(config.num_hidden_layers)
     for name, value in (extra or {}).items():
-        add = writer.add_string if isinstance(value, str) else writer.add_float32
-        add(f"{kind}.{name}", value)
+        add = {str: writer.add_string, bool: writer.add_bool, list: writer.add_array}
+        add.get(type(value), writer.add_float32)(f"{kind}.{name}", value)
     if tokenizer is not None:
         _write_tokenizer(writer, tokenizer)
     for name, tensor in tensors.items():
@@ -253,6 +254,10 @@ def test_a_run_starts_from_a_file(whole, tmp_path, monkeypatch):
         ({"attention.sliding_window": 512.0}, r"llama.attention.sliding_window=512.0"),
         ({"logit_scale": 0.5}, r"llama.logit_scale=0.5"),
         ({"rope.scaling.type": "yarn"}, "rotary embedding of type 'yarn'"),
+        ({"rope.scaling.factor": 4.0}, "rotary embedding of type 'linear'"),
+        ({"attention.causal": False}, r"llama.attention.causal=False"),
+        ({"attention.head_count_kv": [2, 4]}, r"llama.attention.head_count_kv=\[2, 4\]"),
+        ({"attention.head_count": 0.0}, r"llama.attention.head_count=0.0"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(extra, named, tmp_path):
@@ -272,6 +277,9 @@ def test_other_architectures_and_gaps_are_refused(tmp_path):
     tensors = tensors_of(SHAPES["llama"])
     path = write(tmp_path / "m.gguf", "llama", tensors, leave_out=["block_count"])
     with pytest.raises(weights.WeightsError, match="does not say num_hidden_layers"):
+        weights.load(path)
+    path = write(tmp_path / "e.gguf", "llama", tensors, leave_out=["rms_eps"])
+    with pytest.raises(weights.WeightsError, match="does not say rms_norm_eps"):
         weights.load(path)
     del tensors["model.norm.weight"]
     with pytest.raises(weights.WeightsError, match=r"model.norm.weight \(64,\) is missing"):
@@ -295,6 +303,41 @@ def test_a_tokenizer_that_splits_in_an_unknown_way(tmp_path):
     path = write(tmp_path / "m.gguf", "llama", tensors_of(SHAPES["llama"]))
     with pytest.raises(data.DataError, match="a tokenizer of the kind None"):
         hub.tokenizer(path)
+
+
+@pytest.mark.parametrize("prefix", [None, True, False])
+def test_the_space_before_a_text_of_sentencepiece(prefix, tmp_path):
+    """As llama.cpp has it: unless the file says otherwise, there is one."""
+    path = sentencepiece(tmp_path / "m.gguf", prefix)
+    found = hub.tokenizer(path).tokenizer
+    encoded = found.encode("ab ab\nab", add_special_tokens=False)
+    first = "ab" if prefix is False else "▁ab"
+    assert encoded.tokens == [first, "▁ab", "<0x0A>", "ab"]
+    assert found.decode(encoded.ids) == "ab ab\nab"
+
+
+def sentencepiece(path, prefix):
+    writer = gguf.GGUFWriter(path, "llama")
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    tokens += ["▁", "a", "b", "▁a", "ab", "▁ab"]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(i) for i in range(len(tokens))])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * 6)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_embedding_length(16)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(2)
+    if prefix is not None:
+        writer.add_add_space_prefix(prefix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 @pytest.mark.slow

@@ -69,6 +69,35 @@ def test_a_data_set_without_text_is_named(tmp_path, lines, sentence):
         data.load(tmp_path / "set", vocab_size=300)
 
 
+ROW = b'{"text": "one two three"}\n' * 20
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("train.jsonl", ROW + b'{"text": "one', "cannot load the data set .*JSON parse error"),
+        (
+            "train.jsonl",
+            ROW + b'{"text": "caf\xe9"}\n',
+            r"is not utf-8 \(a row begins b'caf",
+        ),
+        ("train.jsonl", ROW + b'{"text": 7}\n', "the column text of .* holds what is no text"),
+        ("train.jsonl", b"", "cannot load the data set .*: check the name"),
+        (
+            "train.csv",
+            b"text\ncaf\xe9\n",
+            "cannot load the data set .*codec can't decode",
+        ),
+    ],
+    ids=["cut off", "latin-1", "a number", "empty", "a table"],
+)
+def test_a_damaged_data_set_is_named(tmp_path, file, content, sentence):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / file).write_bytes(content)
+    with pytest.raises(data.DataError, match=sentence):
+        data.load(tmp_path / "set", vocab_size=300)
+
+
 def test_the_only_column_of_strings_is_taken(tmp_path):
     write(tmp_path / "set" / "train.jsonl", rows("train", 60, column="content"))
     assert len(data.load(tmp_path / "set", vocab_size=300).train) > 0
@@ -170,6 +199,52 @@ def test_nothing_is_left_of_a_tokenizer_that_is_replaced(chat, tmp_path, trained
     assert (found.chat_template, found.eos_token, found.pad_token) == (None, data.END, None)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"tokenizer.json", "tokenizer_config.json", "notes.txt"}
+
+
+def test_templates_by_name_go_with_their_tokenizer(chat, tmp_path, trained):
+    from transformers import AutoTokenizer
+
+    whole = AutoTokenizer.from_pretrained(chat)
+    whole.chat_template = {"default": TEMPLATE, "tools": "{{ 2 }}"}
+    whole.save_pretrained(chat)
+    ready = hub.tokenizer(chat)
+    hub.save_tokenizer(ready.tokenizer, ready.end, tmp_path / "out")
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert found.chat_template == whole.chat_template
+    hub.save_tokenizer(trained.tokenizer, trained.end, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
+
+
+@pytest.mark.parametrize("kind", ["truncation", "padding"])
+def test_no_text_is_cut_or_filled_up_as_a_models_inputs_are(kind, tmp_path, trained):
+    """Some files ask for it; it is kept in what is saved, and used on no text."""
+    from tokenizers import Tokenizer
+
+    asking = Tokenizer.from_str(trained.tokenizer.to_str())
+    if kind == "truncation":
+        asking.enable_truncation(16)
+    else:
+        asking.enable_padding(length=9000, pad_id=trained.end, pad_token=data.END)
+    hub.save_tokenizer(asking, trained.end, tmp_path / "model")
+    again = data.load(tmp_path / "text", tokenizer=tmp_path / "model")
+    assert again.train.tolist() == trained.train.tolist()
+    hub.save_tokenizer(again.tokenizer, again.end, tmp_path / "out")
+    found = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert getattr(found, kind) == getattr(asking, kind)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "null"),
+        ("tokenizer.json", '{"version": "1.0"}'),
+        ("tokenizer_config.json", "[]"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(file, content, chat):
+    (chat / file).write_text(content)
+    with pytest.raises(data.DataError, match=f"cannot load a tokenizer from {chat} "):
+        hub.tokenizer(chat)
 
 
 def test_a_tokenizer_that_adds_tokens_of_its_own_does_so_only_at_the_end(tmp_path, trained):

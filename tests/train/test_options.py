@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from train import pretrain, qwen_lora, tinyllama_full
-from train.command import parse
-from train.options import Options, problems
+from train.command import guarded_main, parse
+from train.options import BELOW_ONE, SINGLE, Options, problems
 
 ROOT = Path(pretrain.__file__).parent.parent
 PRESETS = {"one": Options("m", Path("a")), "two": Options("m", Path("b"), steps=7)}
@@ -55,6 +57,10 @@ def test_a_preset_sets_defaults_that_arguments_override(given):
         ("--learning-rate inf", "--learning-rate inf must be a finite number above 0"),
         ("--learning-rate 0", "--learning-rate 0.0 must be a finite number above 0"),
         ("--learning_rate -1", "--learning-rate -1.0 must be a finite number above 0"),
+        ("--learning-rate 1e-46", "--learning-rate 1e-46 is nothing that single precision holds"),
+        ("--weight-decay 1e39", "--weight-decay 1e+39 is nothing that single precision holds"),
+        ("--clip 3.4028236e38", "--clip 3.4028236e+38 is nothing that single precision holds"),
+        ("--b2 0.99999998", "--b2 0.99999998 is 1 in single precision; use 0.9999999"),
         ("--warmup nan", "--warmup nan must be at least 0 and below 1"),
         ("--warmup 1", "--warmup 1.0 must be at least 0 and below 1"),
         ("--b1 1", "--b1 1.0 must be at least 0 and below 1"),
@@ -74,6 +80,28 @@ def test_arguments_that_mean_nothing_get_one_sentence(arguments, sentence, capsy
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"train.x: {sentence}")
+
+
+@pytest.mark.parametrize("given", [["--out", ""], ["--out="], ["--steps", "3", "--out", " "]])
+def test_an_empty_value_is_no_directory(given, capsys):
+    """It would be the one in which the script was started."""
+    with pytest.raises(SystemExit) as stopped:
+        parsed(*given)
+    assert stopped.value.code == 2
+    said = "train.x: --out has an empty value: give one, or leave the option out\n"
+    assert capsys.readouterr().err == said
+
+
+def test_single_precision_is_that_of_numpy():
+    """At its ends, a step of the last bit apart."""
+    limits = np.finfo(np.float32)
+    for end, beyond in ((limits.max, np.inf), (limits.tiny, 0.0)):
+        outside = float(end) + (float(end) * 2.0**-24 if beyond else -float(end) * 2.0**-24)
+        assert SINGLE.holds(float(end))
+        assert not SINGLE.holds(outside)
+    share = float(np.nextafter(np.float32(1), np.float32(0)))
+    assert BELOW_ONE.holds(share)
+    assert not BELOW_ONE.holds(share + 2.0**-25)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +156,13 @@ def test_presets_are_sound(script):
 
 
 @pytest.mark.process
+def test_out_of_memory_names_what_needs_less(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        guarded_main("train.x", lambda: jnp.zeros(1 << 50).sum())
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("train.x: out of memory: more --microbatches, ")
+
+
 def test_the_sentence_comes_within_seconds(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "train.qwen_lora", "--lr", "3"]
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,9 @@ def test_scaling_and_window_come_back_from_their_json():
     assert [windowed.window(layer) for layer in range(3)] == [None, None, 7]
 
 
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -180,11 +184,53 @@ def test_scaling_and_window_come_back_from_their_json():
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type 'yarn'.*'llama3'"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "type 'linear'"),
         ({"partial_rotary_factor": 0.5}, "on 50% of a head"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "'llama3' without low_freq_factor"),
+        ({"rope_scaling": SCALED | {"factor": "8"}}, "'llama3' without factor: get it anew"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "rotary embeddings of several kinds, full_attention",
+        ),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear' in config.json must be an object"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 in config.json must be a whole number"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 in config.json must be a whole"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1 in config.json must be a whole"),
+        ({"hidden_size": "2048"}, "hidden_size='2048' in config.json must be a whole number"),
+        ({"vocab_size": True}, "vocab_size=True in config.json must be a whole number"),
+        ({"intermediate_size": None}, "intermediate_size=None in config.json must be a whole"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None in config.json must be a finite number"),
+        ({"rope_theta": math.inf}, "rope_theta=inf in config.json must be a finite number"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no' in config.json must be true"),
     ],
 )
 def test_what_the_decoder_cannot_do_is_named(change, named):
     with pytest.raises(ValueError, match=named):
         model.Config.from_hf(TINYLLAMA | change)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "intermediate_size", "num_attention_heads"])
+def test_what_a_config_lacks_is_named(name):
+    with pytest.raises(ValueError, match=f"config.json does not say {name}: get it anew"):
+        model.Config.from_hf({key: TINYLLAMA[key] for key in TINYLLAMA if key != name})
+
+
+@pytest.mark.parametrize(
+    ("change", "theta", "original"),
+    [
+        ({"rope_scaling": SCALED, "rope_theta": 7.0}, 7, 2048),
+        ({"rope_scaling": SCALED | {"original_max_position_embeddings": 64}}, 1e4, 64),
+        ({"rope_parameters": SCALED | {"rope_theta": 5.0}, "rope_theta": 7.0}, 5, 2048),
+        ({"rope_scaling": SCALED, "rope_parameters": {"rope_theta": 5.0}}, 1e4, 2048),
+        ({"rope_scaling": {"rope_theta": 3.0}, "rope_parameters": SCALED}, 3, None),
+        ({"rope_scaling": SCALED, "original_max_position_embeddings": 32}, 1e4, 32),
+    ],
+)
+def test_where_scalings_stand_in_two_places_it_is_that_of_transformers(change, theta, original):
+    """Seen in transformers 5.24: `rope_scaling` before `rope_parameters`, and not a mixture."""
+    given = {key: TINYLLAMA[key] for key in TINYLLAMA if not key.startswith("rope")} | change
+    config = model.Config.from_hf(given)
+    assert config.rope_theta == theta
+    found = config.rope_scaling and config.rope_scaling.original_max_position_embeddings
+    assert found == original
 
 
 @pytest.mark.parametrize(
@@ -199,6 +245,12 @@ def test_what_the_decoder_cannot_do_is_named(change, named):
         ("Qwen/Qwen3-30B-A3B", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
         ("Qwen/Qwen3-30B-A3B", {"num_experts_per_tok": 200}, "num_experts_per_tok=200 of"),
         ("mistralai/Mixtral-8x7B-v0.1", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+        ("Qwen/Qwen3-30B-A3B", {"num_experts": 0}, "num_experts=0 in config.json must be"),
+        ("Qwen/Qwen3-30B-A3B", {"router_aux_loss_coef": None}, "router_aux_loss_coef=None in"),
+        ("google/gemma-3-1b-pt", {"sliding_window": None}, "sliding_window=None of gemma3_text"),
+        ("google/gemma-3-1b-pt", {"sliding_window_pattern": 0}, "sliding_window_pattern=0 in"),
+        ("google/gemma-3-1b-pt", {"rope_parameters": {"rope_theta": 3.0}}, "and there are neither"),
+        ("Qwen/Qwen3-8B", {"layer_types": ["sliding_attention"] * 36}, "one is wrong"),
         ("allenai/OLMo-2-1124-7B", {"attention_bias": True}, "attention_bias=True of olmo2"),
     ],
 )

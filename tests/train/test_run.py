@@ -216,6 +216,18 @@ def test_a_run_goes_on_with_other_microbatches_and_more_steps(options, corpus, c
     assert np.isfinite(found["valid_perplexity"]).nonzero()[0].tolist() == [7, 11, 15]
 
 
+def test_ctrl_c_while_the_result_is_saved_waits_for_it(options, corpus, capfd):
+    short = dataclasses.replace(options, steps=3, eval_every=0)
+    cost = run.announce(short, build, nnx.Param)
+
+    def save(decoder):
+        signal.raise_signal(signal.SIGINT)
+
+    assert run.train(build(), nnx.Param, corpus, short, cost, save=save).finished
+    assert (options.out / "result.json").exists()
+    assert "stopping after this step" in capfd.readouterr().err
+
+
 def test_a_run_that_is_asked_to_stop_in_an_evaluation_is_saved_and_not_finished(
     options, corpus, monkeypatch, capsys
 ):

@@ -247,6 +247,20 @@ def test_what_was_saved_last_is_what_is_there(first, second, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} - {"alone"} == alone
 
 
+def test_no_adapter_is_left_on_a_model_that_was_not_trained_with_it(tmp_path):
+    """As transformers puts any that lies beside a model onto it."""
+    weights.save_adapter(adapted(), tmp_path)
+    weights.save(shifted(2), tmp_path)
+    np.testing.assert_array_equal(weights.load(tmp_path).norm.scale[...], 3)
+    weights.save(shifted(2), tmp_path / "alone")
+    alone = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} - {"alone"} == alone
+
+    weights.save_adapter(adapted(), tmp_path)
+    with pytest.warns(UserWarning, match=f"{tmp_path} holds an adapter beside the model"):
+        weights.load(tmp_path)
+
+
 def test_only_the_model_that_was_there_is_replaced(tmp_path):
     """Not what lies beside it, nor files that only look like a part of it."""
     kept = ["notes.txt", "model-00001-of-00009.safetensors", "pytorch_model.bin", "tokenizer.json"]
