@@ -17,7 +17,7 @@ import optax
 from lbw_optax import law, parts
 from lbw_optax import state as states
 from lbw_optax.apply import scaled
-from lbw_optax.law import control, events, telemetry
+from lbw_optax.law import classifier, control, events, telemetry
 from lbw_optax.law.control import Bounds
 from lbw_optax.law.telemetry import Probe
 from lbw_optax.state import GuardState, Mode
@@ -61,6 +61,9 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
         seen = telemetry.observe_moved(seen, last_step, params, scale)
         arrival = control.arrive(seen, state.law.statistics)
         new_law, decision = law.step(state.law, seen, bounds)
+        reported = classifier.reported(
+            decision, state.law.classifier, new_law.classifier, seen.nonfinite_loss > 0
+        )
 
         governing = state.mode == Mode.GOVERN
         factor = jnp.exp(jnp.where(governing, arrival.log_factor, 0.0))
@@ -71,7 +74,7 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
             telemetry=seen,
             probe=probe,
             law=new_law,
-            events=events.record(state.events, state.guard_steps, decision, seen.loss),
+            events=events.record(state.events, state.guard_steps, reported, seen.loss),
         )
 
     guard = ChainedGuard(init_fn, update_fn)

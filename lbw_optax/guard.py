@@ -14,7 +14,7 @@ from lbw_optax import state as states
 from lbw_optax.apply import either, scaled
 from lbw_optax.chained import ChainedGuard
 from lbw_optax.frozen import Frozen
-from lbw_optax.law import control, events, telemetry
+from lbw_optax.law import classifier, control, events, telemetry
 from lbw_optax.law.control import RULES, Bounds, Rules, Signal
 from lbw_optax.law.telemetry import Probe
 from lbw_optax.state import MODES, GuardState, Mode
@@ -179,6 +179,9 @@ def govern(
         scale_before = jnp.exp(state.law.control.log_scale)
         seen = telemetry.observe_step(seen, proposed, trained, scale_before, refused)
         new_law, decision = law.step(state.law, seen, bounds, rules)
+        reported = classifier.reported(
+            decision, state.law.classifier, new_law.classifier, seen.nonfinite_loss > 0
+        )
         scale = jnp.where(governing, decision.scale, 1.0)
         applied = scaled(proposed, scale, governing & decision.skip)
         if params is None:
@@ -190,7 +193,7 @@ def govern(
             telemetry=seen,
             probe=probe,
             law=new_law,
-            events=events.record(state.events, state.guard_steps, decision, seen.loss),
+            events=events.record(state.events, state.guard_steps, reported, seen.loss),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

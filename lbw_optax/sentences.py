@@ -18,6 +18,7 @@ CAUSES = {
     "loss": "the loss jumped",
     "overshoot": "steps go too far",
     "relative_step": "steps are too long for the parameters",
+    "risk": "its last steps look like those before a divergence",
 }
 ASKS = {
     Reason.PARAMETERS: "the parameters are broken",
@@ -146,6 +147,10 @@ def _say(line: dict[str, Any]) -> str:
         "rejecting": (
             f"{_plain(100 * line.get('value', 0.0))} % of the steps of late were rejected, the "
             f"newest for this: {why}; look at the data"
+        ),
+        "alarm": (
+            f"the run may diverge within 10 steps, with probability "
+            f"{_plain(100 * line.get('value', 0.0))} %: {why}; nothing is done for this alone"
         ),
         "rollback": (
             f"back from step {line.get('from_step')} to {line.get('to_step')}, because {why}"

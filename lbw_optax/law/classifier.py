@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax.law import control, divergence, statistics
+from lbw_optax.law.control import Action, Decision, Signal
 from lbw_optax.law.divergence import Divergence
 from lbw_optax.law.statistics import Running, Statistics
 from lbw_optax.law.telemetry import Telemetry
@@ -25,6 +26,8 @@ INPUTS, CELLS = 16, 16
 HORIZONS = (10, 50)
 # How log |g| is remembered beside the law's own memory, which is five times as short.
 SLOW = statistics.Memory(decay=0.99, floor=0.1, prior=1.0)
+# An alarm ends when the risk is below this share of what begins it.
+CALM = 0.5
 # A log of one norm, or of none, says nothing about gradients.
 LEAST_VARIANCE = 1e-12
 
@@ -52,6 +55,7 @@ class Memory(NamedTuple):
 
     cells: jax.Array  # float32[16]
     log_norm: Running  # of log |g|, slow
+    alarmed: jax.Array  # bool, since the risk was above `Weights.alarm`, until it is below half
 
 
 class Risk(NamedTuple):
@@ -82,7 +86,8 @@ class Weights(NamedTuple):
 def init() -> Memory:
     """Before the first step."""
     zero = jnp.zeros([], jnp.float32)
-    return Memory(jnp.zeros([CELLS], jnp.float32), Running(zero, zero, zero))
+    calm = jnp.zeros([], bool)
+    return Memory(jnp.zeros([CELLS], jnp.float32), Running(zero, zero, zero), calm)
 
 
 def step(memory: Memory, view: View, weights: Weights | None = None) -> Memory:
@@ -93,8 +98,34 @@ def step(memory: Memory, view: View, weights: Weights | None = None) -> Memory:
       view: what the law knows of this step.
       weights: others than the shipped ones, for experiments.
     """
+    weights = weights or shipped()
     found, log_norm = inputs(memory.log_norm, view)
-    return Memory(advance(weights or shipped(), memory.cells, found), log_norm)
+    now = memory._replace(cells=advance(weights, memory.cells, found), log_norm=log_norm)
+    soon = risk(now, view.seen.nonfinite_loss > 0, weights).soon
+    limit = jnp.where(memory.alarmed, CALM * weights.alarm, weights.alarm)
+    return now._replace(alarmed=soon > limit)
+
+
+def reported(decision: Decision, before: Memory, after: Memory, broken: jax.Array) -> Decision:
+    """The decision as it is recorded: an alarm that begins, where there is nothing else.
+
+    Args:
+      decision: of the law.
+      before: what the classifier remembered before this step.
+      after: what it remembers after it.
+      broken: bool scalar, whether the loss of this step was not finite.
+    """
+    begins = after.alarmed & ~before.alarmed & (decision.action == Action.NONE)
+
+    def either(alarm: jax.Array | int, decided: jax.Array) -> jax.Array:
+        return jnp.where(begins, jnp.asarray(alarm, decided.dtype), decided)
+
+    return decision._replace(
+        action=either(Action.ALARM, decision.action),
+        signal=either(Signal.RISK, decision.signal),
+        value=either(risk(after, broken).soon, decision.value),
+        threshold=either(shipped().alarm, decision.threshold),
+    )
 
 
 def risk(memory: Memory, broken: jax.Array, weights: Weights | None = None) -> Risk:

@@ -5,6 +5,6 @@
 """
 
 from lbw_optax.report.command import report
-from lbw_optax.report.diagnosis import Diagnosis, Finding, diagnose
+from lbw_optax.report.diagnosis import Alarm, Diagnosis, Finding, diagnose
 
-__all__ = ["Diagnosis", "Finding", "diagnose", "report"]
+__all__ = ["Alarm", "Diagnosis", "Finding", "diagnose", "report"]

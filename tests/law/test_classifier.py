@@ -13,6 +13,7 @@ import lbw_optax
 from lbw_optax import law
 from lbw_optax.law import classifier
 from lbw_optax.law.classifier import CELLS, INPUTS, Kind, Weights
+from lbw_optax.law.control import Action
 
 
 def risks(steps, rows=slice(None)):
@@ -160,3 +161,29 @@ def test_it_is_in_the_metrics_and_in_the_sentence():
     assert highest > float(classifier.shipped().alarm)
     kinds = sum(float(metrics[kind.name.lower()]) for kind in Kind)
     assert kinds == pytest.approx(1, abs=1e-5)
+
+
+def test_an_alarm_is_one_event_until_the_risk_has_fallen():
+    """And it is never recorded in the place of another action."""
+    alarm = float(classifier.shipped().alarm)
+    steps = noisy()
+    for t, step in enumerate(steps[200:260]):
+        step.loss += 0.05 * 1.2**t
+    seen = batch(steps)
+    state, decision = scan(seen, BOUNDS)
+    before = jax.tree.map(lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]]), state)
+    broken = jnp.zeros(len(steps), bool)
+    told = jax.vmap(classifier.reported)(decision, before.classifier, state.classifier, broken)
+    alarmed, soon = np.asarray(state.classifier.alarmed), risks(steps).soon
+    expected, was = [], False
+    for risk in soon:
+        was = risk > (alarm / 2 if was else alarm)
+        expected.append(was)
+    np.testing.assert_array_equal(alarmed, expected)
+    begins = alarmed & ~np.append(False, alarmed[:-1])
+    free = np.asarray(decision.action) == Action.NONE
+    assert begins.any()
+    rows = np.asarray(told.action) == Action.ALARM
+    np.testing.assert_array_equal(rows, begins & free)
+    np.testing.assert_allclose(np.asarray(told.value)[rows], soon[rows], rtol=1e-6)
+    np.testing.assert_array_equal(told.action[~rows], decision.action[~rows])

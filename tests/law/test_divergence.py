@@ -228,7 +228,8 @@ def _told(steps: list[Signals], unit: float) -> tuple[np.ndarray, ...]:
     steps = [Signals(**vars(step)) for step in steps]
     for step in steps:
         step.loss = step.loss and unit * step.loss
-    (_, held, asking), decision = jax.device_get(scan(batch(steps), BOUNDS))
+    state, decision = jax.device_get(scan(batch(steps), BOUNDS))
+    held, asking = state.control, state.divergence
     return decision.action, decision.signal, asking.rollback_asked, held.log_scale
 
 
