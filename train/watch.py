@@ -25,8 +25,8 @@ COPIES = (
     *("device_bytes", "host_bytes", "disk_bytes"),
 )
 """What is logged of the copies of the state, under names with "rollback_" before them."""
-LEFT_OUT = "gradient_log2/"
-"""A histogram of sixteen numbers a step, which no log needs."""
+HISTOGRAM, HISTOGRAM_EVERY = "gradient_log2/", 10
+"""Sixteen numbers, which move slowly: they are logged every so many steps."""
 
 
 class _Step(NamedTuple):
@@ -63,7 +63,8 @@ class Watch:
     def step(self, number: int, metrics: dict[str, jax.Array], opt_state: Any) -> None:
         """Take note of update `number`, from 1; `opt_state` is the state after it."""
         self._show()
-        kept = {name: x for name, x in metrics.items() if not name.startswith(LEFT_OUT)}
+        whole = number % HISTOGRAM_EVERY == 0
+        kept = {name: x for name, x in metrics.items() if whole or not name.startswith(HISTOGRAM)}
         kept["learning_rate"] = self._rate(opt_state)
         seen = {"time": round(time.time(), 3), **self._speed.step()}
         self._before = _Step(number, kept, seen)

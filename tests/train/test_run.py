@@ -96,6 +96,7 @@ def test_a_fault_leads_to_a_rollback_that_is_told_and_logged(options, corpus, ca
     assert np.isfinite(logs.history(options.out)["loss"]).all()
     assert [lines[0][f"rollback_{name}"] for name in ("snapshot_every", "device_bytes")] == [7, 0]
     assert not any("rollback_host_bytes" in line for line in lines[1:])  # nothing has changed
+    assert {line["step"] for line in lines if "gradient_log2" in line} == {10, 20, 30, 40}
     actions = [
         json.loads(x)["action"] for x in (options.out / "events.jsonl").read_text().splitlines()
     ]
