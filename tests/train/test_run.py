@@ -17,11 +17,13 @@ from jax.sharding import AxisType
 from receiver import SECRET, Receiver
 from small_model import SMALL
 
+import lbw_optax
 from lbw_optax import orders
 from lbw_optax.exporters import webhook
 from train import data, logs, loop, model, run, sharding
 from train.options import Options
 from train.progress import Progress
+from train.watch import Watch
 
 pytestmark = pytest.mark.process
 
@@ -162,6 +164,17 @@ def test_alerts_and_metrics_go_where_they_are_sent_and_nobody_there_changes_noth
     files = [path for path in told.out.rglob("*") if path.suffix in (".json", ".jsonl", ".html")]
     assert len(files) > 4
     assert not any(SECRET in path.read_text() for path in files)
+
+
+def test_a_run_that_the_guard_gives_up_is_told_before_it_ends(options):
+    with Receiver() as receiver:
+        told = dataclasses.replace(options, alert_webhook=receiver.url)
+        cost = run.announce(told, build, nnx.Param)
+        told.out.mkdir()
+        with pytest.raises(lbw_optax.GuardExhausted), Watch(told, cost):
+            raise lbw_optax.GuardExhausted("30 skipped in a row")
+    (body,) = receiver.bodies
+    assert (body["level"], body["text"]) == ("error", "30 skipped in a row")
 
 
 @pytest.mark.parametrize(
