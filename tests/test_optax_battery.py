@@ -52,8 +52,8 @@ BROKEN = {
     "test_optimizers-ademamix-parabola": "that swings across the minimum die out by themselves: "
     "its slow momentum swings for thousands of steps, which the guard takes for a rate that is "
     "seven times too high, and longer swings at a smaller scale die out later",
-    "test_optimizers-lion-mechanize-parabola": "that what mechanize proposes is applied in full: it "
-    "measures the way from its start, and lion's signs swing, so that the guard scales them down",
+    "test_optimizers-lion-mechanize-parabola": "that what mechanize proposes is applied in full: "
+    "it measures the way from its start, and the guard scales down the swings of lion's signs",
     **dict.fromkeys(
         (
             "test_state_sharding_type_init_match_update_lbfgs",
