@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from lbw_optax.rollback.manager import RollbackManager
 
 _LOG = logging.getLogger("lbw_optax")
-# A histogram of sixteen numbers, which no log needs.
-_LEFT_OUT = "gradient_log2"
 
 _metrics = jax.jit(audit.metrics)  # a program where there were fifty
 
@@ -189,7 +187,7 @@ class TrainGuard:
         own = {path: x._replace(inner_state=None) for path, x in find_named(state).items()}
         metrics = jax.device_get(_metrics(own))
         if self._log is not None:
-            self._log(step, {k: x for k, x in metrics.items() if _LEFT_OUT not in k})
+            self._log(step, metrics)
             self._on_metrics(step, metrics)
         self._read(step, state)
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import socket
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,13 @@ PLACEMENTS = {
 def environment(**more: str) -> dict[str, str]:
     """Of a process that a test starts: one device instead of the eight simulated ones."""
     return {**os.environ, "XLA_FLAGS": os.environ["LBW_TEST_XLA_FLAGS"], **more}
+
+
+def free_port() -> int:
+    """For the processes of a job to meet at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 class Run(NamedTuple):

@@ -4,9 +4,12 @@ import importlib.util
 import json
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from support import environment, free_port
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NEEDS = {
@@ -17,6 +20,7 @@ NEEDS = {
     "flax_nnx": ["flax"],
     "log_to_wandb": ["wandb"],
     "own_checkpoints": ["orbax"],
+    "several_hosts": ["orbax"],
 }
 # What the bare optimizer, at a rate this far above its tuned one, ends above.
 HELD = 0.1
@@ -37,7 +41,8 @@ def said(request, monkeypatch, tmp_path, capfd):
 
 def test_every_example_is_tested_and_shown():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    shown = (EXAMPLES.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    pages = (EXAMPLES.parent / "docs" / f"{page}.md" for page in ("recipes", "several-hosts"))
+    shown = "".join(page.read_text(encoding="utf-8") for page in pages)
     assert names == set(NEEDS)
     assert all(f"../examples/{name}.py" in shown for name in names)
 
@@ -83,3 +88,25 @@ def test_an_intervention_reaches_the_log(said, tmp_path):
     content = path.read_bytes()
     assert b"Step 42: skipped, because gradients are not finite." in content  # the alert
     assert b"guard/scale" in content
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_four_processes_take_the_same_decisions():
+    """What it prints is on the page; the last bits of the weights are this machine's."""
+    pytest.importorskip("orbax.checkpoint", reason="needs orbax-checkpoint")
+    ran = subprocess.run(
+        [sys.executable, str(EXAMPLES / "several_hosts.py"), str(free_port())],
+        env=environment(JAX_PLATFORMS="cpu"),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=600,
+    )
+    said = dict(re.findall(r"process (\d): (.*? ends as \w{16})", ran.stdout))
+    assert sorted(said) == ["0", "1", "2", "3"]
+    assert len(set(said.values())) == 1
+    page = (EXAMPLES.parent / "docs" / "several-hosts.md").read_text(encoding="utf-8")
+    told, _, _ = said["0"].partition("ends as")
+    assert "1 skipped" in told
+    assert page.count(told) == 4

@@ -7,6 +7,7 @@ from typing import Any, Self
 import numpy as np
 
 from lbw_optax.exporters import MetricsLog, grouped
+from lbw_optax.exporters.names import parts
 from train.jsonl import read
 
 
@@ -39,10 +40,12 @@ class Logs:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the scalars of one step; `step` counts the updates made, from 1.
 
-        Trackers get numbers only, under the names of `lbw_optax.exporters.tag`.
+        Trackers get numbers only, under the names of `lbw_optax.exporters.tag`, and no histogram,
+        which would be sixteen charts.
         """
         self._file(step, metrics)
-        tagged = grouped({name: x for name, x in metrics.items() if name != "time"})
+        left_out = [name for name in metrics if name == "time" or parts(name).bucket]
+        tagged = grouped({name: x for name, x in metrics.items() if name not in left_out})
         for tracker in self._trackers:
             tracker(step, tagged)
 
@@ -68,11 +71,12 @@ def require(track: Collection[str]) -> None:
 def history(directory: Path) -> dict[str, np.ndarray]:
     """Each metric over the steps that were logged, in their order; NaN where it was not.
 
-    A metric of names, the regime, is an array of strings, empty where it was not logged.
+    A metric of names, the regime, is an array of strings, empty where it was not logged. A
+    histogram, which is a list in each line, is not among them.
     """
     lines = {line["step"]: line for line in read(directory / "log.jsonl")}
     ordered = [lines[step] for step in sorted(lines)]
-    names = dict.fromkeys(name for line in ordered for name in line)
+    names = dict.fromkeys(k for line in ordered for k, x in line.items() if type(x) is not list)
 
     def column(name: str) -> np.ndarray:
         found = [line.get(name) for line in ordered]

@@ -128,6 +128,11 @@ class Options:
     """Tokens predicted in the final evaluation, for each held-out split. None: the whole split."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where metrics go besides log.jsonl in the run directory. No name: nowhere."""
+    alert_webhook: str | None = None
+    """URL that what the guard does is posted to as JSON, from a warning on: docs/alerts.md. It is
+    written nowhere. A receiver that is down does not hold up the run."""
+    prometheus: Path | None = None
+    """File NAME.prom for the textfile collector of Prometheus, replaced every 50 steps."""
 
 
 def problems(options: Options) -> list[str]:
@@ -181,5 +186,9 @@ def flag(name: str) -> str:
 
 
 def as_json(options: Options) -> dict[str, Any]:
-    """The options as plain JSON values, as a run directory keeps them."""
-    return json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    """The options as plain JSON values, as a run directory keeps them.
+
+    Without the URL of the webhook, which may hold a secret.
+    """
+    kept = {name: x for name, x in dataclasses.asdict(options).items() if name != "alert_webhook"}
+    return json.loads(json.dumps(kept, default=str))

@@ -35,7 +35,7 @@ from train.losses import Batch
 from train.model import Decoder, next_token_loss, split
 from train.options import Options
 from train.presets import PRESETS, Config
-from train.watch import Watch
+from train.watch import Watch, receivers
 
 Chosen = TypeVar("Chosen", bound=Options)
 
@@ -96,9 +96,10 @@ def check(options: Options) -> None:
 
     Raises:
       ValueError: if the run directory holds another run or cannot be written, if there is nothing
-        to adopt, or if a rollback may not go back far enough.
+        to adopt, if a rollback may not go back far enough, or if alerts or metrics cannot be sent.
       ImportError: for a tracker that is not installed.
     """
+    receivers(options)
     changed = rundir.check(options)
     if changed:
         print(f"{options.out} goes on with other options: {'; '.join(changed)}", file=sys.stderr)

@@ -22,6 +22,7 @@ FREE = (
     "microbatches",
     "remat",
     "loss_chunk",
+    "prometheus",
 )
 """Options that may differ when a run goes on: they change rounding, cadence or what is seen."""
 
@@ -138,8 +139,9 @@ def _unwritable(out: Path, error: OSError) -> ValueError:
 
 def _defaults(options: Options) -> dict[str, Any]:
     """For the options that there were not yet when a run was begun."""
-    known = [f for f in dataclasses.fields(options) if f.default is not dataclasses.MISSING]
-    return json.loads(json.dumps({f.name: f.default for f in known}, default=str))
+    known = {f.name: f.default for f in dataclasses.fields(options) if f.name in as_json(options)}
+    given = {name: x for name, x in known.items() if x is not dataclasses.MISSING}
+    return json.loads(json.dumps(given, default=str))
 
 
 def _is_free(name: str, there: dict[str, Any], options: Options) -> bool:

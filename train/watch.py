@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Self
 import jax
 
 import lbw_optax
+from lbw_optax.alerts import Alert
+from lbw_optax.exporters import PrometheusFile, Webhook
 from lbw_optax.orders import Orders
 from lbw_optax.rollback.manager import Rollback
 from lbw_optax.rollback.tiers import Tiers
@@ -17,7 +19,7 @@ from train.progress import Progress
 from train.speed import Speed
 
 AUDIT_EVERY = 50
-"""Steps; the guard's ring holds 64."""
+"""Steps; the guard's ring holds 64. So often alerts are sent, and Prometheus's file is replaced."""
 TIMED_STEPS, TIMED_SECONDS = 8, 3.0
 """At least so much is timed, or a third of the run, before the time that is left is told."""
 COPIES = (
@@ -25,8 +27,8 @@ COPIES = (
     *("device_bytes", "host_bytes", "disk_bytes"),
 )
 """What is logged of the copies of the state, under names with "rollback_" before them."""
-LEFT_OUT = "gradient_log2/"
-"""A histogram of sixteen numbers a step, which no log needs."""
+HISTOGRAM, HISTOGRAM_EVERY = "gradient_log2/", 10
+"""Sixteen numbers, which move slowly: they are logged every so many steps."""
 
 
 class _Step(NamedTuple):
@@ -49,7 +51,8 @@ class Watch:
         peak = estimate.peak_flops(devices[0]) * len(devices)
         self._speed = Speed(tokens=cost.tokens, flops=cost.flops, peak=peak)
         self._logs = Logs(options.out, options.track, as_json(options))
-        self._audit = lbw_optax.AuditLog(options.out / "events.jsonl")
+        self._webhook, self._prometheus = receivers(options)
+        self._audit = lbw_optax.AuditLog(options.out / "events.jsonl", on_event=self._webhook or ())
         self._orders = Orders(options.out)
         self._progress = Progress(options.steps)
         self._progress.start(options.out.name, options.steps)
@@ -63,7 +66,8 @@ class Watch:
     def step(self, number: int, metrics: dict[str, jax.Array], opt_state: Any) -> None:
         """Take note of update `number`, from 1; `opt_state` is the state after it."""
         self._show()
-        kept = {name: x for name, x in metrics.items() if not name.startswith(LEFT_OUT)}
+        whole = number % HISTOGRAM_EVERY == 0
+        kept = {name: x for name, x in metrics.items() if whole or not name.startswith(HISTOGRAM)}
         kept["learning_rate"] = self._rate(opt_state)
         seen = {"time": round(time.time(), 3), **self._speed.step()}
         self._before = _Step(number, kept, seen)
@@ -142,13 +146,41 @@ class Watch:
         self._before = None
         values = {**jax.device_get(metrics), **seen}
         self._logs.write(number, values)
+        is_due = number % AUDIT_EVERY == 0 or number == self._steps
+        if self._prometheus is not None and is_due:
+            self._prometheus(number, values)
         self._progress.step(number - 1, values)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
+        last = self._before.number if self._before is not None else 0
         self._show()
         self._logs.__exit__(*error)
         self._progress.__exit__(*error)
         self._audit.close()
+        if self._webhook is not None:
+            if isinstance(ended := error[1], lbw_optax.GuardExhausted):
+                self._webhook(Alert("error", str(ended), last, {"action": "exhausted"}))
+            self._webhook.close()
+
+
+def receivers(options: Options) -> tuple[Webhook | None, PrometheusFile | None]:
+    """Who is told of alerts and of metrics outside of the run's directory.
+
+    Raises:
+      ValueError: for a URL that is none, and a file that Prometheus would not read.
+    """
+    webhook, prometheus = None, None
+    if options.alert_webhook is not None:
+        try:
+            webhook = Webhook(options.alert_webhook)
+        except ValueError as error:
+            raise ValueError(f"--alert-webhook: {error}") from error
+    if options.prometheus is not None:
+        try:
+            prometheus = PrometheusFile(options.prometheus, {"run": options.out.name})
+        except ValueError as error:
+            raise ValueError(f"--prometheus: {error}") from error
+    return webhook, prometheus

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lbw_optax.audit import as_json
-from lbw_optax.exporters.names import plain
+from lbw_optax.exporters.names import parts, plain
 from lbw_optax.law.control import REGIMES
 from lbw_optax.lines import is_torn
 
@@ -16,8 +16,9 @@ from lbw_optax.lines import is_torn
 class MetricsLog:
     """Appends a line of metrics at each call, with the regime by its name and the time of day.
 
-    After a resume or a rollback some steps come again; readers take the newest line of each. What
-    is not finite is null, as JSON has it.
+    The buckets of a histogram become one list, ``gradient_log2``, in the order of k. After a resume
+    or a rollback some steps come again; readers take the newest line of each. What is not finite is
+    null, as JSON has it.
 
     Args:
       path: the file, ``log.jsonl`` in the run's directory. With several processes, on the first.
@@ -43,7 +44,7 @@ class MetricsLog:
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the scalars of one step; `step` counts the updates made, from 1."""
-        values: dict[str, Any] = {"step": int(step), **plain(metrics)}
+        values: dict[str, Any] = {"step": int(step), **_with_lists(plain(metrics))}
         values.setdefault("time", round(time.time(), 3))
         if "regime" in values:
             values["regime"] = REGIMES[values["regime"]]
@@ -58,3 +59,17 @@ class MetricsLog:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _with_lists(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Sixteen names in each line would be longer than their numbers.
+
+    >>> _with_lists({"loss": 2.5, "b/gradient_log2/-2": 7, "b/gradient_log2/-4": 0})
+    {'loss': 2.5, 'b/gradient_log2': [0, 7]}
+    """
+    found = {name: parts(name).bucket for name in metrics}
+    edges = {name: int(k) for name, k in found.items() if k.removeprefix("-").isdecimal()}
+    listed: dict[str, Any] = {name: x for name, x in metrics.items() if name not in edges}
+    for name in sorted(edges, key=edges.__getitem__):
+        listed.setdefault(name.rpartition("/")[0], []).append(metrics[name])
+    return listed

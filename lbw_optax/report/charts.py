@@ -104,14 +104,14 @@ def extent(runs: Sequence[Run]) -> tuple[float, float]:
 
 def curves(chart: Chart, runs: Sequence[Run], x: tuple[float, float], detail: float = 1.0) -> str:
     """The chart as SVG; "" where no run has anything for it. `detail` is a share of `BUCKETS`."""
-    lines = [line for i, run in enumerate(runs) for line in _lines(chart, run, i, len(runs))]
+    lines = [line for i, run in enumerate(runs) for line in lines_of(chart, run, i, len(runs))]
     finite = [line.value[np.isfinite(line.value)] for line in lines]
     finite += [y[np.isfinite(y)] for line in lines for _, y in line.undone]
     finite += [line.threshold[1] for line in lines]
     every = np.concatenate(finite) if finite else np.zeros(0)
     if not lines or (not len(every) and not any(len(line.value) for line in lines)):
         return ""
-    low, high, is_log = _range(every, chart.is_log)
+    low, high, is_log = value_range(every, chart.is_log)
     frame = Frame(*x, low, high, is_log)
     buckets = max(int(detail * BUCKETS) // max(len(lines) - 1, 1), 60)
     parts = [_axes(frame, chart.title)]
@@ -127,7 +127,7 @@ def curves(chart: Chart, runs: Sequence[Run], x: tuple[float, float], detail: fl
     )
 
 
-def _lines(chart: Chart, run: Run, style: int, runs: int) -> list[Line]:
+def lines_of(chart: Chart, run: Run, style: int, runs: int) -> list[Line]:
     """The columns of a run that belong to a chart: one, or one of each of its guards."""
     found = []
     step = steps(run.columns)
@@ -201,7 +201,7 @@ def _thresholds(chart: Chart, run: Run, name: str) -> tuple[np.ndarray, np.ndarr
     return found[:, 0], found[:, 1]
 
 
-def _range(y: np.ndarray, is_log: bool | None) -> tuple[float, float, bool]:
+def value_range(y: np.ndarray, is_log: bool | None) -> tuple[float, float, bool]:
     """Ends of the axis, as logarithms where it is logarithmic."""
     positive = y[y > 0]
     if is_log is None:
@@ -217,7 +217,7 @@ def _range(y: np.ndarray, is_log: bool | None) -> tuple[float, float, bool]:
 
 def _axes(frame: Frame, title: str) -> str:
     parts = [f'<rect class="plot" x="{LEFT}" y="{TOP}" width="{RIGHT - LEFT}" height="{HEIGHT}"/>']
-    for value in _ticks(frame.y0, frame.y1, frame.is_log):
+    for value in ticks(frame.y0, frame.y1, frame.is_log):
         y = float(frame.y(value))
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{RIGHT}"/>')
         parts.append(f'<text class="tick end" x="{LEFT - 6}" y="{y + 3.5:.1f}">{value:.4g}</text>')
@@ -227,17 +227,17 @@ def _axes(frame: Frame, title: str) -> str:
 def step_axis(x0: float, x1: float, bottom: float) -> str:
     """Ticks and numbers along the steps."""
     parts = []
-    for step in _ticks(x0, x1, False, 8):
+    for step in ticks(x0, x1, False, 8):
         x = LEFT + (RIGHT - LEFT) * (step - x0) / (x1 - x0)
         parts.append(f'<path class="grid" d="M{x:.1f} {bottom}v4"/>')
         parts.append(f'<text class="tick mid" x="{x:.1f}" y="{bottom + 16}">{step:,.6g}</text>')
     return "".join(parts)
 
 
-def _ticks(low: float, high: float, is_log: bool, most: int = 5) -> list[float]:
+def ticks(low: float, high: float, is_log: bool, most: int = 5) -> list[float]:
     """Round numbers between the ends; of a logarithmic axis the ends are logarithms.
 
-    >>> _ticks(0, 10, False), _ticks(-2.1, 1.2, True)
+    >>> ticks(0, 10, False), ticks(-2.1, 1.2, True)
     ([0.0, 2.0, 4.0, 6.0, 8.0, 10.0], [0.01, 0.1, 1.0, 10.0])
     """
     if is_log and high - low > 1.2:
@@ -245,7 +245,7 @@ def _ticks(low: float, high: float, is_log: bool, most: int = 5) -> list[float]:
         decades = range(math.ceil(low), math.floor(high) + 1)
         return [10.0**k for k in decades if k % every == 0]
     if is_log:
-        return [x for x in _ticks(10**low, 10**high, False, most) if x > 0]
+        return [x for x in ticks(10**low, 10**high, False, most) if x > 0]
     rough = (high - low) / most
     unit = 10.0 ** math.floor(math.log10(rough))
     size = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= rough * 0.999)
@@ -448,7 +448,7 @@ def time_line(
       x: first and last step.
       detail: a share of `MARKS`.
     """
-    stretches = _regimes(run, x)
+    stretches = regimes(run, x)
     lanes = {
         action: [line for line in marks if line["action"] == action and "step" in line]
         for action in LANES
@@ -485,7 +485,8 @@ def time_line(
     )
 
 
-def _regimes(run: Run, x: tuple[float, float]) -> list[tuple[float, float, str]]:
+def regimes(run: Run, x: tuple[float, float]) -> list[tuple[float, float, str]]:
+    """Stretches of one regime: first step, last step, name."""
     names = run.columns.get("regime")
     if names is None or names.dtype.kind != "U":
         return []

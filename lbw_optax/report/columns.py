@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lbw_optax.law.control import REGIMES
+from lbw_optax.law.telemetry import HISTOGRAM_EDGES
 
 Columns = dict[str, np.ndarray]
 """Float64 arrays of one length, in the order in which the lines were written.
@@ -35,6 +36,7 @@ _NAMES = {
     "regime": ("guard/regime",),
 }
 _STEPS = ("step", *_NAMES["step"])
+HISTOGRAM = "gradient_log2"
 # So many complaints about one file are told; the others are counted.
 _TOLD = 5
 
@@ -166,7 +168,10 @@ def of_mapping(log: Mapping[str, Any]) -> Columns:
 
 def of_rows(rows: Iterable[Mapping[str, Any]]) -> Columns:
     """Objects, one a step, as columns under the names that we know."""
-    flat = _merged(_flat(row) if dict in map(type, row.values()) else row for row in rows)
+    nested = {dict, list}
+    flat = _merged(
+        row if nested.isdisjoint(map(type, row.values())) else _flat(row) for row in rows
+    )
     names: dict[str, None] = {}
     for row in flat:
         if not row.keys() <= names.keys():
@@ -207,6 +212,8 @@ def _same_step(row: Mapping[str, Any], following: Mapping[str, Any]) -> bool:
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, x in row.items():
+        if name.rpartition("/")[2] == HISTOGRAM and isinstance(x, list):
+            x = dict(zip(map(str, HISTOGRAM_EDGES), x, strict=False))
         flat |= _flat(x, f"{prefix}{name}/") if isinstance(x, dict) else {f"{prefix}{name}": x}
     return flat
 

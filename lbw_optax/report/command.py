@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lbw_optax.report import page, reading
+from lbw_optax.report import page, picture, reading
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=Path,
         help="the file to write; else report.html in the run directory, or in this one for several",
     )
+    parser.add_argument(
+        "--png",
+        type=Path,
+        metavar="FILE",
+        help="draw the same charts into this PNG as well (needs matplotlib)",
+    )
     chosen = parser.parse_args(arguments)
     told, unread = _tell(chosen.runs)
     for sentence in unread:
@@ -37,14 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         _write(told, out := chosen.out or _place(chosen.runs))
-    except OSError as error:
+        if chosen.png is not None:
+            picture.picture(told, chosen.png)
+    except (OSError, ImportError) as error:
         print(f"lbw-report: {_sentence(error)}", file=sys.stderr)
         return 2
     for one in told:
         for complaint in one.run.complaints:
             print(f"lbw-report: {one.run.name}: {complaint}", file=sys.stderr)
         print(f"{one.run.name}: {one.story}")
-    print(out)
+    print(*(place for place in (out, chosen.png) if place is not None), sep="\n")
     return 0
 
 

@@ -1,5 +1,6 @@
 """The page of a run: its numbers against the files, its extremes, its size, and bad input."""
 
+import html
 import json
 import math
 import re
@@ -14,7 +15,7 @@ import pytest
 from support import storm
 
 import lbw_optax
-from lbw_optax.report import command, reading, report, sampling, words
+from lbw_optax.report import charts, command, heat, reading, report, sampling, words
 
 BAD = (30, 31, 32, 55)
 
@@ -23,8 +24,9 @@ def log_line(step, state, loss):
     """What `train.logs` writes of a step."""
     metrics = {name: np.asarray(x).item() for name, x in lbw_optax.metrics(state).items()}
     metrics |= {"regime": lbw_optax.REGIMES[metrics["regime"]], "loss": loss, "time": 1e9 + step}
-    line = {k: x for k, x in metrics.items() if not k.startswith("gradient_log2")}
-    return json.dumps({"step": step, "learning_rate": 0.1, **line}) + "\n"
+    histogram = {k: metrics.pop(f"gradient_log2/{k}") for k in range(-24, 8, 2)}
+    metrics["gradient_log2"] = list(histogram.values())
+    return json.dumps({"step": step, "learning_rate": 0.1, **metrics}) + "\n"
 
 
 def logged(place, bad):
@@ -164,6 +166,71 @@ def test_what_a_rollback_undid_is_drawn_apart_and_counted(tmp_path):
     assert "<td>3 (20 %)</td><td>6 s</td><td>9 steps</td>" in page
 
 
+HEAT = "Sizes of the gradient's coordinates; the stronger the colour, the more of them"
+
+
+@pytest.mark.parametrize("is_list", [True, False])
+def test_the_histogram_is_the_mean_of_what_was_kept(is_list, tmp_path):
+    """Against sums by hand; a rollback to step 30 undid steps 31 to 40."""
+    counts = np.random.default_rng(0).integers(0, 50, (60, 16))
+    made = [*range(1, 41), *range(31, 51)]
+    with (tmp_path / "log.jsonl").open("w") as log:
+        for step, row in zip(made, counts.tolist(), strict=True):
+            named = {f"gradient_log2/{k}": x for k, x in zip(range(-24, 8, 2), row, strict=True)}
+            line = {"step": step, "loss": 2.0, **({"gradient_log2": row} if is_list else named)}
+            log.write(json.dumps(line) + "\n")
+    (found,) = heat.maps(reading.read(tmp_path), (1.0, 51.0), columns=5)
+    stays = np.concatenate([counts[:30], counts[40:]])
+    expected = [(part / part.sum(1, keepdims=True)).mean(0) for part in np.split(stays, 5)]
+    np.testing.assert_allclose(found.share, expected, rtol=1e-12)
+    np.testing.assert_allclose(found.edges, [1, 11, 21, 31, 41, 51])
+
+
+def test_the_shades_of_the_histogram_are_those_of_its_shares(stormy):
+    run = reading.read(stormy)
+    (found,) = heat.maps(run, charts.extent([run]))
+    drawing = drawings(page_of(stormy))[html.escape(HEAT)]
+    area = 0.0
+    for path in drawing.iter("path"):
+        if path.get("class") == "heat":
+            ends = np.array(re.findall(r"M([\d.]+) [\d.]+H([\d.]+)", path.get("d")), float)
+            area += float(path.get("opacity")) * (ends[:, 1] - ends[:, 0]).sum()
+    column = 898 / len(found.share)
+    assert area == pytest.approx((heat.level(found.share) / heat.LEVELS).sum() * column, rel=1e-3)
+
+
+def test_a_histogram_of_another_length_is_not_drawn(tmp_path):
+    line = {"step": 1, "loss": 2.0, "gradient_log2": [1, 2, 3]}
+    (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
+    assert drawings(page_of(tmp_path)).keys() == {"Loss"}
+
+
+def test_a_png_has_the_same_charts(stormy, tmp_path, capsys):
+    image = pytest.importorskip("matplotlib.image", reason="needs matplotlib")
+    sizes = {}
+    for name, runs in {"one": [stormy], "two": [stormy, stormy]}.items():
+        out = [tmp_path / f"{name}.html", tmp_path / f"{name}.png"]
+        arguments = [*map(str, runs), "-o", str(out[0]), "--png", str(out[1])]
+        assert command.main(arguments) == 0
+        assert capsys.readouterr().out.splitlines()[-2:] == [str(x) for x in out]
+        picture = image.imread(out[1])
+        sizes[name] = picture.shape
+        assert (picture[:, :, :3].min(2) < 0.5).mean() > 0.01  # it is not empty
+    assert sizes["one"][1] == sizes["two"][1] == 1100
+    assert sizes["two"][0] > sizes["one"][0] > 1000
+
+
+def test_without_matplotlib_one_sentence_says_what_to_install(
+    stormy, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = [tmp_path / "page.html", tmp_path / "page.png"]
+    assert command.main([str(stormy), "-o", str(out[0]), "--png", str(out[1])]) == 2
+    assert "pip install 'lbw_optax[report]'" in capsys.readouterr().err
+    assert out[0].exists()
+    assert not out[1].exists()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_least_and_the_largest_of_every_place_are_kept(seed):
     rng = np.random.default_rng(seed)
@@ -194,11 +261,13 @@ def long_run(place, stormy, steps, audit_every=20):
     noise = np.exp(0.3 * rng.normal(size=(steps, len(floats))))
     noise[steps // 3, floats.index("loss")] = 1e4
     regimes = rng.integers(0, 4, steps)
+    counts = rng.integers(0, 99, (steps, 16)).tolist()
     with (place / "log.jsonl").open("w") as log:
         for i in range(steps):
             values = dict(zip(floats, noise[i].tolist(), strict=True))
             regime = lbw_optax.REGIMES[regimes[i]]
-            log.write(json.dumps({**line, **values, "step": i + 1, "regime": regime}) + "\n")
+            own = {"step": i + 1, "regime": regime, "gradient_log2": counts[i]}
+            log.write(json.dumps({**line, **values, **own}) + "\n")
     with (place / "events.jsonl").open("w") as audit:
         for number, step in enumerate(range(0, steps, audit_every)):
             event = {**events[number % len(events)], "number": number, "step": step}

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import socket
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from rollback_loop import batch, in_moment, nan_parameter, plain, start, update
-from support import assert_all_finite, assert_same_bits, environment
+from support import assert_all_finite, assert_same_bits, environment, free_port
 
 import lbw_optax
 from lbw_optax.rollback.last_proven import PATIENCE, LastProven
@@ -363,9 +362,7 @@ with (
 @pytest.mark.process
 def test_all_processes_save_the_same(tmp_path):
     """Beside the three calls, of which the first process alone writes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, "-c", WORKER]
     processes = [
         subprocess.Popen(

@@ -4,7 +4,6 @@ Each process is a real one with a simulated device of its own; they talk through
 """
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -154,14 +153,8 @@ print(json.dumps({
 """
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def launch(count: int, directory: Path, mode: str, steps: int, **faults) -> list[subprocess.Popen]:
-    port = free_port()
+    port = support.free_port()
     arguments = [str(port), str(directory), mode, str(steps), json.dumps(faults)]
     return [
         subprocess.Popen(

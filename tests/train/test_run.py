@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,16 @@ from flax import nnx
 pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_optax[rollback]'")
 
 from jax.sharding import AxisType
+from receiver import SECRET, Receiver
 from small_model import SMALL
 
+import lbw_optax
 from lbw_optax import orders
+from lbw_optax.exporters import webhook
 from train import data, logs, loop, model, run, sharding
 from train.options import Options
 from train.progress import Progress
+from train.watch import Watch
 
 pytestmark = pytest.mark.process
 
@@ -96,6 +101,7 @@ def test_a_fault_leads_to_a_rollback_that_is_told_and_logged(options, corpus, ca
     assert np.isfinite(logs.history(options.out)["loss"]).all()
     assert [lines[0][f"rollback_{name}"] for name in ("snapshot_every", "device_bytes")] == [7, 0]
     assert not any("rollback_host_bytes" in line for line in lines[1:])  # nothing has changed
+    assert {line["step"] for line in lines if "gradient_log2" in line} == {10, 20, 30, 40}
     actions = [
         json.loads(x)["action"] for x in (options.out / "events.jsonl").read_text().splitlines()
     ]
@@ -132,6 +138,56 @@ def on_a_mesh_it_is_the_same(options, corpus, calls):
         np.testing.assert_array_equal(found[decision], expected[decision], err_msg=decision)
     for number in ("loss", "scale", "gradient_norm"):
         np.testing.assert_allclose(found[number], expected[number], rtol=1e-3, err_msg=number)
+
+
+def test_alerts_and_metrics_go_where_they_are_sent_and_nobody_there_changes_nothing(
+    options, corpus, calls, monkeypatch, caplog
+):
+    monkeypatch.setattr(webhook, "PAUSE", 0.01)
+    losses = []
+    with Receiver() as receiver:
+        for name in ("up", "down"):
+            calls.clear()
+            places = {"alert_webhook": receiver.url, "prometheus": options.out.parent / "mine.prom"}
+            told = dataclasses.replace(options, steps=30, out=options.out.parent / name, **places)
+            run.check(told)
+            trained(told, corpus)
+            losses.append(logs.history(told.out)["loss"])
+            receiver.close()
+    np.testing.assert_array_equal(*losses)
+    (back,) = [x for x in receiver.bodies if x["event"]["action"] == "rollback"]
+    assert "because the parameters are broken" in back["text"]
+    assert "could not be delivered to 127.0.0.1" in caplog.text
+    metrics = (options.out.parent / "mine.prom").read_text()
+    assert 'lbw_step{run="down"} 30.0' in metrics
+    assert "lbw_scale" in metrics
+    files = [path for path in told.out.rglob("*") if path.suffix in (".json", ".jsonl", ".html")]
+    assert len(files) > 4
+    assert not any(SECRET in path.read_text() for path in files)
+
+
+def test_a_run_that_the_guard_gives_up_is_told_before_it_ends(options):
+    with Receiver() as receiver:
+        told = dataclasses.replace(options, alert_webhook=receiver.url)
+        cost = run.announce(told, build, nnx.Param)
+        told.out.mkdir()
+        with pytest.raises(lbw_optax.GuardExhausted), Watch(told, cost):
+            raise lbw_optax.GuardExhausted("30 skipped in a row")
+    (body,) = receiver.bodies
+    assert (body["level"], body["text"]) == ("error", "30 skipped in a row")
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ({"alert_webhook": "chat.example"}, "--alert-webhook: url must begin with http:// or"),
+        ({"prometheus": Path("mine.txt")}, r"--prometheus: The textfile collector reads \*.prom"),
+    ],
+)
+def test_a_receiver_that_is_none_is_refused_before_anything_is_made(option, sentence, options):
+    with pytest.raises(ValueError, match=sentence):
+        run.check(dataclasses.replace(options, **option))
+    assert not options.out.exists()
 
 
 def test_what_is_ordered_of_a_run_is_done_within_ten_steps_and_logged(options, corpus, monkeypatch):
