@@ -27,6 +27,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": front.demo},
     "docs/benchmarks.md": {
         "overhead": speed.overhead,
+        "cost": speed.cost,
         "throughput": speed.throughput_short,
         "stress": front.stress,
         "faults": front.faults,

@@ -1,4 +1,4 @@
-"""What the guard and the scripts cost: overhead, rollback, throughput."""
+"""What the guard and the scripts cost: overhead, compilation, rollback, throughput."""
 
 import json
 from typing import Any
@@ -60,6 +60,43 @@ def _change(middle: float, low: float, high: float) -> str:
     '+2.5 % (+1.6 to +5.5 %)'
     """
     return f"{100 * middle:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f} %)"
+
+
+def cost() -> str:
+    """By XLA's own analysis: a row an optimizer, compile times by the number of leaves."""
+    result = json.loads((FOLDER / "cost.json").read_text())
+    found = {(row["optimizer"], row["leaves"]): row for row in result["rows"]}
+    names = list(dict.fromkeys(name for name, _ in found))
+    sizes = sorted({leaves for _, leaves in found})
+    rows = []
+    for name in names:
+        few, many = found[name, sizes[0]], found[name, sizes[1]]
+        a_leaf = (many["instructions"] - few["instructions"]) / (sizes[1] - sizes[0])
+        rows.append(
+            [
+                name,
+                f"{many['passes']:.1f}",
+                f"{many['temporaries']:.2f}",
+                f"{a_leaf:.0f}",
+                *(_compile_time(found, name, leaves) for leaves in sizes),
+            ]
+        )
+    head = ["", "passes", "temporaries", "instructions a leaf"]
+    head += [f"compile, {leaves} leaves" for leaves in sizes]
+    note = (
+        f"Passes and temporaries in units of the parameters, at {sizes[1]} leaves; compile in "
+        "seconds of the processor, and over AdamW's. A guard that observes is the same program as "
+        f"one that governs (`python -m benchmarks.speed.cost`, {made_at([result])}"
+        f"{law_named([result])})."
+    )
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def _compile_time(found: dict[tuple[str, int], dict[str, Any]], name: str, leaves: int) -> str:
+    if (name, leaves) not in found:
+        return "–"
+    seconds, base = (found[x, leaves]["compile_seconds"] for x in (name, "AdamW"))
+    return f"{seconds:.1f} s" + f" ({seconds / base:.1f} ×)" * (name != "AdamW")
 
 
 def throughput_short() -> str:

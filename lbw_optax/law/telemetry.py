@@ -298,7 +298,11 @@ def _squares(tree: PyTree) -> jax.Array:
     """The sum of squares of each leaf, reduced in float32 at least: float32[leaves]."""
     leaves = [leaf.astype(wide_type(leaf.dtype)) for leaf in _leaves(tree, jnp.inexact)]
     sums = [jnp.sum(jnp.real(leaf * jnp.conj(leaf))).astype(jnp.float32) for leaf in leaves]
-    return jnp.stack(sums) if sums else jnp.zeros([0], jnp.float32)
+    if not sums:
+        return jnp.zeros([0], jnp.float32)
+    # The sum of a stack XLA takes for a chain of additions, which it puts into every kernel that
+    # reads it: as many operations as there are leaves, for each of them.
+    return jax.lax.optimization_barrier(jnp.stack(sums))
 
 
 def _nonfinite(squares: jax.Array) -> jax.Array:
