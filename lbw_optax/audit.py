@@ -47,6 +47,7 @@ def metrics(state: PyTree) -> dict[str, jax.Array]:
 
     ==========================  ====================================================================
     ``scale``                   factor of the updates; observing or chained, what it would be
+    ``mode``                    0: it governs; 1: it only observes
     ``regime``                  index into ``lbw_optax.REGIMES``
     ``gradient_norm``           length of the gradients
     ``update_norm``             length of the step, at the scale held before it
@@ -95,6 +96,7 @@ def _metrics(guard: GuardState) -> dict[str, jax.Array]:
     risk = classifier.risk(guard.law.classifier, seen.nonfinite_loss > 0)
     return {
         "scale": jnp.exp(control.log_scale),
+        "mode": guard.mode,
         "regime": control.regime,
         "gradient_norm": seen.gradient_norm,
         "update_norm": seen.update_norm,

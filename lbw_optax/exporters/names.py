@@ -24,6 +24,7 @@ class Name(NamedTuple):
 NAMES = {
     "loss": Name("loss", "The loss, as it was passed"),
     "scale": Name("guard", "Factor of the updates"),
+    "mode": Name("guard", "0: the guard governs; 1: it only observes"),
     "regime": Name("guard", "0 nominal, 1 stressed, 2 unstable, 3 recovering"),
     "skips": Name("guard", "Skipped steps", is_counter=True),
     "skips_in_a_row": Name("guard", "Skipped steps in a row, up to now"),

@@ -194,6 +194,7 @@ def _thresholds(chart: Chart, run: Run, name: str) -> tuple[np.ndarray, np.ndarr
         (line["step"], float(line["threshold"]))
         for line in run.audit
         if line.get("signal") == chart.column != "overshoot"
+        and line["action"] != "rejecting"  # there it is of the share of rejected steps
         and isinstance(line.get("threshold"), int | float)
         and line["threshold"] != 0
     ]

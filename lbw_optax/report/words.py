@@ -14,6 +14,7 @@ from lbw_optax.law.control import LOW
 from lbw_optax.law.divergence import SKIP_STEPS
 from lbw_optax.report.reading import Run, kept, steps
 from lbw_optax.sentences import cause
+from lbw_optax.state import Mode
 
 # Of a cause, what to look at. {step} is the first, {where} names the first few.
 _LOOK = {
@@ -21,8 +22,8 @@ _LOOK = {
     "overflows, bfloat16 does not",
     "nonfinite_loss": "look at the batches of {where}, and at the loss function: an empty batch, a "
     "logarithm of 0 or a division by 0 makes such a loss",
-    "nonfinite_updates": "restore a state from before step {step:,}: a moment of the optimizer is "
-    "corrupt",
+    "nonfinite_updates": "restore parameters and optimizer state from before step {step:,}: one of "
+    "them is corrupt",
     "gradient_norm": "look at the batches of {where}; if they are in order, clip the gradients",
     "loss": "look at the batches of {where} and just before; if they are in order, lower the "
     "learning rate",
@@ -49,7 +50,12 @@ _DONE = {
 def paragraph(run: Run) -> str:
     """What happened in a guarded run, in plain words."""
     troubles = [line for line in run.audit if line["action"] in (*_DONE, "rollback")]
-    sentences = [_extent(run)]
+    sentences = [_extent(run), _watched(run)]
+    last = _ends_with(run, troubles)
+    if last is not None and last is not troubles[0]:
+        # What the reader must know stands first; what came before it and was got over, later.
+        sentences += [_advice(run, troubles), _done(run.audit)]
+        return " ".join(x for x in (*sentences, _ordered(run), _scale(run), _end(run)) if x)
     if troubles:
         first = troubles[0]
         sentences += [_first(first), _done(run.audit)]
@@ -158,6 +164,13 @@ def _extent(run: Run) -> str:
     return f"{made} and {end}." if end else f"{made}."
 
 
+def _watched(run: Run) -> str:
+    mode = run.columns.get("mode", np.zeros(0))
+    if not len(mode) or mode[-1] != Mode.OBSERVE:
+        return ""
+    return "The guard only watched: no update was changed, and all of this it would have done."
+
+
 def _first(line: dict[str, Any]) -> str:
     numbers = ""
     if line.get("signal") in ("loss", "gradient_norm", "relative_step"):
@@ -258,6 +271,37 @@ def _end(run: Run) -> str:
     )
 
 
+def _ends_with(run: Run, troubles: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The trouble that the run has not got over, if there is one."""
+    if not troubles:
+        return None
+    risen = _risen(run, troubles)
+    return _began(troubles) if _is_lost(run) else None if risen is None else risen[0]
+
+
+def _risen(run: Run, troubles: list[dict[str, Any]]) -> tuple[dict[str, Any], float, float] | None:
+    """A jump that the loss has not come back from: what told of it, the loss before and at the end.
+
+    So much is left that it is more than a quarter of all that the loss had fallen, and that no loss
+    of the last ones is as low as the middle one before.
+    """
+    jumps = [x for x in troubles if x["action"] in ("skip", "clip") and x.get("signal") in _JUMPS]
+    loss, step = (run.columns.get(x, np.zeros(0)) for x in ("loss", "step"))
+    if not jumps or len(loss) != len(step):
+        return None
+    line = _began(jumps)
+    good = np.isfinite(loss) & kept(step)
+    before, after = loss[good & (step <= line["step"])], loss[good & (step > line["step"])]
+    if len(before) < 10 or len(after) < 2 * NEAR:
+        return None
+    was, ends = float(np.median(before[-10:])), after[-NEAR:]
+    stays = ends.min() > was and np.median(ends) - was > 0.25 * (before[0] - was)
+    return (line, was, float(np.median(ends[-10:]))) if stays else None
+
+
+_JUMPS = ("loss", "gradient_norm")
+
+
 def _is_lost(run: Run) -> bool:
     """Whether the guard gave up, or the last losses are not finite."""
     loss = run.columns.get("loss", np.zeros(0))
@@ -278,6 +322,15 @@ def _advice(run: Run, troubles: list[dict[str, Any]]) -> str:
         line = _began(troubles)
         what = f"{gave_up}; what ended it began at step {line['step']:,}: {_why(line)}."
         return f"{what} {advice(str(line.get('signal', '')), line['step'], lost=True)}"
+    risen = _risen(run, troubles)
+    if risen is not None:
+        line, before, after = risen
+        on = f"all steps from {line['step']:,} on"
+        return (
+            f"At step {line['step']:,} {_why(line)}, and the loss has stayed up: it was "
+            f"{number(before)} before and ends at {number(after)}. "
+            f"{advice(str(line.get('signal', '')), line['step'], lost=True, where=on)}"
+        )
     rate = ""
     if last is not None and last < LOW and not _is_held_by_order(run):
         rate = f"What to do: lower the learning rate to about {last:.2g} times what it is."

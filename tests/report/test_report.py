@@ -100,6 +100,63 @@ def test_a_run_that_the_guard_gave_up_is_dated_to_where_its_end_began(tmp_path):
     assert "restore a checkpoint from before step 45, and look at the batches of step 45" in page
 
 
+def told(loss, audit, **columns):
+    """The paragraph on a run with this loss and these interventions."""
+    audit = [{"signal": "loss", **line} for line in audit]
+    columns = {"step": np.arange(1.0, len(loss) + 1), "loss": np.asarray(loss, float), **columns}
+    return words.paragraph(reading.Run("run", columns, audit, True, True, []))
+
+
+EARLY = {"action": "cut", "step": 5, "signal": "relative_step"}
+FALLING = np.linspace(6.0, 4.0, 223)
+
+
+@pytest.mark.parametrize(
+    ("after", "stays"),
+    [
+        (np.linspace(7.0, 5.4, 200), True),
+        (np.concatenate([np.full(60, 7.0), np.full(140, 3.9)]), False),
+        (np.full(200, 4.1), False),
+    ],
+    ids=["a source that goes bad", "it comes back", "less than a quarter"],
+)
+def test_a_loss_that_stays_up_comes_first(after, stays):
+    clipped = {"action": "clip", "step": 223, "last_step": 272, "count": 50}
+    story = told(np.append(FALLING, after), [EARLY, clipped])
+    where = "At step 223 the loss jumped, and the loss has stayed up: it was 4.04 before and ends"
+    assert (f"step 1 to 423 and came to its end. {where}" in story) == stays
+    assert ("restore a checkpoint from before step 223" in story) == stays
+    assert ("look at the batches of all steps from 223 on" in story) == stays
+    assert ("The first trouble was at step 5" in story) != stays
+
+
+def test_what_ended_a_run_comes_before_what_it_got_over():
+    skipped = {"action": "skip", "step": 237, "last_step": 266, "count": 30}
+    story = told(
+        np.full(267, 6.2),
+        [EARLY, skipped | {"signal": "nonfinite_updates"}],
+        exhausted=np.ones(267),
+    )
+    assert "The guard has used up what it may do; what ended it began at step 237" in story
+    assert "first trouble" not in story
+
+
+def test_a_guard_that_only_watched_is_told_of():
+    watched, acted = (told(FALLING, [EARLY], mode=np.full(223, x)) for x in (1.0, 0.0))
+    assert "The guard only watched: no update was changed" in watched
+    assert "only watched" not in acted
+
+
+def test_the_share_of_rejected_steps_is_no_threshold_of_the_loss(tmp_path):
+    lines = [json.dumps({"step": i, "loss": 4.0 + i / 100}) for i in range(1, 50)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+    rejecting = {"step": 20, "action": "rejecting", "signal": "loss", "threshold": 0.05}
+    (tmp_path / "events.jsonl").write_text(json.dumps({"number": 0, **rejecting}) + "\n")
+    run = reading.read(tmp_path)
+    (line,) = charts.lines_of(charts.CHARTS[0], run, 0, 1)
+    assert not len(line.threshold[0])
+
+
 def test_the_page_needs_nothing_but_itself(stormy):
     page = page_of(stormy)
     assert not re.search(r"(src|href)=|url\((?!#)|@import|<link|fetch\(", page)
