@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbw_optax.law import control, divergence, statistics
-from lbw_optax.law.control import Action, Decision, Signal
+from lbw_optax.law import control, divergence, events, statistics
+from lbw_optax.law.control import Action, Decision
 from lbw_optax.law.divergence import Divergence
 from lbw_optax.law.statistics import Running, Statistics
 from lbw_optax.law.telemetry import Telemetry
@@ -121,8 +121,8 @@ def reported(decision: Decision, before: Memory, after: Memory, broken: jax.Arra
         return jnp.where(begins, jnp.asarray(alarm, decided.dtype), decided)
 
     return decision._replace(
-        action=either(Action.ALARM, decision.action),
-        signal=either(Signal.RISK, decision.signal),
+        action=either(events.ALARM, decision.action),
+        signal=either(events.RISK, decision.signal),
         value=either(risk(after, broken).soon, decision.value),
         threshold=either(shipped().alarm, decision.threshold),
     )

@@ -43,7 +43,6 @@ class Signal(enum.IntEnum):
     LOSS = 5
     OVERSHOOT = 6
     RELATIVE_STEP = 7
-    RISK = 8  # of no decision: the classifier's
 
 
 class Action(enum.IntEnum):
@@ -58,7 +57,6 @@ class Action(enum.IntEnum):
     CLIP = 6  # a gradient was scaled back, for its length or its loss jumped
     HELD = 7  # the scale has come to rest well below 1
     REJECTING = 8  # a large share of the steps has been rejected for long
-    ALARM = 9  # a divergence looks likely; nothing is done for it
 
 
 REGIMES = tuple(regime.name.lower() for regime in Regime)

@@ -3,6 +3,7 @@
 At most one event is recorded a step, so whoever reads every `SIZE` steps misses none.
 """
 
+import enum
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,8 @@ from lbw_optax.law.control import Action, Decision, Regime, Signal
 from lbw_optax.law.divergence import Reason
 
 SIZE = 64
+# The classifier's alarm, and what it is for: recorded beside the decisions, and none of them.
+ALARM, RISK = 100, 100
 
 
 class Ring(NamedTuple):
@@ -20,9 +23,9 @@ class Ring(NamedTuple):
 
     recorded: jax.Array  # int32, events in all
     at_step: jax.Array  # int32[SIZE], call of `update`
-    action: jax.Array  # int32[SIZE], an `Action`
+    action: jax.Array  # int32[SIZE], an `Action`, or ALARM
     regime: jax.Array  # int32[SIZE], a `Regime`
-    signal: jax.Array  # int32[SIZE], a `Signal`; of a rollback, a `Reason`
+    signal: jax.Array  # int32[SIZE], a `Signal`, or RISK; of a rollback, a `Reason`
     signal_value: jax.Array  # float32[SIZE]; of a rollback 0
     threshold: jax.Array  # float32[SIZE]; of a rollback 0
     scale_before: jax.Array  # float32[SIZE]
@@ -158,20 +161,29 @@ def _write(ring: Ring, happened: jax.Array, **event: jax.Array) -> Ring:
 
 def _event(ring: Ring, number: int) -> Event:
     at = number % SIZE
-    action = Action(int(ring.action[at]))
-    is_rollback = action == Action.ROLLBACK
-    signal = (Reason if is_rollback else Signal)(int(ring.signal[at]))
+    action = _ACTIONS[int(ring.action[at])]
+    is_rollback = action == _ACTIONS[Action.ROLLBACK]
+    signal = (_REASONS if is_rollback else _SIGNALS)[int(ring.signal[at])]
     return Event(
         number=number,
         step=int(ring.at_step[at]),
         regime=Regime(int(ring.regime[at])).name.lower(),
-        signal=signal.name.lower(),
+        signal=signal,
         value=None if is_rollback else float(ring.signal_value[at]),
         threshold=None if is_rollback else float(ring.threshold[at]),
-        action=action.name.lower(),
+        action=action,
         scale_before=float(ring.scale_before[at]),
         scale_after=float(ring.scale_after[at]),
         from_step=int(ring.from_step[at]) if is_rollback else None,
         to_step=int(ring.to_step[at]) if is_rollback else None,
         loss=float(ring.loss[at]),
     )
+
+
+def _names(kinds: type[enum.IntEnum]) -> dict[int, str]:
+    return {kind.value: kind.name.lower() for kind in kinds}
+
+
+_ACTIONS = {**_names(Action), ALARM: "alarm"}
+_SIGNALS = {**_names(Signal), RISK: "risk"}
+_REASONS = _names(Reason)

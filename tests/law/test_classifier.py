@@ -11,7 +11,7 @@ from trajectories import BOUNDS, DIVERGING, TRAJECTORIES, batch, change, noisy, 
 
 import lbw_optax
 from lbw_optax import law
-from lbw_optax.law import classifier
+from lbw_optax.law import classifier, events
 from lbw_optax.law.classifier import CELLS, INPUTS, Kind, Weights
 from lbw_optax.law.control import Action
 
@@ -183,7 +183,7 @@ def test_an_alarm_is_one_event_until_the_risk_has_fallen():
     begins = alarmed & ~np.append(False, alarmed[:-1])
     free = np.asarray(decision.action) == Action.NONE
     assert begins.any()
-    rows = np.asarray(told.action) == Action.ALARM
+    rows = np.asarray(told.action) == events.ALARM
     np.testing.assert_array_equal(rows, begins & free)
     np.testing.assert_allclose(np.asarray(told.value)[rows], soon[rows], rtol=1e-6)
     np.testing.assert_array_equal(told.action[~rows], decision.action[~rows])
