@@ -67,6 +67,25 @@ def test_a_planted_fault_is_found_where_it_is(changes, verdict, signal, step):
     assert ("restore a checkpoint" in found.sentence) == (verdict in ("diverged", "risen"))
 
 
+@pytest.mark.parametrize("unit", [1e-4, 1.0, 1e3])
+@pytest.mark.parametrize("logged_at", [slice(1, None), slice(20, None), slice(9, None, 10)])
+def test_a_norm_that_is_logged_later_or_seldom_is_no_jump(logged_at, unit, tmp_path):
+    log = healthy()
+    lines = [{"step": i, "loss": x} for i, x in enumerate(log["loss"])]
+    for line, norm in list(zip(lines, log["gradient_norm"], strict=True))[logged_at]:
+        line["grad_norm"] = unit * norm
+    place = tmp_path / "log.jsonl"
+    place.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert lbw_optax.diagnose(place).findings == ()
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e38, 1e300])
+def test_a_finite_number_that_single_precision_does_not_hold_is_finite(unit, recwarn):
+    log = {name: x * unit for name, x in healthy().items()}
+    assert lbw_optax.diagnose(log).findings == ()
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_in_a_healthy_log_nothing_is_found(seed):
     found = lbw_optax.diagnose(healthy(seed, steps=5000))  # more than a piece
