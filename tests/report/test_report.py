@@ -244,6 +244,33 @@ def test_without_matplotlib_one_sentence_says_what_to_install(
     assert not out[1].exists()
 
 
+@pytest.mark.parametrize(
+    ("alarms", "said"),
+    [
+        ({}, None),
+        (
+            {7: 0.5},
+            "raised once at step 7: a divergence within ten steps, with a probability of up ",
+        ),
+        ({7: 0.5, 9: 0.25}, "raised twice, first at step 7: a divergence within ten steps, with a"),
+        ({7: None}, "raised once at step 7: a divergence within ten steps."),
+    ],
+)
+def test_the_paragraph_tells_the_classifiers_alarms_apart_from_what_was_done(
+    alarms, said, tmp_path
+):
+    lines = [{"step": i, "loss": 2.0, "scale": 1.0} for i in range(20)]
+    marks = [
+        {"action": "alarm", "signal": "risk", "step": k, "value": x} for k, x in alarms.items()
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(x) + "\n" for x in marks))
+    told = words.paragraph(reading.read(tmp_path))
+    assert "The guard had nothing to do." in told
+    assert ("alarm" in told) == (said is not None)
+    assert said is None or said in told
+
+
 def test_a_png_has_every_kind_of_mark_and_names_as_they_are(tmp_path):
     """Two dollars in a name are no formula."""
     pytest.importorskip("matplotlib", reason="needs matplotlib")
