@@ -188,8 +188,14 @@ def require(state: PyTree) -> None:
     """See that a guard's `update` was given a state of its own.
 
     Raises:
-      ValueError: for the state of another optimizer.
+      ValueError: for the state of another optimizer, and for one that has become mappings.
     """
+    if isinstance(state, Mapping) and _is_guard(state):
+        raise ValueError(
+            f"The guard was given a state of mappings ({type(state).__name__}), as a checkpoint is "
+            "that was loaded without its types: load it with the shapes and types of "
+            "tx.init(params), jax.eval_shape(tx.init, params)."
+        )
     if not _is_guard(state):
         raise ValueError(
             f"The guard was given the state of another optimizer ({type(state).__name__}), not one "

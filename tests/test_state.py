@@ -132,6 +132,8 @@ def test_a_guard_that_another_version_made_is_told_and_its_optimizer_gone_on_wit
     for read in (lbw_optax.metrics, lbw_optax.explain, lbw_optax.reset):
         with pytest.raises(ValueError, match="has no classifier: another version"):
             read(old)
+    with pytest.raises(ValueError, match=r"a state of mappings \(dict\)"):
+        tx.update(jnp.ones(3), old, jnp.ones(3))
     bare = lbw_optax.strip(old)
     assert 0 < len(jax.tree.leaves(bare)) < len(jax.tree.leaves(old))
     with pytest.raises(ValueError, match="holds no guard"):
