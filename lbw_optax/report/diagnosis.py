@@ -186,10 +186,10 @@ def _alarm(step: np.ndarray, risk: np.ndarray) -> Alarm | None:
 
 
 def _warned(alarm: Alarm) -> str:
-    often = "once" if alarm.times == 1 else f"{alarm.times:,} times"
     return (
-        f"The classifier's alarm is raised {often}, first at step {alarm.step:,}: a divergence "
-        f"within ten entries, with a probability of up to {100 * alarm.risk:.0f} %."
+        f"The classifier's alarm stands in {plural(alarm.times, 'entry')}, first at step "
+        f"{alarm.step:,}: a divergence within ten entries, with a probability of up to "
+        f"{100 * alarm.risk:.0f} %."
     )
 
 
