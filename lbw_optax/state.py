@@ -188,8 +188,14 @@ def require(state: PyTree) -> None:
     """See that a guard's `update` was given a state of its own.
 
     Raises:
-      ValueError: for the state of another optimizer.
+      ValueError: for the state of another optimizer, and for one that has become mappings.
     """
+    if isinstance(state, Mapping) and _is_guard(state):
+        raise ValueError(
+            f"The guard was given a state of mappings ({type(state).__name__}), as a checkpoint is "
+            "that was loaded without its types: load it with the shapes and types of "
+            "tx.init(params), jax.eval_shape(tx.init, params)."
+        )
     if not _is_guard(state):
         raise ValueError(
             f"The guard was given the state of another optimizer ({type(state).__name__}), not one "
@@ -227,7 +233,8 @@ def strip(state: PyTree) -> PyTree:
       >>> type(lbw_optax.strip(lbw_optax.lbw_guard(inner).init(params))[0]).__name__
       'ScaleByAdamState'
     """
-    find_all(state)
+    if not any(map(_is_guard, jax.tree.leaves(state, is_leaf=_is_guard))):
+        find_all(state)  # which says so; of a guard that another version made it reads nothing
     return jax.tree.map(
         lambda node: _child(node, "inner_state") if _is_guard(node) else node,
         state,
@@ -259,6 +266,14 @@ def _rebuild(skeleton: PyTree, node: PyTree) -> PyTree:
     if not isinstance(skeleton, tuple):
         return next(iter(jax.tree.leaves(node)), None)
     names: tuple[str, ...] = skeleton._fields  # type: ignore[attr-defined]
+    for name in names:
+        # Parts that a guard may have without an array in them are missing in a sound state, too.
+        if name not in ("inner_state", "parameters") and _child(node, name) is None:
+            raise ValueError(
+                f"A guard in this optimizer state has no {name}: another version of lbw_optax made "
+                "it. The optimizer's own state can be gone on with, "
+                "lbw_optax.adopt(tx.init(params), lbw_optax.strip(state))."
+            )
     return type(skeleton)(*[_rebuild(getattr(skeleton, n), _child(node, n)) for n in names])
 
 

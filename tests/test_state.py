@@ -124,6 +124,22 @@ def test_a_state_out_of_nnx_split():
     assert len(jax.tree.leaves(lbw_optax.strip(state))) < len(jax.tree.leaves(state))
 
 
+def test_a_guard_that_another_version_made_is_told_and_its_optimizer_gone_on_with():
+    tx = lbw_optax.adamw(1e-2)
+    optimizer = nnx.Optimizer(nnx.Linear(8, 1, rngs=nnx.Rngs(0)), tx, wrt=nnx.Param)
+    old = nnx.to_pure_dict(nnx.split(optimizer)[1])["opt_state"]
+    del old["law"]["classifier"]
+    for read in (lbw_optax.metrics, lbw_optax.explain, lbw_optax.reset):
+        with pytest.raises(ValueError, match="has no classifier: another version"):
+            read(old)
+    with pytest.raises(ValueError, match=r"a state of mappings \(dict\)"):
+        tx.update(jnp.ones(3), old, jnp.ones(3))
+    bare = lbw_optax.strip(old)
+    assert 0 < len(jax.tree.leaves(bare)) < len(jax.tree.leaves(old))
+    with pytest.raises(ValueError, match="holds no guard"):
+        lbw_optax.strip(bare)
+
+
 def plain_number(x):
     return x.item() if np.ndim(x) == 0 else x
 

@@ -57,13 +57,12 @@ class Webhook:
         least: str = "warning",
         body: Callable[[Alert], dict[str, Any]] | None = None,
     ):
-        split = urlsplit(url)
-        if split.scheme not in ("http", "https") or not split.hostname:
-            raise ValueError("url must begin with http:// or https:// and a host.")
+        url = url.strip()
+        host = _host_of(url)
         if least not in LEVELS:
             raise ValueError(f"least must be one of {LEVELS}, got {least!r}.")
         self._url, self._least, self._body = url, LEVELS.index(least), body or _body
-        self._host, self._pid = split.hostname, os.getpid()
+        self._host, self._pid = host, os.getpid()
         self._changed = threading.Condition()  # guards all that follows
         self._waiting: deque[Alert] = deque()
         self._is_closed = self._has_warned = False
@@ -173,6 +172,22 @@ class Webhook:
         except Exception as error:  # whatever the network brings
             reason = getattr(error, "reason", None) or error
             return f"{type(error).__name__}: {reason}", True
+
+
+def _host_of(url: str) -> str:
+    """Of a URL that can be posted to: what is wrong with another one, later errors would quote."""
+    split = urlsplit(url)
+    if split.scheme not in ("http", "https") or not split.hostname:
+        raise ValueError("url must begin with http:// or https:// and a host.")
+    if split.username is not None:
+        raise ValueError("url must have no user or password in it.")
+    if any(not "!" <= x <= "~" for x in url):
+        raise ValueError("url must be of ASCII, without spaces: write others as %20 and the like.")
+    try:
+        _ = split.port
+    except ValueError:
+        raise ValueError("url must have a port between 0 and 65535, or none.") from None
+    return split.hostname
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

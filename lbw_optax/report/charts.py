@@ -99,7 +99,8 @@ def extent(runs: Sequence[Run]) -> tuple[float, float]:
     every = np.concatenate([x for x in found if len(x)] or [np.zeros(1)])
     every = every[np.isfinite(every)]
     low, high = float(every.min()), float(every.max())
-    return low, max(high, low + 1)
+    # One step apart at least, also where steps are so large that float64 has no next one.
+    return low, max(high, low + max(1.0, 1e-12 * abs(low)))
 
 
 def curves(chart: Chart, runs: Sequence[Run], x: tuple[float, float], detail: float = 1.0) -> str:
@@ -555,13 +556,13 @@ def _mark(lines: list[dict[str, Any]], shape: str, frame: Frame, y: float) -> st
 
 def said_of(line: dict[str, Any]) -> str:
     """An intervention in a sentence; of a line that lacks something, what it has."""
-    if line["action"] == "asked":
-        why = ASKS[Reason[line["signal"].upper()]]
-        return f"Step {line['step']}: the guard would have asked to go back: {why}."
-    if line["action"] == "seen":
-        row = f", {line['count']} times to step {line['last_step']}" if "count" in line else ""
-        return f"Step {line['step']}: {CAUSES[line['signal']]}{row}."
     try:
+        if line["action"] == "asked":
+            why = ASKS[Reason[line["signal"].upper()]]
+            return f"Step {line['step']}: the guard would have asked to go back: {why}."
+        if line["action"] == "seen":
+            row = f", {line['count']} times to step {line['last_step']}" if "count" in line else ""
+            return f"Step {line['step']}: {CAUSES[line['signal']]}{row}."
         return logged(line)[1]
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return f"Step {line.get('step', '?')}: {line['action']}."

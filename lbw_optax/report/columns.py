@@ -225,7 +225,8 @@ def _numbers(values: list[Any]) -> np.ndarray:
         except (ValueError, TypeError, OverflowError):
             pass
         else:
-            return np.where(np.isfinite(numbers), numbers, np.inf)
+            if numbers.ndim == 1:  # a list a line makes a table, and is no number
+                return np.where(np.isfinite(numbers), numbers, np.inf)
     return np.array([_number(x) for x in values], np.float64)
 
 

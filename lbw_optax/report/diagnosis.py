@@ -186,10 +186,10 @@ def _alarm(step: np.ndarray, risk: np.ndarray) -> Alarm | None:
 
 
 def _warned(alarm: Alarm) -> str:
-    often = "once" if alarm.times == 1 else f"{alarm.times:,} times"
     return (
-        f"The classifier's alarm is raised {often}, first at step {alarm.step:,}: a divergence "
-        f"within ten entries, with a probability of up to {100 * alarm.risk:.0f} %."
+        f"The classifier's alarm stands in {plural(alarm.times, 'entry')}, first at step "
+        f"{alarm.step:,}: a divergence within ten entries, with a probability of up to "
+        f"{100 * alarm.risk:.0f} %."
     )
 
 
@@ -205,8 +205,7 @@ class _Seen(NamedTuple):
 
 def _watch(loss: np.ndarray, norm: np.ndarray) -> _Seen:
     """The law over the whole log. Without a gradient norm it is given one that never changes."""
-    if np.isnan(norm).all():
-        norm = np.ones_like(norm)
+    loss, norm = _as_float32(loss), _as_float32(_from_the_start(norm))
     held, pieces = law.init(_BOUNDS), []
     for start in range(0, len(loss), PIECE):
         piece = _Entry(*(x[start : start + PIECE] for x in (loss, norm)))
@@ -217,6 +216,20 @@ def _watch(loss: np.ndarray, norm: np.ndarray) -> _Seen:
     if not pieces:
         return _Seen(*(np.zeros(0) for _ in _Seen._fields))
     return _Seen(*(np.concatenate(x) for x in zip(*pieces, strict=True)))
+
+
+def _from_the_start(norm: np.ndarray) -> np.ndarray:
+    """Entries before the first norm, as where one is logged every tenth step, have that one."""
+    measured = np.isfinite(norm) & (norm > 0)
+    first = norm[measured][0] if measured.any() else 1.0
+    missing = np.isnan(norm) & (np.cumsum(measured) == 0)
+    return np.where(missing, first, norm)
+
+
+def _as_float32(x: np.ndarray) -> np.ndarray:
+    """A number that single precision does not hold is finite all the same: it is the largest."""
+    most = np.finfo(np.float32).max
+    return np.where(np.isfinite(x), np.clip(x, -most, most), x).astype(np.float32)
 
 
 # The scale is 1 in all of it: nothing intervenes.
@@ -234,7 +247,7 @@ def _go_through(held: law.Law, entries: _Entry) -> tuple[law.Law, _Seen]:
             loss=jnp.where(has_loss, entry.loss, 0.0),
             has_loss=has_loss,
             nonfinite_loss=jnp.isinf(entry.loss).astype(jnp.int32),
-            # An entry without a norm, among others with one, is as the mean of them.
+            # An entry without a norm, after others with one, is as the mean of them.
             gradient_norm=jnp.where(has_norm, entry.norm, jnp.exp(held.statistics.gradient.mean)),
             has_gradient=~broken_norm,
             nonfinite_gradients=broken_norm.astype(jnp.int32),
@@ -258,8 +271,7 @@ def _go_through(held: law.Law, entries: _Entry) -> tuple[law.Law, _Seen]:
             risk=classifier.risk(after.classifier, seen.nonfinite_loss > 0).soon,
         )
 
-    as_float32 = _Entry(*(jnp.asarray(x, jnp.float32) for x in entries))
-    return jax.lax.scan(one, held, as_float32)
+    return jax.lax.scan(one, held, entries)
 
 
 def _verdict(findings: tuple[Finding, ...], step: np.ndarray, loss: np.ndarray) -> str:

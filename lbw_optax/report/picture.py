@@ -27,6 +27,7 @@ _MARKERS = {
     "hold": "s",
     "held": "D",
     "rejecting": "o",
+    "alarm": "*",
     "asked": "<",
     "seen": "x",
     "recover": "^",
@@ -41,9 +42,11 @@ def picture(told: Sequence[Told], path: Path) -> None:
 
     Raises:
       ImportError: without matplotlib, with the command that installs it.
-      OSError: if it cannot be written.
+      OSError: if it cannot be written; FileExistsError if there is a file that is no picture of
+        ours.
     """
     figure_of = _figure()
+    _see_that_it_is_ours(path)
     runs = [one.run for one in told]
     x = charts.extent(runs)
     story = "\n\n".join(_story(one, len(told)) for one in told)
@@ -63,8 +66,23 @@ def picture(told: Sequence[Told], path: Path) -> None:
         draw(axes)
         at -= 0.2
     new = path.with_name(f"{path.name}.new")
-    figure.savefig(new, format="png")
+    figure.savefig(new, format="png", metadata={"Software": _MARK})
     new.replace(path)
+
+
+# In each picture that is drawn here, among its first bytes.
+_MARK = "lbw-report"
+
+
+def _see_that_it_is_ours(path: Path) -> None:
+    """Never over a file that is none of ours, as the log of the run itself."""
+    if path.exists():
+        with path.open("rb") as file:
+            begins = file.read(256)
+        if not (begins.startswith(b"\x89PNG") and _MARK.encode() in begins):
+            raise FileExistsError(
+                17, "is there and no picture of ours; pass another file with --png", str(path)
+            )
 
 
 def _figure() -> Any:
@@ -87,7 +105,12 @@ def _figure() -> Any:
 
 def _story(told: Told, runs: int) -> str:
     name = f"{told.run.name}: " if runs > 1 else ""
-    return textwrap.fill(f"{name}{told.story}", 150).replace("$", r"\$")
+    return _plain(textwrap.fill(f"{name}{told.story}", 150))
+
+
+def _plain(text: str) -> str:
+    """As it is: what stands between two dollars would be drawn as a formula."""
+    return text.replace("$", r"\$")
 
 
 def _panels(runs: Sequence[Run], x: tuple[float, float]) -> list[Panel | None]:
@@ -137,14 +160,15 @@ def _curve(
     # Numbers that are not finite leave a gap, and a cross at the upper edge.
     gaps = np.where(finite, line.value, np.nan) if len(line.step) <= POINTS else None
     at, drawn = (line.step, gaps) if gaps is not None else (step[pick], value[pick])
-    how = {"linewidth": 0.6, "alpha": 0.5} if is_smooth else {"linewidth": 1.3, "label": line.name}
+    name = _plain(line.name)
+    how = {"linewidth": 0.6, "alpha": 0.5} if is_smooth else {"linewidth": 1.3, "label": name}
     few = "o" if 0 < len(step) <= charts.FEW else None
     axes.plot(at, drawn, color=colour, linestyle="-" if is_smooth else dashes, marker=few, **how)
     if is_smooth:
         smoothed = np.log(np.maximum(value, 1e-300)) if is_log else value
         smoothed = sampling.smooth(smoothed, max(len(smoothed) // 60, 3))
         smoothed = np.exp(smoothed) if is_log else smoothed
-        axes.plot(step, smoothed, color=colour, linestyle=dashes, linewidth=1.4, label=line.name)
+        axes.plot(step, smoothed, color=colour, linestyle=dashes, linewidth=1.4, label=name)
     for old, was in line.undone:
         axes.plot(old, np.where(np.isfinite(was), was, np.nan), ":", color=colour, linewidth=1)
     if len(line.threshold[0]):
@@ -186,7 +210,8 @@ def _times(told: Told, x: tuple[float, float]) -> Panel | None:
 
     def draw(axes: Any) -> None:
         what = "Regimes and interventions" if told.run.guarded else "What a guard would have seen"
-        axes.set_title(f"{what}: {told.run.name}", loc="left", fontsize=10, fontweight="bold")
+        title = _plain(f"{what}: {told.run.name}")
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
         axes.set_yticks(range(len(rows)), rows)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         for start, end, regime in stretches:
@@ -206,7 +231,7 @@ def _times(told: Told, x: tuple[float, float]) -> Panel | None:
 
 def _heat(run: Run, found: heat.Map, runs: int) -> Panel:
     def draw(axes: Any) -> None:
-        title = heat.title_of(run, found, runs)
+        title = _plain(heat.title_of(run, found, runs))
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
         shade = np.ma.masked_invalid(
             np.where(np.isnan(found.share), np.nan, heat.level(found.share))

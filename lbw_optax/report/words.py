@@ -59,11 +59,11 @@ def paragraph(run: Run) -> str:
     if troubles:
         first = troubles[0]
         sentences += [_first(first), _done(run.audit)]
-    elif any(line["action"] != "order" for line in run.audit):
+    elif any(line["action"] not in ("order", "alarm") for line in run.audit):
         sentences.append("The guard did nothing but let the updates grow.")
     else:
         sentences.append("The guard had nothing to do." if run.guarded else "")
-    sentences += [_ordered(run), _scale(run), _end(run), _advice(run, troubles)]
+    sentences += [_alarms(run), _ordered(run), _scale(run), _end(run), _advice(run, troubles)]
     return " ".join(x for x in sentences if x)
 
 
@@ -211,6 +211,21 @@ def _distance(line: dict[str, Any]) -> int:
 
 def _times(count: int) -> str:
     return {1: "once", 2: "twice"}.get(count, f"{count:,} times")
+
+
+def _alarms(run: Run) -> str:
+    """What the classifier has warned of, which moves nothing by itself."""
+    alarms = [line for line in run.audit if line["action"] == "alarm" and "step" in line]
+    if not alarms:
+        return ""
+    known = [x for line in alarms if isinstance(x := line.get("value"), float | int)]
+    up_to = f", with a probability of up to {100 * max(known):.0f} %" if known else ""
+    often = _times(len(alarms))
+    first = f"{often}, first" if len(alarms) > 1 else often
+    return (
+        f"The classifier's alarm was raised {first} at step {alarms[0]['step']:,}: a divergence "
+        f"within ten steps{up_to}."
+    )
 
 
 def _ordered(run: Run) -> str:

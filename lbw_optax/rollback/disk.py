@@ -167,7 +167,8 @@ class Disk:
         if misfit:
             raise ValueError(
                 f"The checkpoints in {self._folder.path} are of another model or optimizer: "
-                f"{misfit}. Build the same ones, or pass another directory."
+                f"{misfit}. Build the same ones, with the version of lbw_optax that wrote them if "
+                "parts of the guard are absent, or pass another directory."
             )
         raise ValueError(
             f"No checkpoint in {self._folder.path} can be read ({'; '.join(damaged)}): "

@@ -169,12 +169,16 @@ def test_the_body_is_what_the_user_makes_of_it(caplog):
         ("file:///etc/passwd", {}, "url must begin with http"),
         ("http://", {}, "url must begin with http"),
         ("chat.example/hook", {}, "url must begin with http"),
+        ("https://me:secret@chat.example/hook", {}, "url must have no user or password"),
+        ("https://chat.example/a hook?token=secret", {}, "url must be of ASCII, without spaces"),
+        ("https://chat.example:99999/secret", {}, "url must have a port between"),
         ("http://chat.example", {"least": "fatal"}, "least must be one of"),
     ],
 )
 def test_arguments(url, options, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=said) as error:
         Webhook(url, **options)
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.process

@@ -9,7 +9,7 @@ import pytest
 from support import gradients_of, run_of, small_params
 
 import lbw_optax
-from lbw_optax.report import columns
+from lbw_optax.report import columns, words
 
 STEPS = 400
 
@@ -65,6 +65,38 @@ def test_a_planted_fault_is_found_where_it_is(changes, verdict, signal, step):
         assert first.step == step
         assert f"step {step}" in found.sentence
     assert ("restore a checkpoint" in found.sentence) == (verdict in ("diverged", "risen"))
+
+
+@pytest.mark.parametrize(
+    ("change", "most"), [(plus(0), 0), (lambda x: np.where(np.arange(len(x)), x, np.nan), 20)]
+)
+def test_the_classifiers_alarm_is_counted_in_entries(change, most):
+    found = lbw_optax.diagnose(spoiled(loss=(slice(200, None), change)))
+    assert (found.alarm is None) == (most == 0) == ("alarm" not in found.sentence)
+    if found.alarm is not None:
+        assert (found.alarm.step, found.alarm.risk) == (200, 1.0)
+        assert 1 <= found.alarm.times <= most
+        many = words.plural(found.alarm.times, "entry")
+        assert f"alarm stands in {many}, first at step 200:" in found.sentence
+
+
+@pytest.mark.parametrize("unit", [1e-4, 1.0, 1e3])
+@pytest.mark.parametrize("logged_at", [slice(1, None), slice(20, None), slice(9, None, 10)])
+def test_a_norm_that_is_logged_later_or_seldom_is_no_jump(logged_at, unit, tmp_path):
+    log = healthy()
+    lines = [{"step": i, "loss": x} for i, x in enumerate(log["loss"])]
+    for line, norm in list(zip(lines, log["gradient_norm"], strict=True))[logged_at]:
+        line["grad_norm"] = unit * norm
+    place = tmp_path / "log.jsonl"
+    place.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert lbw_optax.diagnose(place).findings == ()
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e38, 1e300])
+def test_a_finite_number_that_single_precision_does_not_hold_is_finite(unit, recwarn):
+    log = {name: x * unit for name, x in healthy().items()}
+    assert lbw_optax.diagnose(log).findings == ()
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("seed", range(5))

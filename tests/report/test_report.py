@@ -256,8 +256,21 @@ def test_the_shades_of_the_histogram_are_those_of_its_shares(stormy):
     assert area == pytest.approx((heat.level(found.share) / heat.LEVELS).sum() * column, rel=1e-3)
 
 
-def test_a_histogram_of_another_length_is_not_drawn(tmp_path):
-    line = {"step": 1, "loss": 2.0, "gradient_log2": [1, 2, 3]}
+def test_a_metric_that_is_a_list_a_line_is_none(tmp_path):
+    lines = [{"step": i, "loss": 2.0, "lr": [1e-3], "norms": [[1], [2]]} for i in range(3)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert drawings(page_of(tmp_path)).keys() == {"Loss"}
+
+
+def test_a_log_of_one_step_may_have_any_number(tmp_path):
+    """As a time in nanoseconds, to which 1 cannot be added in float64."""
+    (tmp_path / "log.jsonl").write_text('{"step": 1760000000000000000, "loss": 2.0, "scale": 1.0}')
+    assert "Loss" in drawings(page_of(tmp_path))
+
+
+@pytest.mark.parametrize("histogram", [[1, 2, 3], [], 16 * [[1]], 16 * [None], 16 * ["a"], 7])
+def test_a_histogram_of_another_shape_is_not_drawn(histogram, tmp_path):
+    line = {"step": 1, "loss": 2.0, "gradient_log2": histogram}
     (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
     assert drawings(page_of(tmp_path)).keys() == {"Loss"}
 
@@ -286,6 +299,63 @@ def test_without_matplotlib_one_sentence_says_what_to_install(
     assert "pip install 'lbw_optax[report]'" in capsys.readouterr().err
     assert out[0].exists()
     assert not out[1].exists()
+
+
+@pytest.mark.parametrize(
+    ("alarms", "said"),
+    [
+        ({}, None),
+        (
+            {7: 0.5},
+            "raised once at step 7: a divergence within ten steps, with a probability of up ",
+        ),
+        ({7: 0.5, 9: 0.25}, "raised twice, first at step 7: a divergence within ten steps, with a"),
+        ({7: None}, "raised once at step 7: a divergence within ten steps."),
+    ],
+)
+def test_the_paragraph_tells_the_classifiers_alarms_apart_from_what_was_done(
+    alarms, said, tmp_path
+):
+    lines = [{"step": i, "loss": 2.0, "scale": 1.0} for i in range(20)]
+    marks = [
+        {"action": "alarm", "signal": "risk", "step": k, "value": x} for k, x in alarms.items()
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(x) + "\n" for x in marks))
+    told = words.paragraph(reading.read(tmp_path))
+    assert "The guard had nothing to do." in told
+    assert ("alarm" in told) == (said is not None)
+    assert said is None or said in told
+
+
+def test_a_png_has_every_kind_of_mark_and_names_as_they_are(tmp_path):
+    """Two dollars in a name are no formula."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    run = tmp_path / "costs_$a^$"
+    run.mkdir()
+    marks = [{"action": action, "step": i} for i, action in enumerate([*charts.LANES, "yours"])]
+    (run / "events.jsonl").write_text("".join(json.dumps(x) + "\n" for x in marks))
+    lines = [{"step": i, "$a^$": {"scale": 1.0, "gradient_log2": [1] * 16}} for i in range(3)]
+    (run / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert command.main([str(run), "--png", str(tmp_path / "page.png")]) == 0
+
+
+@pytest.mark.parametrize("content", [b'{"step": 1}\n', b"\x89PNG\r\n\x1a\n" + 300 * b"0", None])
+def test_a_png_replaces_no_file_that_is_none_of_ours(content, stormy, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    place, out = tmp_path / "there.png", tmp_path / "page.html"
+    arguments = [str(stormy), "-o", str(out), "--png", str(place)]
+    if content is None:
+        place.mkdir()
+    else:
+        place.write_bytes(content)
+    assert command.main(arguments) == 2
+    assert str(place) in capsys.readouterr().err
+    assert place.is_dir() if content is None else place.read_bytes() == content
+    assert sorted(tmp_path.iterdir()) == [out, place]
+    place.rmdir() if content is None else place.unlink()
+    for _ in range(2):  # its own it does
+        assert command.main(arguments) == 0
 
 
 @pytest.mark.parametrize("seed", range(3))
