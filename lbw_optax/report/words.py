@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from lbw_optax.law.control import LOW
-from lbw_optax.law.divergence import SKIP_STEPS
+from lbw_optax.law.divergence import SKIP_STEPS, Reason
 from lbw_optax.report.reading import Run, kept, steps
-from lbw_optax.sentences import cause
+from lbw_optax.sentences import ASKS, cause
 from lbw_optax.state import Mode
 
 # Of a cause, what to look at. {step} is the first, {where} names the first few.
@@ -52,13 +52,15 @@ def paragraph(run: Run) -> str:
     troubles = [line for line in run.audit if line["action"] in (*_DONE, "rollback")]
     sentences = [_extent(run), _watched(run)]
     last = _ends_with(run, troubles)
-    if last is not None and last is not troubles[0]:
+    if _asks(run) is not None or (last is not None and last is not troubles[0]):
         # What the reader must know stands first; what came before it and was got over, later.
         sentences += [_advice(run, troubles), _done(run.audit)]
         return " ".join(x for x in (*sentences, _ordered(run), _scale(run), _end(run)) if x)
     if troubles:
         first = troubles[0]
-        sentences += [_first(first), _done(run.audit)]
+        calm = {line["action"] for line in troubles} <= {"cut", "hold"}
+        what = "intervention" if calm else "trouble"
+        sentences += [_first(first, what), _done(run.audit)]
     elif any(line["action"] not in ("order", "alarm") for line in run.audit):
         sentences.append("The guard did nothing but let the updates grow.")
     else:
@@ -171,13 +173,13 @@ def _watched(run: Run) -> str:
     return "The guard only watched: no update was changed, and all of this it would have done."
 
 
-def _first(line: dict[str, Any]) -> str:
+def _first(line: dict[str, Any], what: str) -> str:
     numbers = ""
     if line.get("signal") in ("loss", "gradient_norm", "relative_step"):
         seen = [x for x in (line.get("value"), line.get("threshold")) if isinstance(x, float | int)]
         if len(seen) == 2:
             numbers = f" ({number(seen[0])}; the threshold was {number(seen[1])})"
-    return f"The first trouble was at step {line['step']:,}: {_why(line)}{numbers}."
+    return f"The first {what} was at step {line['step']:,}: {_why(line)}{numbers}."
 
 
 def _why(line: dict[str, Any]) -> str:
@@ -200,6 +202,8 @@ def _done(audit: list[dict[str, Any]]) -> str:
         done.append(
             f"went back {_times(len(back))}, over {plural(undone, 'step')}, {first} {reason}"
         )
+    if not done:
+        return ""
     listed = done[0] if len(done) == 1 else ", ".join(done[:-1]) + " and " + done[-1]
     return f"The guard {listed}."
 
@@ -317,6 +321,15 @@ def _risen(run: Run, troubles: list[dict[str, Any]]) -> tuple[dict[str, Any], fl
 _JUMPS = ("loss", "gradient_norm")
 
 
+def _asks(run: Run) -> tuple[int, Reason] | None:
+    """Since when the guard has asked for a rollback that nobody has made, and why."""
+    asked = np.nan_to_num(run.columns.get("rollback_asked", np.zeros(0)))
+    if _gave_up(run) or not len(asked) or not 0 < asked[-1] < len(Reason):
+        return None
+    since = int(np.flatnonzero(asked == 0)[-1]) + 1 if (asked == 0).any() else 0
+    return int(steps(run.columns)[since]), Reason(int(asked[-1]))
+
+
 def _is_lost(run: Run) -> bool:
     """Whether the guard gave up, or the last losses are not finite."""
     loss = run.columns.get("loss", np.zeros(0))
@@ -330,6 +343,11 @@ def _gave_up(run: Run) -> bool:
 
 def _advice(run: Run, troubles: list[dict[str, Any]]) -> str:
     last = _last_scale(run)
+    asked = _asks(run)
+    if asked is not None:
+        step, reason = asked
+        what = f"From step {step:,} on the guard asked to go back, and nobody did: {ASKS[reason]}."
+        return f"{what} {advice(reason.name.lower(), step, lost=True)}"
     if _is_lost(run):
         gave_up = "The guard has used up what it may do" if _gave_up(run) else "The run is lost"
         if not troubles:
@@ -353,8 +371,6 @@ def _advice(run: Run, troubles: list[dict[str, Any]]) -> str:
     for line in troubles:
         if line["action"] in ("skip", "clip") or (line["action"] == "hold" and not rate):
             weight[str(line.get("signal", ""))] += multiplicity(line)
-    if not weight and not rate and troubles:
-        weight[str(troubles[0].get("signal", ""))] += 1
     if not weight:
         return rate or ("There is nothing to do." if run.guarded else "")
     signal = weight.most_common(1)[0][0]

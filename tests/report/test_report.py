@@ -130,6 +130,21 @@ def test_a_loss_that_stays_up_comes_first(after, stays):
     assert ("The first trouble was at step 5" in story) != stays
 
 
+def test_cuts_that_were_earned_back_ask_for_nothing():
+    story = told(FALLING, [EARLY], scale=np.ones(223))
+    assert "The first intervention was at step 5" in story
+    assert story.endswith("There is nothing to do.")
+
+
+def test_a_rollback_that_nobody_made_comes_first():
+    asked = np.repeat([0.0, 1.0], [237, 100])
+    audit = [EARLY, {"action": "clip", "step": 236}]
+    story = told(np.full(337, 6.0), audit, rollback_asked=asked, scale=np.full(337, 0.2))
+    where = "From step 238 on the guard asked to go back, and nobody did: the parameters are broken"
+    assert f"came to its end. {where}" in story
+    assert "restore a state from before step 238, and look for broken memory" in story
+
+
 def test_what_ended_a_run_comes_before_what_it_got_over():
     skipped = {"action": "skip", "step": 237, "last_step": 266, "count": 30}
     story = told(
