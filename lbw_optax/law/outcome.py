@@ -50,6 +50,9 @@ def divergence(loss: np.ndarray, rollbacks: np.ndarray | None = None) -> Diverge
       loss: float[n], an entry a step or every so many steps, none missing.
       rollbacks: bool[n], where one was made.
 
+    Raises:
+      ValueError: if the loss has more than one dimension, or none.
+
     Example:
       >>> import numpy as np
       >>> falling = 3 * 0.99 ** np.arange(200.0)
@@ -59,6 +62,8 @@ def divergence(loss: np.ndarray, rollbacks: np.ndarray | None = None) -> Diverge
       Divergence(begins=202, stands=221)
     """
     loss = np.asarray(loss, np.float64)
+    if loss.ndim != 1:
+        raise ValueError(f"The loss of one run is wanted, float[n], and it has shape {loss.shape}.")
     broken = _first(~np.isfinite(loss))
     found = [_rise(loss if broken is None else loss[:broken])]
     sudden = [broken, None if rollbacks is None else _first(np.asarray(rollbacks, bool))]

@@ -102,9 +102,11 @@ def diagnose(log: str | os.PathLike[str] | Mapping[str, Any]) -> Diagnosis:
         ``trainer_state.json`` of a Hugging Face Trainer, a TensorBoard event file where its reader
         is installed, or a directory with one of them; or a mapping with arrays of one length under
         "loss", "gradient_norm" and "step", any of which may be missing but for one of the first
-        two. Other programs' usual names are known.
+        two. Other programs' usual names are known. In a mapping each entry is one that was logged:
+        NaN and None are numbers that are not finite.
 
     Raises:
+      TypeError: if it is none of these kinds.
       FileNotFoundError: if there is no such file.
       ValueError: if it is none of these, or has neither a loss nor a gradient norm.
       ImportError: for a TensorBoard log where no reader is installed.
@@ -118,6 +120,11 @@ def diagnose(log: str | os.PathLike[str] | Mapping[str, Any]) -> Diagnosis:
     """
     if isinstance(log, Mapping):
         return of_columns(parse.of_mapping(log), "the log")
+    if not isinstance(log, str | os.PathLike):
+        raise TypeError(
+            f"diagnose reads a file, a directory or a mapping of arrays, not {type(log).__name__}: "
+            'pass the losses as {"loss": losses}.'
+        )
     run = reading.read(Path(log))
     return of_columns(run.columns, str(log), tuple(run.complaints))
 

@@ -81,7 +81,7 @@ def advice(cause: str, step: int, *, lost: bool, where: str = "") -> str:
     look = _LOOK.get(cause, "look at the batches of {where}")
     look = look.format(step=step, where=where or f"step {step:,}")
     if lost and "restore" not in look:
-        back = f"restore a checkpoint from before step {step:,}"
+        back = f"restore a checkpoint from before step {step:,}" if step > 0 else "begin anew"
         look = f"{back}, and {look}" if look else back
     return f"What to do: {look}." if look else ""
 

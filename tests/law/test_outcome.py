@@ -50,6 +50,12 @@ logs = st.integers(0, 2**32 - 1).map(
 )
 
 
+@pytest.mark.parametrize("shape", [(), (2, 60)])
+def test_several_runs_at_once_are_refused(shape):
+    with pytest.raises(ValueError, match="The loss of one run"):
+        divergence(np.ones(shape))
+
+
 def by_loops(log: np.ndarray) -> Divergence | None:
     """The same, sentence by sentence, of finite logs."""
     n = len(log)

@@ -276,3 +276,9 @@ def test_numbers_are_read_as_they_are_meant():
     assert read["gradient_norm"][0] == np.inf
     assert np.isnan(read["gradient_norm"][1])
     assert read["regime"].tolist() == ["unstable", "nominal"]
+
+
+@pytest.mark.parametrize("log", [[1.0, 2.0], None, 3])
+def test_what_is_no_log_gets_a_sentence(log):
+    with pytest.raises(TypeError, match="pass the losses as"):
+        lbw_optax.diagnose(log)
