@@ -87,7 +87,7 @@ class Following:
         """Lines from the step of a new one on were undone: by a rollback, or a kill."""
         steps, columns = self._seen.steps, self._seen.columns
         step = line.get("step", len(steps))
-        if type(step) is not int:
+        if type(step) is not int or abs(step) > _MOST_STEPS:
             return
         while steps and steps[-1] >= step:
             del steps[-1], self._seen.regimes[-1]
@@ -98,11 +98,23 @@ class Following:
                 columns.setdefault(name, [math.nan] * len(steps))
         for name, values in columns.items():
             x = line.get(name)
-            values.append(float(x) if isinstance(x, float | int) else math.nan)
+            values.append(_number(x) if isinstance(x, float | int) else math.nan)
         steps.append(step)
         regime = line.get("regime")
         self._seen.regimes.append(regime if isinstance(regime, str) else "")
         self._seen = self._seen._replace(last=line)
+
+
+# Beyond, float64 tells steps no more from each other.
+_MOST_STEPS = 2**53
+
+
+def _number(x: float) -> float:
+    """An integer may have more digits than a float holds."""
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf if x > 0 else -math.inf
 
 
 def finished(directory: Path) -> bool:

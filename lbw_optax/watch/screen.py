@@ -34,7 +34,8 @@ SHOWN = (
     Shown("learning rate", ("learning_rate", "lr")),
     Shown("gradient norm", ("gradient_norm", "grad_norm", "signals/gradient_norm")),
     Shown("relative step", ("relative_step", "signals/relative_step")),
-    Shown("overshoot", ("overshoot_level", "signals/overshoot_level")),
+    Shown("overshoot level", ("overshoot_level", "signals/overshoot_level")),
+    Shown("risk", ("risk_10", "signals/risk_10")),
     Shown("tokens a second", ("tokens_per_second",), min),
     Shown("valid perplexity", ("valid_perplexity",), min),
 )

@@ -81,6 +81,14 @@ def test_lines_are_read_on_as_they_come_and_what_was_undone_is_forgotten(tmp_pat
     assert math.isnan(seen.columns["valid_perplexity"][0])
 
 
+def test_a_number_that_no_float_holds_is_infinite_and_such_a_step_is_none(tmp_path):
+    many = 10**400
+    lines = [{"step": 1, "loss": many}, {"step": 2, "loss": -many}, {"step": many, "loss": 3.0}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = Following(tmp_path).look()
+    assert (seen.steps, seen.columns["loss"]) == ([1, 2], [math.inf, -math.inf])
+
+
 def test_the_screen_says_how_far_the_run_is_and_what_was_done(tmp_path):
     (tmp_path / "config.json").write_text('{"steps": 1000}')
     write(tmp_path, *(line(i, scale=0.5 if i > 20 else 1.0) for i in range(1, 41)))
