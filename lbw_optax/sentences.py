@@ -53,11 +53,13 @@ def exhausted(guard: GuardState) -> str:
     held = guard.law.control
     told = "; ".join(_tell(event) for event in events.read(guard.events)[-TOLD:])
     kept = "A skipped step changed no parameter."
+    reason = Reason(int(guard.law.divergence.rollback_asked))
+    asks = f" It asks to go back: {ASKS[reason]}." if reason in ASKS else ""
     return (
         f"The guard is exhausted after {int(guard.guard_steps)} steps: {int(held.skips)} "
         f"skipped in all, {int(held.skips_in_a_row)} in a row, scale "
         f"{math.exp(held.log_scale):.3g}, regime {REGIMES[held.regime]}. Last interventions: "
-        f"{told}. {kept if _acts(guard) else _only_watches(guard)} Look at the data and the "
+        f"{told}. {kept if _acts(guard) else _only_watches(guard)}{asks} Look at the data and the "
         "learning rate, restore an earlier checkpoint, or go on with lbw_optax.reset(state), which "
         "clears this."
     )

@@ -330,11 +330,11 @@ def _sentence(
         return "The log has no entry with a loss or a gradient norm."
     seen = f"in {plural(len(step), 'entry')}, steps {step.min():,.0f} to {step.max():,.0f}"
     if verdict == "healthy":
-        said = (
+        nothing = (
             f"Nothing stands out {seen}: by loss and gradient norm alone the guard would have done "
             f"nothing. A rate that is too high may show in neither. {_end(loss)}"
         )
-        return said.strip()
+        return nothing.strip()
     asked = _asked(findings)
     said = _risen(findings, step, loss) if verdict == "risen" else []
     if not said:
