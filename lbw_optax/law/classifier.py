@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax.law import control, divergence, events, statistics
-from lbw_optax.law.control import Decision
+from lbw_optax.law.control import Action, Decision
 from lbw_optax.law.divergence import Divergence
 from lbw_optax.law.statistics import Running, Statistics
 from lbw_optax.law.telemetry import Telemetry
@@ -90,14 +90,12 @@ def init() -> Memory:
     return Memory(jnp.zeros([CELLS], jnp.float32), Running(zero, zero, zero), calm)
 
 
-def step(memory: Memory, view: View, free: jax.Array, weights: Weights | None = None) -> Memory:
+def step(memory: Memory, view: View, weights: Weights | None = None) -> Memory:
     """Take one step in.
 
     Args:
       memory: after the step before.
       view: what the law knows of this step.
-      free: bool scalar, whether the law has nothing to report of it: only then an alarm begins, so
-        that each is told.
       weights: others than the shipped ones, for experiments.
     """
     weights = weights or shipped()
@@ -105,11 +103,13 @@ def step(memory: Memory, view: View, free: jax.Array, weights: Weights | None = 
     now = memory._replace(cells=advance(weights, memory.cells, found), log_norm=log_norm)
     soon = risk(now, view.seen.nonfinite_loss > 0, weights).soon
     limit = jnp.where(memory.alarmed, CALM * weights.alarm, weights.alarm)
-    return now._replace(alarmed=(soon > limit) & (memory.alarmed | free))
+    return now._replace(alarmed=soon > limit)
 
 
 def reported(decision: Decision, before: Memory, after: Memory, broken: jax.Array) -> Decision:
-    """The decision as it is recorded: an alarm that begins, for there is nothing else then.
+    """The decision as it is recorded: an alarm that begins, where there is nothing else.
+
+    Of a step with an action that action is the news, and so it is of an alarm that begins with it.
 
     Args:
       decision: of the law.
@@ -117,7 +117,7 @@ def reported(decision: Decision, before: Memory, after: Memory, broken: jax.Arra
       after: what it remembers after it.
       broken: bool scalar, whether the loss of this step was not finite.
     """
-    begins = after.alarmed & ~before.alarmed
+    begins = after.alarmed & ~before.alarmed & (decision.action == Action.NONE)
 
     def either(alarm: jax.Array | int, decided: jax.Array) -> jax.Array:
         return jnp.where(begins, jnp.asarray(alarm, decided.dtype), decided)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from lbw_optax.law import classifier, control, divergence, statistics
-from lbw_optax.law.control import RULES, Action, Bounds, Control, Decision, Rules, Signal
+from lbw_optax.law.control import RULES, Bounds, Control, Decision, Rules, Signal
 from lbw_optax.law.divergence import Divergence
 from lbw_optax.law.statistics import Statistics
 from lbw_optax.law.telemetry import Telemetry
@@ -50,5 +50,5 @@ def step(law: Law, seen: Telemetry, bounds: Bounds, rules: Rules = RULES) -> tup
     )
     # It advises: nothing above reads it.
     view = classifier.View(law.statistics, remembered, diverging, held.age, seen)
-    advised = classifier.step(law.classifier, view, decision.action == Action.NONE)
+    advised = classifier.step(law.classifier, view)
     return Law(remembered, held, diverging, advised), decision
