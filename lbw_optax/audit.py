@@ -93,7 +93,7 @@ def metrics(state: PyTree) -> dict[str, jax.Array]:
 
 def _metrics(guard: GuardState) -> dict[str, jax.Array]:
     seen, remembered, control = guard.telemetry, guard.law.statistics, guard.law.control
-    risk = classifier.risk(guard.law.classifier, seen.nonfinite_loss > 0)
+    risk = guard.law.classifier.risk
     return {
         "scale": jnp.exp(control.log_scale),
         "mode": guard.mode,

@@ -61,9 +61,7 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
         seen = telemetry.observe_moved(seen, last_step, params, scale)
         arrival = control.arrive(seen, state.law.statistics)
         new_law, decision = law.step(state.law, seen, bounds)
-        reported = classifier.reported(
-            decision, state.law.classifier, new_law.classifier, seen.nonfinite_loss > 0
-        )
+        reported = classifier.reported(decision, state.law.classifier, new_law.classifier)
 
         governing = state.mode == Mode.GOVERN
         factor = jnp.exp(jnp.where(governing, arrival.log_factor, 0.0))

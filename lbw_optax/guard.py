@@ -179,9 +179,7 @@ def govern(
         scale_before = jnp.exp(state.law.control.log_scale)
         seen = telemetry.observe_step(seen, proposed, trained, scale_before, refused)
         new_law, decision = law.step(state.law, seen, bounds, rules)
-        reported = classifier.reported(
-            decision, state.law.classifier, new_law.classifier, seen.nonfinite_loss > 0
-        )
+        reported = classifier.reported(decision, state.law.classifier, new_law.classifier)
         scale = jnp.where(governing, decision.scale, 1.0)
         applied = scaled(proposed, scale, governing & decision.skip)
         if params is None:

@@ -100,7 +100,7 @@ def _rejecting(guard: GuardState) -> str:
 
 def _risking(guard: GuardState) -> str:
     """What to say of the risk, if it is high."""
-    soon = float(classifier.risk(guard.law.classifier, guard.telemetry.nonfinite_loss > 0).soon)
+    soon = float(guard.law.classifier.risk.soon)
     if soon <= float(classifier.shipped().alarm):
         return ""
     return (

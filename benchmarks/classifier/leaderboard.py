@@ -97,7 +97,7 @@ def _risk(weights: Weights, source: Source) -> Risk:
     @jax.vmap
     def go(inputs: jax.Array, broken: jax.Array) -> Risk:
         def one(cells: jax.Array, is_broken: jax.Array) -> Risk:
-            return classifier.risk(classifier.init()._replace(cells=cells), is_broken, weights)
+            return classifier.risk(weights, cells, is_broken)
 
         return jax.vmap(one)(training.cells(weights, inputs), broken)
 

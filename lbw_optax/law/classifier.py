@@ -50,14 +50,6 @@ class View(NamedTuple):
     seen: Telemetry  # what the step showed
 
 
-class Memory(NamedTuple):
-    """What the classifier remembers from step to step."""
-
-    cells: jax.Array  # float32[16]
-    log_norm: Running  # of log |g|, slow
-    alarmed: jax.Array  # bool, since the risk was above `Weights.alarm`, until it is below half
-
-
 class Risk(NamedTuple):
     """What it says of a step; all in [0, 1].
 
@@ -70,6 +62,15 @@ class Risk(NamedTuple):
     soon: jax.Array
     later: jax.Array
     kinds: jax.Array
+
+
+class Memory(NamedTuple):
+    """What the classifier remembers from step to step."""
+
+    cells: jax.Array  # float32[16]
+    log_norm: Running  # of log |g|, slow
+    risk: Risk  # of the newest step
+    alarmed: jax.Array  # bool, since the risk was above `Weights.alarm`, until it is below half
 
 
 class Weights(NamedTuple):
@@ -86,8 +87,12 @@ class Weights(NamedTuple):
 def init() -> Memory:
     """Before the first step."""
     zero = jnp.zeros([], jnp.float32)
-    calm = jnp.zeros([], bool)
-    return Memory(jnp.zeros([CELLS], jnp.float32), Running(zero, zero, zero), calm)
+    return Memory(
+        cells=jnp.zeros([CELLS], jnp.float32),
+        log_norm=Running(zero, zero, zero),
+        risk=Risk(zero, zero, jnp.full([len(Kind)], 1 / len(Kind), jnp.float32)),
+        alarmed=jnp.zeros([], bool),
+    )
 
 
 def step(memory: Memory, view: View, weights: Weights | None = None) -> Memory:
@@ -100,13 +105,13 @@ def step(memory: Memory, view: View, weights: Weights | None = None) -> Memory:
     """
     weights = weights or shipped()
     found, log_norm = inputs(memory.log_norm, view)
-    now = memory._replace(cells=advance(weights, memory.cells, found), log_norm=log_norm)
-    soon = risk(now, view.seen.nonfinite_loss > 0, weights).soon
+    cells = advance(weights, memory.cells, found)
+    told = risk(weights, cells, view.seen.nonfinite_loss > 0)
     limit = jnp.where(memory.alarmed, CALM * weights.alarm, weights.alarm)
-    return now._replace(alarmed=soon > limit)
+    return Memory(cells, log_norm, told, told.soon > limit)
 
 
-def reported(decision: Decision, before: Memory, after: Memory, broken: jax.Array) -> Decision:
+def reported(decision: Decision, before: Memory, after: Memory) -> Decision:
     """The decision as it is recorded: an alarm that begins, where there is nothing else.
 
     Of a step with an action that action is the news, and so it is of an alarm that begins with it.
@@ -115,7 +120,6 @@ def reported(decision: Decision, before: Memory, after: Memory, broken: jax.Arra
       decision: of the law.
       before: what the classifier remembered before this step.
       after: what it remembers after it.
-      broken: bool scalar, whether the loss of this step was not finite.
     """
     begins = after.alarmed & ~before.alarmed & (decision.action == Action.NONE)
 
@@ -125,24 +129,24 @@ def reported(decision: Decision, before: Memory, after: Memory, broken: jax.Arra
     return decision._replace(
         action=either(events.ALARM, decision.action),
         signal=either(events.RISK, decision.signal),
-        value=either(risk(after, broken).soon, decision.value),
+        value=either(after.risk.soon, decision.value),
         threshold=either(shipped().alarm, decision.threshold),
     )
 
 
-def risk(memory: Memory, broken: jax.Array, weights: Weights | None = None) -> Risk:
+def risk(weights: Weights, cells: jax.Array, broken: jax.Array) -> Risk:
     """What the steps up to now say of the next ones.
 
     What diverges within 10 steps does so within 50, and a loss that is not finite has diverged.
 
     Args:
-      memory: after the newest step.
+      weights: of the classifier.
+      cells: float32[16], after the newest step.
       broken: bool scalar, whether its loss was not finite.
-      weights: others than the shipped ones, for experiments.
     """
-    logits = read_out(weights or shipped(), memory.cells)
-    soon, later = (jnp.where(broken, 1.0, jax.nn.sigmoid(logits[..., i])) for i in range(2))
-    return Risk(soon, jnp.maximum(soon, later), jax.nn.softmax(logits[..., 2:]))
+    logits = read_out(weights, cells)
+    soon, later = (jnp.where(broken, 1.0, jax.nn.sigmoid(logits[i])) for i in range(2))
+    return Risk(soon, jnp.maximum(soon, later), jax.nn.softmax(logits[2:]))
 
 
 def inputs(log_norm: Running, view: View) -> tuple[jax.Array, Running]:

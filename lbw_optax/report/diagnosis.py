@@ -275,7 +275,7 @@ def _go_through(held: law.Law, entries: _Entry) -> tuple[law.Law, _Seen]:
             value=jnp.where(by_loss, entry.loss, jnp.where(by_norm, entry.norm, 1.0)),
             threshold=jnp.where(by_loss, of_loss, jnp.where(by_norm, of_norm, 0.0)),
             asked=after.divergence.rollback_asked,
-            risk=classifier.risk(after.classifier, seen.nonfinite_loss > 0).soon,
+            risk=after.classifier.risk.soon,
         )
 
     return jax.lax.scan(one, held, entries)

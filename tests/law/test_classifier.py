@@ -17,10 +17,8 @@ from lbw_optax.law.control import Action
 
 
 def risks(steps, rows=slice(None)):
-    seen = batch(steps)
-    state, _ = scan(seen, BOUNDS)
-    risk = jax.vmap(classifier.risk)(state.classifier, seen.nonfinite_loss > 0)
-    return jax.tree.map(lambda x: np.asarray(x)[rows], risk)
+    state, _ = scan(batch(steps), BOUNDS)
+    return jax.tree.map(lambda x: np.asarray(x)[rows], state.classifier.risk)
 
 
 def random_weights(seed: int = 0, size: float = 1.0) -> Weights:
@@ -172,8 +170,7 @@ def test_an_alarm_is_one_event_until_the_risk_has_fallen():
     seen = batch(steps)
     state, decision = scan(seen, BOUNDS)
     before = jax.tree.map(lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]]), state)
-    broken = jnp.zeros(len(steps), bool)
-    told = jax.vmap(classifier.reported)(decision, before.classifier, state.classifier, broken)
+    told = jax.vmap(classifier.reported)(decision, before.classifier, state.classifier)
     alarmed, soon = np.asarray(state.classifier.alarmed), risks(steps).soon
     expected, was = [], False
     for risk in soon:
