@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lbw_optax.apply import either
 from lbw_optax.law import control, divergence, events, statistics
 from lbw_optax.law.control import Action, Decision
 from lbw_optax.law.divergence import Divergence
@@ -106,7 +107,9 @@ def step(memory: Memory, view: View, weights: Weights | None = None) -> Memory:
     weights = weights or shipped()
     found, log_norm = inputs(memory.log_norm, view)
     cells = advance(weights, memory.cells, found)
-    told = risk(weights, cells, view.seen.nonfinite_loss > 0)
+    broken = view.seen.nonfinite_loss > 0
+    shown = view.seen.has_loss | view.seen.has_gradient | broken
+    told = either(shown, risk(weights, cells, broken), memory.risk)
     limit = jnp.where(memory.alarmed, CALM * weights.alarm, weights.alarm)
     return Memory(cells, log_norm, told, told.soon > limit)
 
@@ -123,15 +126,13 @@ def reported(decision: Decision, before: Memory, after: Memory) -> Decision:
     """
     begins = after.alarmed & ~before.alarmed & (decision.action == Action.NONE)
 
-    def either(alarm: jax.Array | int, decided: jax.Array) -> jax.Array:
-        return jnp.where(begins, jnp.asarray(alarm, decided.dtype), decided)
-
-    return decision._replace(
-        action=either(events.ALARM, decision.action),
-        signal=either(events.RISK, decision.signal),
-        value=either(after.risk.soon, decision.value),
-        threshold=either(shipped().alarm, decision.threshold),
+    alarm = decision._replace(
+        action=jnp.int32(events.ALARM),
+        signal=jnp.int32(events.RISK),
+        value=after.risk.soon,
+        threshold=jnp.float32(shipped().alarm),
     )
+    return Decision(*either(begins, alarm, decision))
 
 
 def risk(weights: Weights, cells: jax.Array, broken: jax.Array) -> Risk:
