@@ -8,7 +8,6 @@ docs/prediction.md. Runs that were made once are kept in ``runs/classifier``.
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from benchmarks.command import refuse
 from benchmarks.records import RUNS
 from lbw_optax.law import classifier
 from lbw_optax.law.control import LAW
+from train import jsonl
 from train.provenance import provenance
 
 WEIGHTS = Path(classifier.__file__).with_suffix(".npz")
@@ -70,7 +70,7 @@ def _judge(directory: Path) -> None:
     found = judged(known, unseen, classifier.shipped())
     facts = {"law": LAW, "seconds": round(time.perf_counter() - began, 1), **provenance()}
     result = {**facts, **found}
-    RESULTS.write_text(json.dumps(_without_nan(result), indent=1, allow_nan=False) + "\n")
+    RESULTS.write_text(json.dumps(jsonl.finite(result), indent=1, allow_nan=False) + "\n")
     print(f"{RESULTS}: run python -m benchmarks.pages for docs/prediction.md")
 
 
@@ -108,12 +108,3 @@ def _real(directory: Path, *, seen: bool) -> list[Source]:
         faults = np.full(len(logs), "none")
         found.append(Source(workload, True, of, examples.of(of), faults))
     return found
-
-
-def _without_nan(x: Any) -> Any:
-    """None in the place of what is not finite: JSON has no such number."""
-    if isinstance(x, dict):
-        return {name: _without_nan(value) for name, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [_without_nan(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
