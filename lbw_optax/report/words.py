@@ -51,21 +51,22 @@ def paragraph(run: Run) -> str:
     """What happened in a guarded run, in plain words."""
     troubles = [line for line in run.audit if line["action"] in (*_DONE, "rollback")]
     sentences = [_extent(run), _watched(run)]
+    what_to_do = _advice(run, troubles)
     last = _ends_with(run, troubles)
-    if _asks(run) is not None or (last is not None and last is not troubles[0]):
+    is_urgent = _asks(run) is not None or (last is not None and last is not troubles[0])
+    if is_urgent:
         # What the reader must know stands first; what came before it and was got over, later.
-        sentences += [_advice(run, troubles), _done(run.audit)]
-        return " ".join(x for x in (*sentences, _ordered(run), _scale(run), _end(run)) if x)
-    if troubles:
-        first = troubles[0]
+        sentences += [what_to_do, _done(run.audit)]
+    elif troubles:
         calm = {line["action"] for line in troubles} <= {"cut", "hold"}
         what = "intervention" if calm else "trouble"
-        sentences += [_first(first, what), _done(run.audit)]
+        sentences += [_first(troubles[0], what), _done(run.audit)]
     elif any(line["action"] not in ("order", "alarm") for line in run.audit):
         sentences.append("The guard did nothing but let the updates grow.")
     else:
         sentences.append("The guard had nothing to do." if run.guarded else "")
-    sentences += [_alarms(run), _ordered(run), _scale(run), _end(run), _advice(run, troubles)]
+    sentences += [_alarms(run), _ordered(run), _scale(run), _end(run)]
+    sentences.append("" if is_urgent else what_to_do)
     return " ".join(x for x in sentences if x)
 
 

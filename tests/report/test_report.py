@@ -154,6 +154,10 @@ def test_what_ended_a_run_comes_before_what_it_got_over():
     )
     assert "The guard has used up what it may do; what ended it began at step 237" in story
     assert "first trouble" not in story
+    warned = [EARLY, skipped | {"signal": "nonfinite_updates"}]
+    warned.append({"action": "alarm", "step": 236, "signal": "risk", "value": 0.5})
+    story = told(np.full(267, 6.2), warned, exhausted=np.ones(267))
+    assert "The classifier's alarm was raised once at step 236" in story
 
 
 def test_a_guard_that_only_watched_is_told_of():
