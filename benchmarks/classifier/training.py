@@ -38,7 +38,8 @@ def train(examples: Sequence[Examples], seed: int = 0) -> Weights:
         optax.clip_by_global_norm(1.0),
         optax.adamw(optax.cosine_decay_schedule(PEAK, EPOCHS * count), weight_decay=DECAY),
     )
-    share = np.bincount(kind[kind >= 0], minlength=3) / max((kind >= 0).sum(), 1)
+    told = kind[kind >= 0]
+    share = np.bincount(told, minlength=3) / max(len(told), 1)
     balance = jnp.asarray(1 / np.maximum(3 * share, 1e-3), jnp.float32)
     weights = _first(rng)
     state = tx.init(weights)
