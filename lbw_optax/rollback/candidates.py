@@ -9,6 +9,7 @@ from lbw_optax.rollback import checkpoints, places, snapshots
 from lbw_optax.rollback import pace as pace_of
 from lbw_optax.rollback.agreement import first_text
 from lbw_optax.rollback.cadence import Cadence
+from lbw_optax.rollback.checkpointers import Checkpointer
 from lbw_optax.rollback.disk import Disk, warn
 from lbw_optax.rollback.folder import Folder
 from lbw_optax.rollback.journal import Journal
@@ -16,6 +17,7 @@ from lbw_optax.rollback.memory import KEPT, KEPT_SMALL, Memory, on_trial
 from lbw_optax.rollback.pace import Bounds, Pace
 from lbw_optax.rollback.places import Place
 from lbw_optax.rollback.snapshots import Snapshot
+from lbw_optax.rollback.theirs import Theirs
 from lbw_optax.rollback.tiers import Tiers
 from lbw_optax.rollback.verdict import Facts, Verdict
 from lbw_optax.types import PyTree
@@ -43,13 +45,23 @@ class Plan(NamedTuple):
 
 
 class Candidates:
-    """Both tiers of one run."""
+    """Both tiers of one run; that on disk may be a checkpointer of somebody else's."""
 
-    def __init__(self, folder: Folder, plan: Plan, pace: Pace | None = None):
+    def __init__(
+        self,
+        folder: Folder,
+        plan: Plan,
+        checkpointer: Checkpointer | None = None,
+        pace: Pace | None = None,
+    ):
         every, self._plan = plan.snapshot_every, plan
         first = pace_of.FIRST if every == MEASURED else every
         self._memory = Memory(first, plan.probation, self._judge)
-        self._disk = Disk(folder, plan.save_every, plan.probation, self._judge)
+        self._disk: Disk | Theirs = (
+            Disk(folder, plan.save_every, plan.probation, self._judge)
+            if checkpointer is None
+            else Theirs(folder, checkpointer, plan.probation)
+        )
         self._pace = pace or Pace()
         self._place: Place | None = None  # until there is a state
         self._bounds: Bounds | None = None
@@ -63,6 +75,20 @@ class Candidates:
     @property
     def memory_bytes(self) -> int:
         return self._memory.nbytes
+
+    @property
+    def where(self) -> str:
+        """The checkpoints are."""
+        return self._disk.where
+
+    @property
+    def _own(self) -> Disk:
+        if isinstance(self._disk, Disk):
+            return self._disk
+        raise ValueError(
+            "This RollbackManager was given a checkpointer, which has the checkpoints: save with "
+            "that one."
+        )
 
     def found(self) -> list[int]:
         """Steps that could be resumed from."""
@@ -82,9 +108,8 @@ class Candidates:
             if self._memory.is_on:
                 self._memory.put(self._copy(step, tree))
             return step, tree
-        snapshot = snapshots.take(0, tree, for_disk=True)
-        self._disk.begin(snapshot)
-        self._prepare(tree, held=1)
+        snapshot = self._disk.begin(tree)
+        self._prepare(tree, held=int(snapshot is not None))
         if self._memory.is_on:
             self._memory.put(self._copy(0, tree, snapshot), proven=True)
         return 0, tree
@@ -146,13 +171,14 @@ class Candidates:
         if said is not None and said.facts.copy_every and self._bounds is not None:
             self._memory.every = said.facts.copy_every  # the process with the slowest copies
         to_memory = is_calm and self._memory.is_due(step)
-        to_disk = self._disk.is_due(step, said, is_calm=is_calm)
+        disk = self._disk if isinstance(self._disk, Disk) else None  # theirs is written by others
+        to_disk = disk is not None and disk.is_due(step, said, is_calm=is_calm)
         snapshot = snapshots.take(step, tree, for_disk=True) if to_disk else None
         if to_memory:
             self._prepare(tree)
             self._memory.put(self._copy(step, tree, snapshot))
-        if snapshot is not None:
-            self._disk.write(snapshot, is_calm=is_calm)
+        if disk is not None and snapshot is not None:
+            disk.write(snapshot, is_calm=is_calm)
 
     @property
     def tiers(self) -> Tiers:
@@ -167,7 +193,7 @@ class Candidates:
             step_seconds=step,
             copy_seconds=pace.copy_seconds,
             overhead=pace.copy_seconds / (every * step) if every and step else math.nan,
-            save_every=str(self._plan.save_every),
+            save_every=self._disk.cadence,
             write_seconds=self._disk.write_seconds,
             left_out=self._disk.left_out,
             device_bytes=held if on_device else 0,
@@ -177,17 +203,18 @@ class Candidates:
 
     def save(self, step: int, tree: PyTree, *, is_calm: bool) -> None:
         """Write this state, after what is being written; it is complete when this returns."""
-        self._disk.settle()
-        if self._disk.has(step):
-            self._disk.compare(step, tree)
+        disk = self._own
+        disk.settle()
+        if disk.has(step):
+            disk.compare(step, tree)
             return
         snapshot = snapshots.take(step, tree, for_disk=True)
-        self._disk.write(snapshot, is_calm=is_calm, by_hand=True)
-        self._disk.settle()
+        disk.write(snapshot, is_calm=is_calm, by_hand=True)
+        disk.settle()
 
     def is_whole(self, step: int) -> bool:
         """Whether a checkpoint of this step lies on disk, and nothing is being written."""
-        return self._disk.is_whole(step)
+        return self._own.is_whole(step)
 
     def learn(self, verdict: Verdict) -> bool:
         """What was said of the steps after the copies; True if one has proven healthy."""
@@ -219,11 +246,7 @@ class Candidates:
 
     def close(self, *, alone: bool) -> None:
         """Wait for the checkpoint that is being written; `alone` asks no other process."""
-        if alone:
-            self._disk.abandon()
-        else:
-            self._disk.settle()
-        self._disk.close()
+        self._disk.close(alone=alone)
 
     def _judge(self, snapshot: Snapshot | None, verdict: Verdict) -> bool:
         """Whether no NaN speaks against a state: one in its optimizer or its parameters does.

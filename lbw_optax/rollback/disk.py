@@ -66,6 +66,7 @@ class Disk:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._folder, self._cadence, self._probation = folder, cadence, probation
+        self.where = str(folder.path)
         self._judge, self._clock = judge, clock
         self.journal = folder.read()
         self._newest: _Copy | None = None
@@ -82,6 +83,11 @@ class Disk:
         self._copy_bytes = 0
 
     @property
+    def cadence(self) -> str:
+        """In words."""
+        return str(self._cadence)
+
+    @property
     def nbytes(self) -> int:
         """Of this process's part of all checkpoints; 0 until one is written."""
         return self._copy_bytes * len(self.journal.checkpoints)
@@ -92,8 +98,9 @@ class Disk:
         """Steps that could be resumed from."""
         return sorted(self.journal.checkpoints) or self._folder.found()
 
-    def begin(self, snapshot: Snapshot) -> None:
+    def begin(self, tree: PyTree) -> Snapshot | None:
         """The state that a run starts from may be gone back to; it is written on return."""
+        snapshot = snapshots.take(0, tree, for_disk=True)
         step, self._copy_bytes = snapshot.step, snapshot.nbytes
         try:
             self._folder.tidy(self.journal)
@@ -110,6 +117,7 @@ class Disk:
         self._count_from(step)
         self._cadence.saved(step)
         self._sums = step, snapshot.sums
+        return snapshot
 
     def resume(self, like: PyTree) -> tuple[int, PyTree]:
         """The newest checkpoint that can be read; newer ones of this run are gone."""
@@ -310,8 +318,15 @@ class Disk:
                 "the one that save was given, which is not saved: save it at a later step."
             )
 
-    def close(self) -> None:
-        """The calls of `step` since the journal was written are counted in the next process too."""
+    def close(self, *, alone: bool) -> None:
+        """Wait for what is being written; `alone` asks no other process.
+
+        The calls of `step` since the journal was written are counted in the next process too.
+        """
+        if alone:
+            self._abandon()
+        else:
+            self.settle()
         if self.journal.calls == self._calls:
             return
         self._calls = self.journal.calls
@@ -354,7 +369,7 @@ class Disk:
         else:
             self._settled()
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         """Wait for the checkpoint that is being written, without the other processes."""
         if self._newest is not None and self._newest.write is not None:
             try:

@@ -155,7 +155,7 @@ class Folder:
 
     def _claim(self) -> None:
         try:
-            self.path.joinpath("checkpoints").mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileIO(self.path / "lock", "a")
         except OSError as error:
             raise OSError(

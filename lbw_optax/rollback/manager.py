@@ -23,6 +23,7 @@ from lbw_optax.rollback import agreement, cadence, verdict
 from lbw_optax.rollback.agreement import first_text, from_all, is_stack_of_equals
 from lbw_optax.rollback.arrivals import Arrivals
 from lbw_optax.rollback.candidates import MEASURED, Candidates, Plan
+from lbw_optax.rollback.checkpointers import Checkpointer, Restore
 from lbw_optax.rollback.checkpoints import OtherModel, Unreadable
 from lbw_optax.rollback.folder import Folder
 from lbw_optax.rollback.journal import Rollback
@@ -100,8 +101,19 @@ class RollbackManager:
     With several processes all make the same calls, over one shared directory; what goes wrong on
     one of them is a warning or an error on all.
 
+    With a `checkpointer`, a manager of Orbax that is yours, you save, and nothing else is written
+    to disk but a journal, in a folder beside its directory: ``checkpoints.rollback`` beside
+    ``checkpoints``. Its steps must be those that are handed in here. A rollback goes to the newest
+    proven state in memory or of yours, which your manager restores, and asks it to delete what this
+    run has saved after that. What it keeps and deletes else is up to its own policies.
+
     Args:
-      directory: for the checkpoints, made if it is missing; one run at a time.
+      directory: for the checkpoints, made if it is missing; one run at a time. None with a
+        `checkpointer`.
+      checkpointer: an `orbax.checkpoint.CheckpointManager`, or a `Checkpointer` of its v1 API, open
+        as long as this one is.
+      restore: with a `checkpointer`, from a step and an abstract state to a state, where it takes
+        other arguments than ``StandardRestore(abstract)``, or in v1 ``load(step, abstract)``.
       max_distance: no rollback is longer, in steps, and no two calls of `step` are further apart.
       save_every: steps between checkpoints on disk; or a `datetime.timedelta`, for so much time and
         at least 100 steps; or a `SaveDecisionPolicy` of Orbax. Only where there are no copies in
@@ -148,8 +160,10 @@ class RollbackManager:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | None = None,
         *,
+        checkpointer: Any = None,
+        restore: Restore | None = None,
         max_distance: int = 50,
         save_every: int | timedelta | SaveDecisionPolicy = cadence.DEFAULT,
         snapshot_every: int | Literal["measured"] | None = MEASURED,
@@ -158,17 +172,19 @@ class RollbackManager:
         max_rollbacks: int = 5,
         reasons: Collection[str] = verdict.ASKS,
     ):
+        theirs = _checkpointer_of(checkpointer, restore, directory, save_every)
         _validate_counts(max_distance, snapshot_every, probation, max_rollbacks)
         # Without copies in memory it is the checkpoints that keep `max_distance`.
         most = max_distance // 2 if snapshot_every is None else None
         saves = cadence.of(save_every, most=most)
         plan = Plan(saves, snapshot_every, probation, max_distance, _validate_share(overhead))
-        _validate_distance(plan)
+        if theirs is None or snapshot_every is not None:
+            _validate_distance(plan)
         self._reasons = verdict.reasons_of(reasons)
         self._max_distance, self._max_rollbacks = max_distance, max_rollbacks
-        self._folder = Folder(path_of(directory, "directory"))
+        self._folder = Folder(theirs.journal if theirs else path_of(directory, "directory"))
         try:
-            self._candidates = Candidates(self._folder, plan)
+            self._candidates = Candidates(self._folder, plan, theirs)
         except ValueError:
             self._folder.release()
             raise
@@ -422,7 +438,7 @@ class RollbackManager:
         newest = None if self._resumed else max(self._candidates.found(), default=None)
         if newest is not None:
             raise ValueError(
-                f"{self._folder.path} holds checkpoints up to step {newest} of an earlier "
+                f"{self._candidates.where} holds checkpoints up to step {newest} of an earlier "
                 "run: begin with step, tree = rollback.resume(tree), or pass an empty directory."
             )
         self._resumed = True
@@ -493,7 +509,7 @@ class RollbackManager:
 
     def _keep_arrival(self, step: int, tree: PyTree) -> None:
         """A run that is killed now comes by this step again: then the guard is to be as it is."""
-        oldest = min(self._journal.checkpoints, default=step)
+        oldest = min(self._journal.checkpoints, default=0)
         wanted = [self._batch_at(start) for start, _ in self._journal.jumps if start >= oldest]
         try:
             self._arrivals.save(*self._batch_at(step), tree, wanted)
@@ -532,8 +548,29 @@ class RollbackManager:
         left = "none" if newest is None else f"of step {newest}"
         return (
             f". Rollbacks so far: {said or 'none'}. The newest checkpoint in "
-            f"{self._folder.path} is {left}: look at the data and the learning rate"
+            f"{self._candidates.where} is {left}: look at the data and the learning rate"
         )
+
+
+def _checkpointer_of(
+    checkpointer: Any, restore: Restore | None, directory: Any, save_every: Any
+) -> Checkpointer | None:
+    """The user's own checkpoint manager, None if there is none to be used."""
+    if checkpointer is None and restore is not None:
+        raise ValueError("restore says how a checkpointer restores: pass checkpointer=, too.")
+    if checkpointer is None:
+        return None
+    if directory is not None:
+        raise ValueError(
+            "Pass a directory, for checkpoints that RollbackManager writes, or a checkpointer, "
+            "which writes its own, not both."
+        )
+    if save_every is not cadence.DEFAULT:
+        raise ValueError(
+            "save_every is for checkpoints that RollbackManager writes: when yours are due is up "
+            "to your checkpointer."
+        )
+    return Checkpointer(checkpointer, restore)
 
 
 def _validate_counts(

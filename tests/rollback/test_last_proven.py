@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -18,48 +17,10 @@ from lbw_optax.rollback.last_proven import PATIENCE, LastProven
 
 ocp = pytest.importorskip("orbax.checkpoint", reason="needs the extra rollback")
 from orbax.checkpoint import checkpoint_managers as policies  # noqa: E402
-from orbax.checkpoint import v1  # noqa: E402
+from team_managers import V0, V1  # noqa: E402
 
 EVERY_10 = policies.FixedIntervalPolicy(10)
 BAD = (np.full((16, 4), np.nan, np.float32), np.zeros((16, 3), np.float32))
-
-
-class V0:
-    """A `CheckpointManager`, as most teams have it."""
-
-    def __init__(self, directory, save, preserve):
-        options = ocp.CheckpointManagerOptions(
-            save_decision_policy=save, preservation_policy=preserve
-        )
-        self.manager = ocp.CheckpointManager(directory, options=options)
-
-    def save(self, step, tree):
-        return self.manager.save(step, args=ocp.args.StandardSave(tree))
-
-    def load(self, step, like):
-        return self.manager.restore(step, args=ocp.args.StandardRestore(like))
-
-    def steps(self):
-        self.manager.wait_until_finished()
-        return self.manager.all_steps()
-
-
-class V1:
-    """A `Checkpointer` of the API that comes."""
-
-    def __init__(self, directory, save, preserve):
-        self.manager = v1.training.Checkpointer(
-            directory, save_decision_policy=save, preservation_policy=preserve
-        )
-
-    def save(self, step, tree):
-        return self.manager.save(step, tree)
-
-    def load(self, step, like):
-        return self.manager.load(step, jax.tree.map(v1.arrays.to_shape_dtype_struct, like))
-
-    def steps(self):
-        return [x.step for x in self.manager.checkpoints]
 
 
 @contextlib.contextmanager
