@@ -294,7 +294,9 @@ class AuditLog:
         known: dict[str, dict[int, dict[str, Any]]] = {}
         count = 0
         open_rows: dict[str, dict[str, Any]] = {}
+        act: dict[str, bool] = {}
         for path, guard in zip(paths, guards.values(), strict=True):
+            act[path] = sentences.acts(of_one_run(guard))
             fresh = self._news(path, of_one_run(guard), step)
             before = [self._open_rows[path]] if path in self._open_rows else []
             lines = _in_rows(before, fresh)
@@ -313,7 +315,8 @@ class AuditLog:
             in_ring = range(recorded - ring.SIZE, recorded)
             self._known[path] = {n: line for n, line in known[path].items() if n in in_ring}
         for line in said:
-            tell(self._listeners, *sentences.logged(line), step, as_json(line))
+            told = sentences.logged(line, acts=act[line.get("guard", "")])
+            tell(self._listeners, *told, step, as_json(line))
         return count
 
     def note(self, recorded_at: int, **facts: Any) -> None:

@@ -40,11 +40,12 @@ def explain(guard: GuardState) -> str:
         return (
             f"Asking for a rollback at step {int(guard.guard_steps)}: "
             f"{ASKS[Reason(int(guard.law.divergence.rollback_asked))]}. RollbackManager answers; "
-            "without one, restore a checkpoint, or go on with lbw_optax.reset(state)."
+            "without one, restore a checkpoint from before it began to ask (rollback_asked in the "
+            "log), or go on with lbw_optax.reset(state)."
         )
     sentence = _scaling(guard) + _rejecting(guard) + _risking(guard)
     return (
-        sentence if _acts(guard) else f"{_only_watches(guard)} Governing, it would say: {sentence}"
+        sentence if acts(guard) else f"{_only_watches(guard)} Governing, it would say: {sentence}"
     )
 
 
@@ -59,7 +60,7 @@ def exhausted(guard: GuardState) -> str:
         f"The guard is exhausted after {int(guard.guard_steps)} steps: {int(held.skips)} "
         f"skipped in all, {int(held.skips_in_a_row)} in a row, scale "
         f"{math.exp(held.log_scale):.3g}, regime {REGIMES[held.regime]}. Last interventions: "
-        f"{told}. {kept if _acts(guard) else _only_watches(guard)}{asks} Look at the data and the "
+        f"{told}. {kept if acts(guard) else _only_watches(guard)}{asks} Look at the data and the "
         "learning rate, restore an earlier checkpoint, or go on with lbw_optax.reset(state), which "
         "clears this."
     )
@@ -80,10 +81,22 @@ def _scaling(guard: GuardState) -> str:
     if not (held.settled or rests):
         return f"Soft start, step {step}: updates at {scale}, growing while steps fall short."
     since = step - 1 - int(held.rest.steps) if rests else None
-    return (
-        f"Holding updates at {scale}{_since(guard, since)}: the learning rate looks "
-        f"{_plain(math.exp(-held.log_scale))} times too high."
-    )
+    high = too_high(math.exp(held.log_scale), acts=acts(guard))
+    return f"Holding updates at {scale}{_since(guard, since)}: {high}."
+
+
+def too_high(scale: float, *, acts: bool) -> str:
+    """What a scale below 1 says of the learning rate.
+
+    Only where it is applied does it come to rest where steps are right. Else nothing answers, and
+    it falls on with every step: how far tells the time, not the rate.
+
+    >>> too_high(0.02, acts=True)
+    'the learning rate looks 50 times too high'
+    """
+    if acts:
+        return f"the learning rate looks {_plain(1 / max(scale, 1e-30))} times too high"
+    return "the learning rate looks too high, by how much only a guard that governs can tell"
 
 
 def _rejecting(guard: GuardState) -> str:
@@ -120,15 +133,19 @@ def cause(action: str, signal: str) -> str:
     return CAUSES.get(signal, signal)
 
 
-def logged(line: dict[str, Any]) -> tuple[int, str]:
-    """An intervention as the audit log has it, for the `logging` module: level and sentence."""
+def logged(line: dict[str, Any], *, acts: bool = True) -> tuple[int, str]:
+    """An intervention as the audit log has it, for the `logging` module: level and sentence.
+
+    `acts` says whether the guard's decisions are applied.
+    """
     action, step = line["action"], line.get("step")
     level = logging.INFO if action in ("recover", "hold", "cut", "restored") else logging.WARNING
     where = f"{line['guard']}: " if line.get("guard") else ""
-    return level, where + (_say(line) if step is None else f"Step {step}: {_say(line)}.")
+    said = _say(line, acts)
+    return level, where + (said if step is None else f"Step {step}: {said}.")
 
 
-def _say(line: dict[str, Any]) -> str:
+def _say(line: dict[str, Any], acts: bool) -> str:
     action, why = line["action"], cause(line["action"], str(line.get("signal", "")))
     if action == "lost":
         return f"{line['interventions']} interventions were not read in time, and are lost."
@@ -137,7 +154,7 @@ def _say(line: dict[str, Any]) -> str:
             "The run went on from an older state: interventions from number "
             f"{line['from_number']} on are written anew."
         )
-    share, many = _plain(100 * line["rate_multiple"]), _plain(1 / max(line["rate_multiple"], 1e-30))
+    share = _plain(100 * line["rate_multiple"])
     rows = f" {line['count']} times, to step {line['last_step']}" if "count" in line else ""
     return {
         "skip": f"skipped{rows}, because {why}",
@@ -145,7 +162,7 @@ def _say(line: dict[str, Any]) -> str:
         "hold": f"no growth of the updates for a while, at {share} %: {why}",
         "cut": f"updates cut to {share} %: {why}",
         "recover": f"updates grow again, at {share} %",
-        "held": f"holding updates at {share} %: the learning rate looks {many} times too high",
+        "held": f"holding updates at {share} %: {too_high(line['rate_multiple'], acts=acts)}",
         "rejecting": (
             f"{_plain(100 * line.get('value', 0.0))} % of the steps of late were rejected, the "
             f"newest for this: {why}; look at the data"
@@ -154,10 +171,12 @@ def _say(line: dict[str, Any]) -> str:
             f"the run may diverge within 10 steps, with probability "
             f"{_plain(100 * line.get('value', 0.0))} %: {why}; nothing is done for this alone"
         ),
-        "rollback": (
-            f"back from step {line.get('from_step')} to {line.get('to_step')}, because {why}"
-        ),
+        "rollback": _back(line.get("from_step"), line.get("to_step"), why),
     }.get(action, action)
+
+
+def _back(from_step: int | None, to_step: int | None, why: str) -> str:
+    return f"back from step {from_step} to {to_step}, because {why}"
 
 
 def _plain(x: float) -> str:
@@ -171,8 +190,7 @@ def _plain(x: float) -> str:
 
 def _tell(event: Event) -> str:
     if event.from_step is not None:
-        why = cause(event.action, event.signal)
-        return f"step {event.from_step}: back to {event.to_step}, because {why}"
+        return _back(event.from_step, event.to_step, cause(event.action, event.signal))
     return (
         f"step {event.step}: {event.action} for {event.signal} = {event.value:.3g} "
         f"(threshold {event.threshold:.3g})"
@@ -194,7 +212,7 @@ def _since(guard: GuardState, rests_since: int | None) -> str:
     return f" since step {cuts[-1]}" if cuts else " since the start"
 
 
-def _acts(guard: GuardState) -> bool:
+def acts(guard: GuardState) -> bool:
     """Whether its decisions are applied: not when it observes, nor before an optimizer."""
     return int(guard.mode) == Mode.GOVERN and guard.probe.parameters is None
 

@@ -47,8 +47,9 @@ class Event(NamedTuple):
       threshold: for that signal; of a rollback None.
       action: "skip", "clip" (of a gradient), "cut", "hold" (no growth of the scale), "recover",
         "held" (the scale has come to rest well below 1: the learning rate looks 1 / scale_after
-        times too high), "rejecting" (the share of rejected steps is high in the long run: value),
-        "alarm" (a divergence within ten steps has the probability value) or "rollback".
+        times too high, if the guard governs; one that observes cannot tell), "rejecting" (the share
+        of rejected steps is high in the long run: value), "alarm" (a divergence within ten steps
+        has the probability value) or "rollback".
       scale_before: before the step.
       scale_after: after it.
       from_step: of a rollback, the step that it left.

@@ -14,7 +14,7 @@ import numpy as np
 
 from lbw_optax.law.divergence import Reason
 from lbw_optax.report import sampling, words
-from lbw_optax.report.reading import Run, kept, steps
+from lbw_optax.report.reading import Run, kept, steps, watches
 from lbw_optax.sentences import ASKS, CAUSES, logged
 
 WIDTH, LEFT, RIGHT = 1000, 62, 960
@@ -521,7 +521,8 @@ def _lane(
     groups = np.split(
         order, np.flatnonzero(np.diff(sampling.bucket_of(at[order], *frame[:2], buckets))) + 1
     )
-    marks = [_mark([lines[i] for i in group], shape, frame, y) for group in groups]
+    acts = not watches(run)
+    marks = [_mark([lines[i] for i in group], shape, frame, y, acts) for group in groups]
     return (
         f'<text class="tick end" x="{LEFT - 6}" y="{y + 3.5}">{_SHORT.get(action, action)}</text>'
         f'<path class="grid" d="M{LEFT} {y}H{RIGHT}"/>'
@@ -533,11 +534,11 @@ def _lane(
 _SHORT = {"rollback": "back", "asked": "back?", "seen": "jump", "rejecting": "rejects"}
 
 
-def _mark(lines: list[dict[str, Any]], shape: str, frame: Frame, y: float) -> str:
+def _mark(lines: list[dict[str, Any]], shape: str, frame: Frame, y: float, acts: bool) -> str:
     """One mark; what it shows on hover is the first line as the audit log has it."""
     first, last = lines[0], lines[-1]
     total = sum(words.multiplicity(line) for line in lines)
-    said = said_of(first)
+    said = said_of(first, acts=acts)
     if len(lines) > 1:
         end = last.get("last_step", last["step"])
         said = f"{total} times, step {first['step']} to {end}. The first: {said}"
@@ -554,8 +555,11 @@ def _mark(lines: list[dict[str, Any]], shape: str, frame: Frame, y: float) -> st
     )
 
 
-def said_of(line: dict[str, Any]) -> str:
-    """An intervention in a sentence; of a line that lacks something, what it has."""
+def said_of(line: dict[str, Any], *, acts: bool = True) -> str:
+    """An intervention in a sentence; of a line that lacks something, what it has.
+
+    `acts` says whether the guard's decisions were applied.
+    """
     try:
         if line["action"] == "asked":
             why = ASKS[Reason[line["signal"].upper()]]
@@ -563,6 +567,6 @@ def said_of(line: dict[str, Any]) -> str:
         if line["action"] == "seen":
             row = f", {line['count']} times to step {line['last_step']}" if "count" in line else ""
             return f"Step {line['step']}: {CAUSES[line['signal']]}{row}."
-        return logged(line)[1]
+        return logged(line, acts=acts)[1]
     except (AttributeError, KeyError, TypeError, ValueError):
         return f"Step {line.get('step', '?')}: {line['action']}."

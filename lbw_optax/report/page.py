@@ -10,7 +10,7 @@ import numpy as np
 
 from lbw_optax.report import charts, heat, words
 from lbw_optax.report.diagnosis import Finding, of_columns
-from lbw_optax.report.reading import Run, kept, steps
+from lbw_optax.report.reading import Run, kept, steps, watches
 
 # What a file of ours begins with; nothing else is ever overwritten.
 BEGINNING = "<!doctype html><!-- lbw-report -->"
@@ -204,7 +204,8 @@ def _key(told: Sequence[Told]) -> str:
         "A cross at the upper edge is a number that is not finite. Faint dots are steps that were "
         "undone and made again; an arrow leads from the step that was left to that gone back to. "
         "A dashed line, or a short dash, is a threshold as it was recorded. Steps of interventions "
-        "are the guard's own count, from 0.",
+        "are the guard's own count, from 0, as that of the batches; a line of the log counts the "
+        "updates made: what was done in step 30 is in the log at step 31.",
         "Keys: Tab to a lane of marks, left and right in it; a mark shows its line of the audit "
         "log. Left and right in a chart move the reading.",
     ]
@@ -222,7 +223,8 @@ def _table(run: Run) -> str:
     if len(shown) > 2 * ROWS:
         shown = [*shown[:ROWS], *shown[-ROWS:]]
     left_out = len(run.audit) - len(shown)
-    items = [f"<li>{escape(charts.said_of(line))}</li>" for line in shown]
+    acts = not watches(run)
+    items = [f"<li>{escape(charts.said_of(line, acts=acts))}</li>" for line in shown]
     if left_out:
         items.insert(ROWS, f"<li>… {left_out:,} more, which the audit log has …</li>")
     title = f"{words.plural(len(run.audit), 'line')} of the audit log: {escape(run.name)}"

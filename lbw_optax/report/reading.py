@@ -11,6 +11,7 @@ import numpy as np
 from lbw_optax import orders
 from lbw_optax.report import columns as parse
 from lbw_optax.report.columns import Columns
+from lbw_optax.state import Mode
 
 
 class Run(NamedTuple):
@@ -44,6 +45,11 @@ def read(path: Path) -> Run:
     if not path.exists():
         raise FileNotFoundError(2, "there is no such file or directory", str(path))
     return _read_directory(path) if path.is_dir() else _read_file(path)
+
+
+def watches(run: Run) -> bool:
+    """Whether the guard, at the end, observed and did not act."""
+    return bool((run.columns.get("mode", np.zeros(0))[-1:] == Mode.OBSERVE).any())
 
 
 def _read_directory(path: Path) -> Run:

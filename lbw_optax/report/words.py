@@ -12,8 +12,8 @@ import numpy as np
 
 from lbw_optax.law.control import LOW
 from lbw_optax.law.divergence import SKIP_STEPS, Reason
-from lbw_optax.report.reading import Run, kept, steps
-from lbw_optax.sentences import ASKS, cause
+from lbw_optax.report.reading import Run, kept, steps, watches
+from lbw_optax.sentences import ASKS, cause, too_high
 from lbw_optax.state import Mode
 
 # Of a cause, what to look at. {step} is the first, {where} names the first few.
@@ -45,15 +45,18 @@ _DONE = {
     "cut": "cut the updates {times}",
     "hold": "held their growth back {times}",
 }
+# What told of a jump that the loss has not come back from, and the loss before it and at the end.
+_Risen = tuple[dict[str, Any], float, float]
 
 
 def paragraph(run: Run) -> str:
     """What happened in a guarded run, in plain words."""
     troubles = [line for line in run.audit if line["action"] in (*_DONE, "rollback")]
     sentences = [_extent(run), _watched(run)]
-    what_to_do = _advice(run, troubles)
-    last = _ends_with(run, troubles)
-    is_urgent = _asks(run) is not None or (last is not None and last is not troubles[0])
+    asks, risen = _asks(run), _risen(run, troubles)
+    what_to_do = _advice(run, troubles, asks, risen)
+    last = _ends_with(run, troubles, risen)
+    is_urgent = asks is not None or (last is not None and last is not troubles[0])
     if is_urgent:
         # What the reader must know stands first; what came before it and was got over, later.
         sentences += [what_to_do, _done(run.audit)]
@@ -168,10 +171,13 @@ def _extent(run: Run) -> str:
 
 
 def _watched(run: Run) -> str:
-    mode = run.columns.get("mode", np.zeros(0))
-    if not len(mode) or mode[-1] != Mode.OBSERVE:
+    if not watches(run):
         return ""
-    return "The guard only watched: no update was changed, and all of this it would have done."
+    acted = np.flatnonzero(run.columns["mode"] == Mode.GOVERN)
+    if not len(acted):
+        return "The guard only watched: no update was changed, and all of this it would have done."
+    since = steps(run.columns)[acted[-1] + 1]
+    return f"From step {since:,.0f} on the guard only watched, and changed no update."
 
 
 def _first(line: dict[str, Any], what: str) -> str:
@@ -256,7 +262,11 @@ def _scale(run: Run) -> str:
     last = _last_scale(run)
     if last is None:
         return ""
-    if last < LOW and not _is_held_by_order(run):
+    low = last < LOW and not _is_held_by_order(run)
+    if watches(run):  # nothing answers its scale, which falls on with every step
+        would = f"the guard would hold the updates down: {too_high(last, acts=False)}"
+        return f"At the end {would}." if low else ""
+    if low:
         return (
             f"At the end the updates are held at {number(100 * last)} %: the learning rate looks "
             f"{number(1 / last)} times too high."
@@ -291,15 +301,16 @@ def _end(run: Run) -> str:
     )
 
 
-def _ends_with(run: Run, troubles: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _ends_with(
+    run: Run, troubles: list[dict[str, Any]], risen: _Risen | None
+) -> dict[str, Any] | None:
     """The trouble that the run has not got over, if there is one."""
     if not troubles:
         return None
-    risen = _risen(run, troubles)
     return _began(troubles) if _is_lost(run) else None if risen is None else risen[0]
 
 
-def _risen(run: Run, troubles: list[dict[str, Any]]) -> tuple[dict[str, Any], float, float] | None:
+def _risen(run: Run, troubles: list[dict[str, Any]]) -> _Risen | None:
     """A jump that the loss has not come back from: what told of it, the loss before and at the end.
 
     So much is left that it is more than a quarter of all that the loss had fallen, and that no loss
@@ -342,9 +353,13 @@ def _gave_up(run: Run) -> bool:
     return bool((run.columns.get("exhausted", np.zeros(0))[-1:] == 1).any())
 
 
-def _advice(run: Run, troubles: list[dict[str, Any]]) -> str:
+def _advice(
+    run: Run,
+    troubles: list[dict[str, Any]],
+    asked: tuple[int, Reason] | None,
+    risen: _Risen | None,
+) -> str:
     last = _last_scale(run)
-    asked = _asks(run)
     if asked is not None:
         step, reason = asked
         what = f"From step {step:,} on the guard asked to go back, and nobody did: {ASKS[reason]}."
@@ -356,7 +371,6 @@ def _advice(run: Run, troubles: list[dict[str, Any]]) -> str:
         line = _began(troubles)
         what = f"{gave_up}; what ended it began at step {line['step']:,}: {_why(line)}."
         return f"{what} {advice(str(line.get('signal', '')), line['step'], lost=True)}"
-    risen = _risen(run, troubles)
     if risen is not None:
         line, before, after = risen
         on = f"all steps from {line['step']:,} on"
@@ -367,7 +381,11 @@ def _advice(run: Run, troubles: list[dict[str, Any]]) -> str:
         )
     rate = ""
     if last is not None and last < LOW and not _is_held_by_order(run):
-        rate = f"What to do: lower the learning rate to about {last:.2g} times what it is."
+        rate = (
+            "What to do: lower the learning rate, or let the guard govern, which finds by how much."
+            if watches(run)
+            else f"What to do: lower the learning rate to about {last:.2g} times what it is."
+        )
     weight = Counter[str]()
     for line in troubles:
         if line["action"] in ("skip", "clip") or (line["action"] == "hold" and not rate):

@@ -10,7 +10,6 @@ from lbw_optax import orders
 from lbw_optax.watch import keyboard
 from lbw_optax.watch.following import Following, finished
 
-KEYS = {"h": "hold", "f": "release", "o": "observe", "g": "govern", "b": "rollback"}
 # Lines of the screen that are not interventions.
 OTHER_LINES = 14
 
@@ -74,20 +73,20 @@ def _show(run: Path, once: bool) -> int:
     if once or not (console.is_terminal and sys.stdin.isatty()):
         console.print(drawn(""))
         return 0
-    said, asked = screen.KEYS, ""
+    said, asked = screen.HELP, ""
     with (
         keyboard.unbuffered(),  # before anything is shown: what is pressed then counts
         Live(drawn(said), console=console, screen=True, auto_refresh=False) as live,
     ):
-        while (key := keyboard.pressed(0.5)) != "q":
+        while (key := keyboard.pressed(0.5)) != screen.QUIT:
             if key == "b" and asked != "b":
                 said, asked = "Go back to the last proven state? b again to order it.", "b"
-            elif key in KEYS and finished(run):
+            elif key in screen.KEYS and finished(run):
                 said, asked = "The run has finished: no process is left to obey.", ""
-            elif key in KEYS:
-                given = orders.give(run, KEYS[key])
+            elif key in screen.KEYS:
+                given = orders.give(run, screen.KEYS[key][0])
                 said, asked = f"Ordered: {given.order}. The run obeys within ten steps.", ""
             elif key:
-                said, asked = screen.KEYS, ""
+                said, asked = screen.HELP, ""
             live.update(drawn(said), refresh=True)
     return 0

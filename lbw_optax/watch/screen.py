@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lbw_optax import sentences
+from lbw_optax.state import Mode
 from lbw_optax.watch.following import Seen
 
 
@@ -48,7 +49,16 @@ REGIMES = {
     "recovering": ("r", "cyan"),
 }
 LABEL, NUMBER = 17, 11
-KEYS = "h hold the scale   f free it   o observe   g govern   b roll back   q quit"
+# Of each key: the order that it gives, and what it is called.
+KEYS = {
+    "h": ("hold", "hold the scale"),
+    "f": ("release", "free it"),
+    "o": ("observe", "observe"),
+    "g": ("govern", "govern"),
+    "b": ("rollback", "roll back"),
+}
+QUIT = "q"
+HELP = "   ".join([*(f"{key} {said}" for key, (_, said) in KEYS.items()), f"{QUIT} quit"])
 # A run that was silent for so many of its steps, and so many seconds, may have been killed.
 SILENT_STEPS, SILENT_SECONDS = 20, 60
 
@@ -70,7 +80,7 @@ def screen(name: str, seen: Seen, said: str, now: float, width: int, events: int
         _head(name, seen, now),
         _numbers(seen, width),
         Text(),
-        *(_told(line, width) for line in seen.audit[-events:] if events > 0),
+        *(_told(line, width, not _watches(seen)) for line in seen.audit[-events:] if events > 0),
         Text() if seen.audit else Text("No interventions yet.", "dim"),
         Text(said, "dim", overflow="ellipsis", no_wrap=True),
     )
@@ -162,10 +172,16 @@ def _strip(regimes: Sequence[str], width: int) -> Text:
     return strip
 
 
-def _told(line: dict[str, Any], width: int) -> Text:
+def _watches(seen: Seen) -> bool:
+    """Whether the guard observes now, and does not act."""
+    return seen.columns.get("mode", [0.0])[-1] == Mode.OBSERVE
+
+
+def _told(line: dict[str, Any], width: int, acts: bool) -> Text:
     """An intervention or an order, in a line; as it stands if it is of another version."""
     try:
-        told = told_order(line) if line.get("action") == "order" else sentences.logged(line)[1]
+        is_order = line.get("action") == "order"
+        told = told_order(line) if is_order else sentences.logged(line, acts=acts)[1]
     except (KeyError, TypeError, ValueError):
         told = json.dumps(line)
     return Text(told[:width], overflow="ellipsis", no_wrap=True)

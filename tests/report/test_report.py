@@ -1,5 +1,6 @@
 """The page of a run: its numbers against the files, its extremes, its size, and bad input."""
 
+import functools
 import html
 import json
 import math
@@ -10,7 +11,10 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from support import storm
 
@@ -164,6 +168,48 @@ def test_a_guard_that_only_watched_is_told_of():
     watched, acted = (told(FALLING, [EARLY], mode=np.full(223, x)) for x in (1.0, 0.0))
     assert "The guard only watched: no update was changed" in watched
     assert "only watched" not in acted
+    both = told(FALLING, [EARLY], mode=np.repeat([0.0, 1.0], [100, 123]))
+    assert "From step 101 on the guard only watched, and changed no update" in both
+
+
+@functools.cache
+def two_layers():
+    """AdamW, observed, on a small made task; its tuned rate is about 0.005. (scales, loss)"""
+    keys = jax.random.split(jax.random.key(1), 4)
+    into, out = jax.random.normal(keys[0], (8, 12)) / 3, jax.random.normal(keys[1], (12, 2)) / 3
+    params = [jax.random.normal(keys[2], (8, 24)) / 3, jax.random.normal(keys[3], (24, 2)) / 5]
+
+    @jax.jit
+    def run(rate):
+        tx = lbw_optax.lbw_guard(optax.adamw(rate), mode="observe")
+
+        def one(carry, key):
+            x = jax.random.normal(key, (16, 8))
+            y = jnp.tanh(x @ into) @ out + 0.1 * jax.random.normal(key, (16, 2))
+            loss_of = lambda p: jnp.mean((jnp.tanh(x @ p[0]) @ p[1] - y) ** 2)  # noqa: E731
+            loss, grads = jax.value_and_grad(loss_of)(carry[0])
+            updates, state = tx.update(grads, carry[1], carry[0], value=loss)
+            new = optax.apply_updates(carry[0], updates), state
+            return new, (lbw_optax.metrics(state)["scale"], loss)
+
+        key = jax.random.split(jax.random.key(2), 300)
+        (_, state), (scale, loss) = jax.lax.scan(one, (params, tx.init(params)), key)
+        return state, scale, loss
+
+    return run
+
+
+@pytest.mark.parametrize("times", [0.3, 10, 30, 100])
+def test_an_observed_run_is_told_a_direction_and_no_number(times):
+    """Nothing answers an observed scale, which falls with time: it read 648 at 3 times the rate."""
+    state, scale, loss = two_layers()(0.005 * times)
+    lines = [x._asdict() | {"rate_multiple": x.scale_after} for x in lbw_optax.events(state)]
+    story = told(loss, lines, scale=np.asarray(scale), mode=np.ones(300))
+    said = [story, lbw_optax.explain(state), *(charts.said_of(x, acts=False) for x in lines)]
+    assert not [x for x in said if re.search(r"\d times too high|to about \d", x)]
+    high = "the learning rate looks too high, by how much only a guard that governs can tell"
+    assert (high in story) == (times > 1)
+    assert ("What to do: lower the learning rate, or let the guard govern" in story) == (times > 1)
 
 
 def test_the_share_of_rejected_steps_is_no_threshold_of_the_loss(tmp_path):
