@@ -16,15 +16,12 @@ from lbw_optax.law.divergence import Reason
 from lbw_optax.report import columns as parse
 from lbw_optax.report import reading
 from lbw_optax.report.columns import Columns
+from lbw_optax.report.levels import LEFT_OF_RISE, LEVEL, levels, rises_from
 from lbw_optax.report.words import NEAR, advice, number, plural
 from lbw_optax.sentences import ASKS, CAUSES
 
 # The law goes through a log in pieces of this length, so that it is compiled once.
 PIECE = 4096
-# The level of a loss, in words, is the median of this many entries.
-LEVEL = 10
-# A loss has come back when less than this share of its rise is left.
-LEFT_OF_RISE = 0.1
 # Differences between neighbouring levels of the loss that a slow rise must exceed.
 MANY = 10
 
@@ -299,28 +296,21 @@ def _has_risen(loss: np.ndarray) -> bool:
     That is by more than its levels differ from one to the next, many times over, and by more than a
     tenth of all that it had fallen.
     """
-    levels = _levels(loss)
-    if len(levels) < 5:
+    found = levels(loss)
+    if len(found) < 5:
         return False
-    rise, noise = np.median(levels[-3:]) - levels.min(), np.median(np.abs(np.diff(levels)))
-    return bool(rise > max(MANY * noise, LEFT_OF_RISE * (levels[0] - levels.min())))
+    rise, noise = np.median(found[-3:]) - found.min(), np.median(np.abs(np.diff(found)))
+    return bool(rise > max(MANY * noise, LEFT_OF_RISE * (found[0] - found.min())))
 
 
 def _has_come_back(asked: Finding, step: np.ndarray, loss: np.ndarray) -> bool:
     """Whether the loss ends near the lowest level that it had before the guard would have asked."""
-    before = _levels(loss[step < asked.step])
+    before = levels(loss[step < asked.step])
     after = loss[(step >= asked.step) & np.isfinite(loss)]
     if not (len(before) and len(after)):
         return False
     lowest, end = before.min(), np.median(after[-LEVEL:])
     return bool(end - lowest <= LEFT_OF_RISE * max(after.max() - lowest, 0.0))
-
-
-def _levels(loss: np.ndarray) -> np.ndarray:
-    """The median of each stretch of `LEVEL` finite losses."""
-    finite = loss[np.isfinite(loss)]
-    whole = finite[: len(finite) // LEVEL * LEVEL].reshape(-1, LEVEL)
-    return np.median(whole if len(whole) else finite[None], axis=1) if len(finite) else finite
 
 
 def _sentence(
@@ -340,10 +330,10 @@ def _sentence(
     if not said:
         first = findings[0] if asked is None else _led_to(asked, findings)
         said = _troubles(first, asked, findings, step, loss)
-        began = first.step if asked is not first else _rises_from(asked.step, step, loss)
+        began = first.step if asked is not first else rises_from(asked.step, step, loss)
         what_to_do = advice(_cause(first), began, lost=verdict == "diverged")
     else:
-        began = _rises_from(int(step[-1]), step, loss)
+        began = rises_from(int(step[-1]), step, loss)
         what_to_do = advice("loss", began, lost=True)
     stood_out = sum(x.times for x in findings if x.signal != "rollback")
     came_of_it = {
@@ -359,7 +349,7 @@ def _sentence(
 def _risen(findings: tuple[Finding, ...], step: np.ndarray, loss: np.ndarray) -> list[str]:
     singly = sum(x.times for x in findings)
     before = f" {plural(singly, 'entry')} stood out, singly." if singly else ""
-    began = _rises_from(int(step[-1]), step, loss)
+    began = rises_from(int(step[-1]), step, loss)
     return [
         f"The loss rises from about step {began:,} on, too slowly for a guard to ask to go "
         f"back.{before}"
@@ -397,7 +387,7 @@ def _led_to(asked: Finding, findings: tuple[Finding, ...]) -> Finding:
 def _first(found: Finding, earlier: int, step: np.ndarray, loss: np.ndarray) -> str:
     before = f" ({plural(earlier, 'entry')} had stood out before, singly)" if earlier else ""
     if found.signal == "rollback":
-        since = f" It rises from about step {_rises_from(found.step, step, loss):,} on."
+        since = f" It rises from about step {rises_from(found.step, step, loss):,} on."
         return (
             f"At step {found.step:,} the guard would have asked to go back: {_ask(found)}{before}."
             f"{since if found.reason == 'loss' else ''}"
@@ -418,22 +408,12 @@ def _cause(found: Finding) -> str:
     return found.reason if found.signal == "rollback" else found.signal
 
 
-def _rises_from(at: int, step: np.ndarray, loss: np.ndarray) -> int:
-    """The last step up to that one at which the loss was near its lowest level."""
-    before = np.isfinite(loss) & (step <= at)
-    levels, ends = _levels(loss[before]), step[before][LEVEL - 1 :: LEVEL]
-    if len(ends) < 2:
-        return at
-    low = levels.min() + LEFT_OF_RISE * (levels[-1] - levels.min())
-    return int(ends[np.flatnonzero(levels <= low)[-1]])
-
-
 def _end(loss: np.ndarray) -> str:
-    levels = _levels(loss)
-    if not len(levels):
+    found = levels(loss)
+    if not len(found):
         return ""
     given = loss[~np.isnan(loss)]
     if not np.isfinite(given[-LEVEL:]).any():
-        return f"The loss ends not finite; its lowest level was {number(levels.min())}."
+        return f"The loss ends not finite; its lowest level was {number(found.min())}."
     end = np.median(given[np.isfinite(given)][-LEVEL:])
-    return f"The loss ends at {number(end)}; its lowest level was {number(min(levels.min(), end))}."
+    return f"The loss ends at {number(end)}; its lowest level was {number(min(found.min(), end))}."

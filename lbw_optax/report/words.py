@@ -12,6 +12,7 @@ import numpy as np
 
 from lbw_optax.law.control import LOW
 from lbw_optax.law.divergence import SKIP_STEPS, Reason
+from lbw_optax.report.levels import LEFT_OF_RISE, last_low, levels, lowest_at
 from lbw_optax.report.reading import Run, kept, steps, watches
 from lbw_optax.sentences import ASKS, cause, too_high
 from lbw_optax.state import Mode
@@ -47,14 +48,16 @@ _DONE = {
 }
 # What told of a jump that the loss has not come back from, and the loss before it and at the end.
 _Risen = tuple[dict[str, Any], float, float]
+# Where the loss was lowest, and the learning rate there and at the end.
+_Rose = tuple[int, float, float]
 
 
 def paragraph(run: Run) -> str:
     """What happened in a guarded run, in plain words."""
     troubles = [line for line in run.audit if line["action"] in (*_DONE, "rollback")]
     sentences = [_extent(run), _watched(run)]
-    asks, risen = _asks(run), _risen(run, troubles)
-    what_to_do = _advice(run, troubles, asks, risen)
+    asks, risen, rose = _asks(run), _risen(run, troubles), _rate_rose(run)
+    what_to_do = _advice(run, troubles, asks, risen, rose)
     last = _ends_with(run, troubles, risen)
     is_urgent = asks is not None or (last is not None and last is not troubles[0])
     if is_urgent:
@@ -69,6 +72,7 @@ def paragraph(run: Run) -> str:
     else:
         sentences.append("The guard had nothing to do." if run.guarded else "")
     sentences += [_alarms(run), _ordered(run), _scale(run), _end(run)]
+    sentences.append("" if _rate(rose) in what_to_do else _rate(rose))
     sentences.append("" if is_urgent else what_to_do)
     return " ".join(x for x in sentences if x)
 
@@ -342,6 +346,70 @@ def _asks(run: Run) -> tuple[int, Reason] | None:
     return int(steps(run.columns)[since]), Reason(int(asked[-1]))
 
 
+def _length(run: Run, at: int) -> str:
+    """How the parameters' length changed up to that step, if it is logged and jumped."""
+    norm, step = run.columns.get("parameter_norm", np.zeros(0)), steps(run.columns)
+    if len(norm) != len(step):
+        return ""
+    here, before = norm[step == at], norm[np.isfinite(norm) & (step < at)]
+    if not (len(here) and len(before)):
+        return ""
+    if not np.isfinite(here[-1]):
+        return " (their length is not finite)"
+    jumped = not 1 / MUCH < here[-1] / max(before[-1], 1e-30) < MUCH
+    return f" (their length went from {number(before[-1])} to {number(here[-1])})" if jumped else ""
+
+
+def _led_to(run: Run, troubles: list[dict[str, Any]], asked: int, reason: Reason) -> int:
+    """The step at which that began for which the guard asked: it waits until it is sure."""
+    if reason == Reason.SKIPS:
+        rows = [x["step"] for x in troubles if x["action"] == "skip" and x["step"] < asked]
+        return rows[-1] if rows else asked
+    loss, step = run.columns.get("loss", np.zeros(0)), steps(run.columns)
+    if reason != Reason.LOSS or len(loss) != len(step):
+        return asked
+    counts = kept(step)
+    return last_low(asked, step[counts], loss[counts])
+
+
+def _rate_rose(run: Run) -> _Rose | None:
+    """Where the loss was lowest, and the learning rate there and at the end.
+
+    None unless the rate has more than doubled since, and the loss has not come back.
+    """
+    rate, loss = (run.columns.get(x, np.zeros(0)) for x in ("learning_rate", "loss"))
+    step = steps(run.columns)
+    if not len(step) == len(rate) == len(loss):
+        return None
+    good = kept(step) & np.isfinite(rate) & (rate > 0)
+    step, rate, loss = step[good], rate[good], loss[good]
+    found, at = levels(loss), lowest_at(loss)
+    if at is None or rate[-1] <= MUCH * rate[at]:
+        return None
+    is_back = found[-1] - found.min() <= LEFT_OF_RISE * (found[0] - found.min())
+    is_back = is_back and bool(np.isfinite(loss[-10:]).any())
+    return None if is_back else (int(step[at]), float(rate[at]), float(rate[-1]))
+
+
+def _rate(rose: _Rose | None) -> str:
+    if rose is None:
+        return ""
+    step, low, end = rose
+    return (
+        f"The learning rate has risen from {number(low)}, where the loss was lowest at about step "
+        f"{step:,}, to {number(end)}, {number(end / low)} times as much."
+    )
+
+
+def _to_before(rose: _Rose) -> str:
+    return f"to about what it was at step {rose[0]:,}, {number(rose[1])}"
+
+
+# A learning rate that has risen by more than this since the loss was lowest is told of, and so is a
+# length of the parameters that has changed by more in one step.
+MUCH = 2.0
+
+
 def _is_lost(run: Run) -> bool:
     """Whether the guard gave up, or the last losses are not finite."""
     loss = run.columns.get("loss", np.zeros(0))
@@ -358,12 +426,19 @@ def _advice(
     troubles: list[dict[str, Any]],
     asked: tuple[int, Reason] | None,
     risen: _Risen | None,
+    rose: _Rose | None,
 ) -> str:
     last = _last_scale(run)
     if asked is not None:
         step, reason = asked
-        what = f"From step {step:,} on the guard asked to go back, and nobody did: {ASKS[reason]}."
-        return f"{what} {advice(reason.name.lower(), step, lost=True)}"
+        why = ASKS[reason] + (_length(run, step) if reason == Reason.PARAMETERS else "")
+        what = f"From step {step:,} on the guard asked to go back, and nobody did: {why}."
+        began = _led_to(run, troubles, step, reason)
+        since = f" That begins at about step {began:,}." if began < step else ""
+        if rose is not None and reason == Reason.LOSS:
+            back = f"What to do: restore a checkpoint from before step {began:,}, and lower"
+            return f"{what}{since} {_rate(rose)} {back} the learning rate {_to_before(rose)}."
+        return f"{what}{since} {advice(reason.name.lower(), began, lost=True)}"
     if _is_lost(run):
         gave_up = "The guard has used up what it may do" if _gave_up(run) else "The run is lost"
         if not troubles:
@@ -381,11 +456,12 @@ def _advice(
         )
     rate = ""
     if last is not None and last < LOW and not _is_held_by_order(run):
-        rate = (
-            "What to do: lower the learning rate, or let the guard govern, which finds by how much."
-            if watches(run)
-            else f"What to do: lower the learning rate to about {last:.2g} times what it is."
-        )
+        how = f"to about {last:.2g} times what it is"
+        if rose is not None:  # the guard comes after a rate that goes on rising
+            how = _to_before(rose)
+        elif watches(run):
+            how = "or let the guard govern, which finds by how much"
+        rate = f"What to do: lower the learning rate{', ' if how[:2] == 'or' else ' '}{how}."
     weight = Counter[str]()
     for line in troubles:
         if line["action"] in ("skip", "clip") or (line["action"] == "hold" and not rate):

@@ -19,6 +19,7 @@ import pytest
 from support import storm
 
 import lbw_optax
+from lbw_optax.law.divergence import Reason
 from lbw_optax.report import charts, command, heat, reading, report, sampling, words
 
 BAD = (30, 31, 32, 55)
@@ -147,6 +148,46 @@ def test_a_rollback_that_nobody_made_comes_first():
     where = "From step 238 on the guard asked to go back, and nobody did: the parameters are broken"
     assert f"came to its end. {where}" in story
     assert "restore a state from before step 238, and look for broken memory" in story
+
+
+def asks(reason, since, length=400, **columns):
+    """What is told where the guard asks from that line on."""
+    asked = np.repeat([0.0, float(reason)], [since - 1, length - since + 1])
+    loss = np.where(np.arange(1, length + 1) > 300, 9.0, np.linspace(6.0, 4.0, length))
+    return told(loss, [EARLY], rollback_asked=asked, **columns)
+
+
+def test_a_risen_loss_is_dated_to_where_it_rose():
+    """And not to where the guard was sure of it."""
+    story = asks(Reason.LOSS, 307)
+    assert "From step 307 on the guard asked to go back, and nobody did: the loss has" in story
+    assert "That begins at about step 300. What to do: restore a checkpoint from before" in story
+    assert "before step 300, and look at the batches of step 300 and just before" in story
+
+
+@pytest.mark.parametrize(("rise", "is_told"), [(10.0, True), (1.5, False)])
+def test_a_learning_rate_that_has_risen_with_the_loss_is_named(rise, is_told):
+    rate = np.where(np.arange(400) < 300, 0.003, 0.003 * rise)
+    story = asks(Reason.LOSS, 307, learning_rate=rate)
+    named = "The learning rate has risen from 0.003, where the loss was lowest at about step 300"
+    assert (named in story) == is_told
+    assert story.count("has risen from") == is_told
+    assert ("and lower the learning rate to about what it was at step 300, 0.003." in story) is (
+        is_told
+    )
+
+
+def test_a_warm_up_is_no_rate_that_rose_too_far():
+    rate = np.minimum(np.arange(1, 224) / 200, 1.0)
+    assert "has risen" not in told(FALLING, [EARLY], learning_rate=rate)
+
+
+def test_the_length_of_broken_parameters_is_told():
+    norm = np.where(np.arange(1, 401) < 252, 9.6, 65.0)
+    story = asks(Reason.PARAMETERS, 252, parameter_norm=norm)
+    assert "the parameters are broken (their length went from 9.6 to 65). What to do" in story
+    story = asks(Reason.PARAMETERS, 252, parameter_norm=np.where(norm > 10, np.nan, norm))
+    assert "the parameters are broken (their length is not finite)" in story
 
 
 def test_what_ended_a_run_comes_before_what_it_got_over():
