@@ -21,7 +21,7 @@ class Rollback(NamedTuple):
       from_step: the step that was left.
       to_step: the step that it went back to.
       reason: one of `lbw_optax.law.divergence.REASONS`, or what `request` was given.
-      tier: "memory" or "disk".
+      tier: "memory" or "disk", which is also what a checkpointer of yours had.
       skipped_batches: batches that are not used again.
       at_call: calls of `step` before it.
     """

@@ -11,7 +11,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 from rollback_loop import Patient, batch, in_moment, nan_parameter, start, update
-from support import assert_same_bits, environment
+from support import assert_same_bits, environment, free_port
 
 from lbw_optax import GuardExhausted, RollbackManager
 
@@ -264,3 +264,70 @@ def test_arguments(tmp_path):
                 RollbackManager(**options)
         with pytest.raises(OSError, match=r"Another process uses .*team.rollback"):
             RollbackManager(**theirs)
+
+
+WORKER = """
+import sys
+import jax
+rank, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from orbax.checkpoint import checkpoint_managers as policies
+import lbw_optax
+
+everywhere = NamedSharding(jax.make_mesh((2,), ("data",)), P())
+tx = lbw_optax.adamw(0.03)
+params = jax.device_put(jnp.ones((4, 2)), everywhere)
+state = jax.jit(lambda p: (p, tx.init(p)), out_shardings=everywhere)(params)
+broken = jax.jit(lambda s: (s[0] * jnp.nan, s[1]), out_shardings=everywhere)
+
+@jax.jit
+def train_step(state, x):
+    params, opt_state = state
+    loss, grads = jax.value_and_grad(lambda p: jnp.mean((p - x) ** 2))(params)
+    updates, opt_state = tx.update(grads, opt_state, params, value=loss)
+    return optax.apply_updates(params, updates), opt_state
+
+options = ocp.CheckpointManagerOptions(
+    save_decision_policy=policies.FixedIntervalPolicy(10),
+    preservation_policy=policies.LatestN(3),
+)
+with (
+    ocp.CheckpointManager(directory + "/team", options=options) as manager,
+    lbw_optax.RollbackManager(checkpointer=manager, snapshot_every=None) as rollback,
+):
+    step, state = rollback.resume(state)
+    while step < 42:
+        x = np.full((4, 2), 2.0 + rollback.data_step(step) % 2, np.float32)
+        state = train_step(state, jax.make_array_from_callback(x.shape, everywhere, lambda i: x[i]))
+        if step == 29 and not rollback.history:
+            state = broken(state)
+        manager.save(step + 1, args=ocp.args.StandardSave(state))
+        step, state = rollback.step(step + 1, state)
+    manager.wait_until_finished()
+    print([r[:2] for r in rollback.history], sorted(manager.all_steps()), float(state[0].sum()))
+"""
+
+
+@pytest.mark.process
+def test_all_processes_go_back_to_the_same(tmp_path):
+    """The broken state of step 30 is deleted by all of them, and saved anew."""
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), port, str(tmp_path)],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=240)[0].splitlines()[-1] for process in processes]
+    assert said[0] == said[1]
+    assert said[0].startswith("[(32, 20)] [20, 30, 40] ")
+    assert "nan" not in said[0]
