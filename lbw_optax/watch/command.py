@@ -11,7 +11,7 @@ from lbw_optax.watch import keyboard
 from lbw_optax.watch.following import Following, finished
 
 # Lines of the screen that are not interventions.
-OTHER_LINES = 14
+OTHER_LINES = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

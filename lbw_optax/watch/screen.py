@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lbw_optax import sentences
+from lbw_optax.law.divergence import Reason
 from lbw_optax.state import Mode
 from lbw_optax.watch.following import Seen
 
@@ -78,6 +79,7 @@ def screen(name: str, seen: Seen, said: str, now: float, width: int, events: int
         return Group(Text(name, "bold"), Text("No step is in its log yet."), Text(said, "dim"))
     return Group(
         _head(name, seen, now),
+        *_urgent(seen),
         _numbers(seen, width),
         Text(),
         *(_told(line, width, not _watches(seen)) for line in seen.audit[-events:] if events > 0),
@@ -143,6 +145,16 @@ def _head(name: str, seen: Seen, now: float) -> Text:
     elif (left := seen.seconds_left()) is not None:
         head.append(f"   about {_duration(left)} to go")
     return head
+
+
+def _urgent(seen: Seen) -> list[Text]:
+    """A rollback that the guard asks for, and that it does not act."""
+    newest = seen.columns.get("rollback_asked", [0.0])[-1]
+    reason = Reason(int(newest)) if newest in list(Reason) else Reason.NONE
+    lines = [Text("The guard only observes.", "dim")] if _watches(seen) else []
+    if reason in sentences.ASKS:
+        lines.append(Text(f"It asks to go back: {sentences.ASKS[reason]}.", "red"))
+    return lines
 
 
 def _numbers(seen: Seen, width: int) -> Table:

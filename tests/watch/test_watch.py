@@ -108,6 +108,20 @@ def test_the_screen_says_how_far_the_run_is_and_what_was_done(tmp_path):
     assert "finished" in text(tmp_path, now=1e9)
 
 
+def test_a_guard_that_asks_or_only_observes_is_told_of(tmp_path):
+    held = {"step": 1, "action": "held", "signal": "overshoot", "rate_multiple": 0.02}
+    write(tmp_path, held, name="events.jsonl")
+    write(tmp_path, line(1, mode=0, rollback_asked=0))
+    told = text(tmp_path, width=150)
+    assert "asks to go back" not in told
+    assert "the learning rate looks 50 times too high" in told
+    write(tmp_path, line(2, mode=1, rollback_asked=4))
+    told = text(tmp_path, width=150)
+    assert "The guard only observes." in told
+    assert "It asks to go back: the loss has risen and stays there." in told
+    assert "the learning rate looks too high, by how much only a guard that governs" in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
