@@ -36,7 +36,7 @@ def watch(
 
     Raises:
       ValueError: if there is no layer in the model.
-      ImportError: with a Flax that has no ``nnx.capture`` (before 0.12.5).
+      ImportError: with an older Flax, which has no ``nnx.capture``.
 
     Example:
       >>> import jax.numpy as jnp, lbw_optax, optax
