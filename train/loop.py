@@ -88,8 +88,7 @@ def train_step(
     `params` and `opt_state` are donated. With `microbatches` the batch, tokens or a
     `train.losses.Batch`, is taken in so many equal parts, one after the other.
     """
-    both = _with_activations(loss_fn)
-    (loss, activations), grads = _gradient(both, params, frozen, batch, microbatches)
+    loss, grads, activations = _gradient(loss_fn, params, frozen, batch, microbatches)
     seen = {"loss": loss}
     if activations is None:
         updates, opt_state = update(grads, opt_state, params, value=loss)
@@ -111,13 +110,9 @@ def _with_activations(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, Any]]:
 
 
 def _gradient(
-    loss_fn: Callable[..., tuple[jax.Array, Any]],
-    params: Any,
-    frozen: Any,
-    batch: Any,
-    microbatches: int,
-) -> tuple[tuple[jax.Array, Any], Any]:
-    """Loss, activations and gradient of the whole batch, in the memory of one part of it.
+    loss_fn: LossFn, params: Any, frozen: Any, batch: Any, microbatches: int
+) -> tuple[jax.Array, Any, Any]:
+    """Loss, gradient and activations of the whole batch, in the memory of one part of it.
 
     Each part counts with its share of the targets, so that the sum is the gradient of the mean
     over all targets; of the activations the largest counts. Accumulating here and not in
@@ -125,9 +120,10 @@ def _gradient(
     overshoot is that of a step that was really taken, and no half-filled accumulator has to be
     saved or rolled back.
     """
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    gradient = jax.value_and_grad(_with_activations(loss_fn), has_aux=True)
     if microbatches == 1:
-        return gradient(params, frozen, batch)
+        (loss, activations), grads = gradient(params, frozen, batch)
+        return loss, grads, activations
     parts = _parts(batch, microbatches)
     counts = jax.vmap(lambda part: (targets(part) != IGNORED).sum())(parts)
     shares = counts / jnp.maximum(counts.sum(), 1)
@@ -142,7 +138,7 @@ def _gradient(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.zeros(()), params))
     (loss, grads), every = jax.lax.scan(add, zeros, (shares, parts))
     activations = jax.tree.map(lambda of_parts: jnp.max(of_parts, axis=0), every)
-    return (loss, activations), jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+    return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), activations
 
 
 def _parts(batch: Any, count: int) -> Any:
