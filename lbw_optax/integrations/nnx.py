@@ -96,19 +96,19 @@ def _sowing(kinds: set[type]) -> Iterator[None]:
     """Have modules of these classes keep outliers of what they give, while this lasts."""
     before = {kind: kind.__dict__.get("__call__") for kind in kinds}
     for kind in kinds:
-        _set(kind, _sown(kind.__call__))  # type: ignore[operator]
+        _set(kind, _sown(kind.__call__))
     try:
         yield
     finally:
         for kind, call in before.items():
             if call is None:
-                del kind.__call__  # type: ignore[operator]
+                del kind.__call__
             else:
                 _set(kind, call)
 
 
 def _set(kind: type, call: Any) -> None:
-    kind.__call__ = call  # type: ignore[operator]
+    kind.__call__ = call  # type: ignore[method-assign]
 
 
 def _sown(call: Callable[..., Any]) -> Callable[..., Any]:

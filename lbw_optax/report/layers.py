@@ -45,7 +45,7 @@ def maps(run: Run, x: tuple[float, float], columns: int = heat.COLUMNS) -> list[
 
 
 def _map(run: Run, path: str, x: tuple[float, float], columns: int) -> Map | None:
-    peaks = []
+    peaks: list[np.ndarray] = []
     while (name := f"{path}{PEAKS}/{len(peaks)}") in run.columns:
         peaks.append(run.columns[name])
     peak = np.stack(peaks, axis=1)
