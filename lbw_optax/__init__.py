@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from lbw_optax.activations import activation_outliers, attention_logit_max, stable_rank
 from lbw_optax.audit import (
     AuditLog,
     GuardExhausted,
@@ -30,8 +31,10 @@ __all__ = [
     "Event",
     "GuardExhausted",
     "GuardState",
+    "activation_outliers",
     "adamw",
     "adopt",
+    "attention_logit_max",
     "chain",
     "check",
     "diagnose",
@@ -41,6 +44,7 @@ __all__ = [
     "metrics",
     "override",
     "reset",
+    "stable_rank",
     "strip",
 ]
 

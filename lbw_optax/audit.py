@@ -70,6 +70,12 @@ def metrics(state: PyTree) -> dict[str, jax.Array]:
     ``risk_10``, ``risk_50``    probability that the run diverges within so many steps; advice only
     ``hard_batch``              if the step stands out, the probability that it is gone by itself;
                                 likewise ``unstable_dynamics`` and ``broken_state``
+    ``activation_peak``         largest max / RMS of a layer, where `update` is given activations;
+                                likewise ``activation_outlier_share``
+    ``activation_layer``        the layer with that peak, from 0; -1 before any
+    ``activation_spread``       standard deviation of the layers' log peaks; ``activation_drift``
+                                how far it is above its slow mean, in standard deviations of it
+    ``attention_logit``         the largest; ``nonfinite_activations`` layers with one
     ``gradient_log2/k``         sampled gradient coordinates with 2^k <= abs(g) < 2^(k+2)
     ==========================  ====================================================================
 
@@ -93,7 +99,7 @@ def metrics(state: PyTree) -> dict[str, jax.Array]:
 
 def _metrics(guard: GuardState) -> dict[str, jax.Array]:
     seen, remembered, control = guard.telemetry, guard.law.statistics, guard.law.control
-    risk = guard.law.classifier.risk
+    risk, layers = guard.law.classifier.risk, guard.layers
     return {
         "scale": jnp.exp(control.log_scale),
         "mode": guard.mode,
@@ -121,6 +127,13 @@ def _metrics(guard: GuardState) -> dict[str, jax.Array]:
         "rollback_asked": guard.law.divergence.rollback_asked,
         "risk_10": risk.soon,
         "risk_50": risk.later,
+        "activation_outlier_share": layers.outlier_share,
+        "activation_peak": layers.peak,
+        "activation_layer": layers.farthest,
+        "activation_spread": layers.spread,
+        "activation_drift": layers.drift,
+        "attention_logit": layers.attention_logit,
+        "nonfinite_activations": layers.nonfinite,
         **{kind.name.lower(): risk.kinds[..., kind] for kind in classifier.Kind},
         **{f"gradient_log2/{k}": seen.histogram[..., i] for i, k in enumerate(HISTOGRAM_EDGES)},
     }

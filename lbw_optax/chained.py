@@ -16,8 +16,9 @@ import optax
 
 from lbw_optax import law, parts
 from lbw_optax import state as states
+from lbw_optax.activations import Activations
 from lbw_optax.apply import scaled
-from lbw_optax.law import classifier, control, events, telemetry
+from lbw_optax.law import classifier, control, events, layers, telemetry
 from lbw_optax.law.control import Bounds
 from lbw_optax.law.telemetry import Probe
 from lbw_optax.state import GuardState, Mode
@@ -46,12 +47,13 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
         params: PyTree = None,
         *,
         value: Loss = None,
+        activations: Activations | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, GuardState]:
         states.require(state)
         state = states.as_arrays(state)
         value, _ = telemetry.take_loss(value, extra_args)
-        parts.refuse(state, updates, params, value)
+        parts.refuse(state, updates, params, value, activations)
         control_before = state.law.control
         seen, probe = telemetry.observe_gradients(
             state.telemetry, state.probe, updates, params, value, control_before.age
@@ -73,6 +75,7 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
             probe=probe,
             law=new_law,
             events=events.record(state.events, state.guard_steps, reported, seen.loss),
+            layers=layers.absorb(state.layers, activations),
         )
 
     guard = ChainedGuard(init_fn, update_fn)

@@ -11,10 +11,11 @@ import optax
 
 from lbw_optax import chained, law, parts
 from lbw_optax import state as states
+from lbw_optax.activations import Activations
 from lbw_optax.apply import either, scaled
 from lbw_optax.chained import ChainedGuard
 from lbw_optax.frozen import Frozen
-from lbw_optax.law import classifier, control, events, telemetry
+from lbw_optax.law import classifier, control, events, layers, telemetry
 from lbw_optax.law.control import RULES, Bounds, Rules, Signal
 from lbw_optax.law.telemetry import Probe
 from lbw_optax.state import MODES, GuardState, Mode
@@ -67,10 +68,13 @@ def lbw_guard(
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` takes the optional keyword
-      ``value`` (or ``loss``), the scalar loss; other keywords go to ``inner``.
+      ``value`` (or ``loss``), the scalar loss, and ``activations``, a mapping from the names of
+      layers to what :func:`lbw_optax.activation_outliers` gives: it is reported, nothing is decided
+      by it, and ``inner`` is not given it. Other keywords go to ``inner``.
 
     Raises:
-      ValueError: if an argument is out of its range, or ``value`` is not a scalar.
+      ValueError: if an argument is out of its range, ``value`` is not a scalar, or ``activations``
+        are none.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -159,12 +163,13 @@ def govern(
         params: PyTree = None,
         *,
         value: Loss = None,
+        activations: Activations | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, GuardState]:
         states.require(state)
         state = states.as_arrays(state)
         value, extra_args = telemetry.take_loss(value, extra_args)
-        parts.refuse(state, updates, params, value)
+        parts.refuse(state, updates, params, value, activations)
         gradients, trained = frozen.zeroed(updates, state.inner_state, params, extra_args)
         age, governing = state.law.control.age, state.mode == Mode.GOVERN
         seen, probe = telemetry.observe_gradients(
@@ -192,6 +197,7 @@ def govern(
             probe=probe,
             law=new_law,
             events=events.record(state.events, state.guard_steps, reported, seen.loss),
+            layers=layers.absorb(state.layers, activations),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -18,10 +18,16 @@ _PARAMETERS = (
 _GRADIENTS = (
     "each device has gradients of its own: average them before update, jax.lax.pmean(grads, {axes})"
 )
+_ACTIVATIONS = (
+    "each device has activations of its own: pass their largest values, "
+    "jax.lax.pmax(activations, {axes})"
+)
 _LOSS = "each device has a loss of its own: pass value=jax.lax.pmean(loss, {axes})"
 
 
-def refuse(state: PyTree, gradients: PyTree, params: PyTree, value: Loss) -> None:
+def refuse(
+    state: PyTree, gradients: PyTree, params: PyTree, value: Loss, activations: PyTree = None
+) -> None:
     """See that what varies from device to device is no more than the guard's own state does.
 
     Independent runs, one on each device, have a state each.
@@ -30,7 +36,12 @@ def refuse(state: PyTree, gradients: PyTree, params: PyTree, value: Loss) -> Non
       ValueError: with what to do.
     """
     own = _varying(state.guard_steps)
-    for given, advice in ((params, _PARAMETERS), (gradients, _GRADIENTS), (value, _LOSS)):
+    for given, advice in (
+        (params, _PARAMETERS),
+        (gradients, _GRADIENTS),
+        (value, _LOSS),
+        (activations, _ACTIVATIONS),
+    ):
         axes = _varying(given) - own
         if axes:
             names = repr(next(iter(axes)) if len(axes) == 1 else tuple(sorted(axes)))

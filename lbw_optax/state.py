@@ -11,9 +11,10 @@ import optax
 from jax.tree_util import PyTreeDef
 
 from lbw_optax import law
-from lbw_optax.law import events, telemetry
+from lbw_optax.law import events, layers, telemetry
 from lbw_optax.law.control import Bounds
 from lbw_optax.law.events import Ring
+from lbw_optax.law.layers import Layers
 from lbw_optax.law.step import Law
 from lbw_optax.law.telemetry import Probe, Telemetry
 from lbw_optax.types import PyTree
@@ -40,6 +41,7 @@ class GuardState(NamedTuple):
       probe: the sampled coordinates remembered from the step before.
       law: what the law remembers: statistics, scale, budget, what speaks for a rollback.
       events: the last interventions.
+      layers: what `update` was told of the model's activations; advice only.
     """
 
     inner_state: PyTree
@@ -49,6 +51,7 @@ class GuardState(NamedTuple):
     probe: Probe
     law: Law
     events: Ring
+    layers: Layers
 
 
 def init(probe: Probe, bounds: Bounds, mode: str) -> GuardState:
@@ -61,6 +64,7 @@ def init(probe: Probe, bounds: Bounds, mode: str) -> GuardState:
         probe=probe,
         law=law.init(bounds),
         events=events.init(),
+        layers=layers.init(),
     )
     # A buffer that two leaves share cannot be donated.
     return jax.tree.map(jnp.copy, state)

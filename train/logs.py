@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 
 from lbw_optax.exporters import MetricsLog, grouped
-from lbw_optax.exporters.names import parts
+from lbw_optax.exporters.names import LISTS, parts
 from train.jsonl import read
 
 
@@ -44,7 +44,7 @@ class Logs:
         which would be sixteen charts.
         """
         self._file(step, metrics)
-        left_out = [name for name in metrics if name == "time" or parts(name).bucket]
+        left_out = [name for name in metrics if name in ("time", *LISTS) or parts(name).bucket]
         tagged = grouped({name: x for name, x in metrics.items() if name not in left_out})
         for tracker in self._trackers:
             tracker(step, tagged)

@@ -10,16 +10,19 @@ import numpy as np
 import optax
 
 import lbw_optax
+from lbw_optax.activations import stacked
 from train.losses import IGNORED, targets
 
-LossFn = Callable[[Any, Any, Any], jax.Array]
-"""``loss_fn(params, frozen, batch)`` gives the mean loss of a batch, a scalar."""
+LossFn = Callable[[Any, Any, Any], Any]
+"""``loss_fn(params, frozen, batch)`` gives the mean loss of a batch, a scalar, or (loss,
+`lbw_optax.activations.Activations`), which are passed to the optimizer's `update`."""
 
 
 class Fit(NamedTuple):
     """What a run leaves: parameters, optimizer state, and one array of length `steps` per metric.
 
-    `history` holds "loss", and where the optimizer state holds a guard all `lbw_optax.metrics`.
+    `history` holds "loss", where the optimizer state holds a guard all `lbw_optax.metrics`, and
+    of a loss with activations "activation_peaks", one of each layer.
     """
 
     params: Any
@@ -85,37 +88,57 @@ def train_step(
     `params` and `opt_state` are donated. With `microbatches` the batch, tokens or a
     `train.losses.Batch`, is taken in so many equal parts, one after the other.
     """
-    loss, grads = _gradient(loss_fn, params, frozen, batch, microbatches)
-    updates, opt_state = update(grads, opt_state, params, value=loss)
+    loss, grads, activations = _gradient(loss_fn, params, frozen, batch, microbatches)
+    seen = {"loss": loss}
+    if activations is None:
+        updates, opt_state = update(grads, opt_state, params, value=loss)
+    else:
+        seen["activation_peaks"] = stacked(activations).outliers.peak
+        updates, opt_state = update(grads, opt_state, params, value=loss, activations=activations)
     params = optax.apply_updates(params, updates)
-    return params, opt_state, _guard_metrics(opt_state) | {"loss": loss}
+    return params, opt_state, _guard_metrics(opt_state) | seen
+
+
+def _with_activations(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, Any]]:
+    """The loss and its activations, None where it has none."""
+
+    def both(*arguments: Any) -> tuple[jax.Array, Any]:
+        found = loss_fn(*arguments)
+        return found if isinstance(found, tuple) else (found, None)
+
+    return both
 
 
 def _gradient(
     loss_fn: LossFn, params: Any, frozen: Any, batch: Any, microbatches: int
-) -> tuple[jax.Array, Any]:
-    """Loss and gradient of the whole batch, in the memory of one part of it.
+) -> tuple[jax.Array, Any, Any]:
+    """Loss, gradient and activations of the whole batch, in the memory of one part of it.
 
     Each part counts with its share of the targets, so that the sum is the gradient of the mean
-    over all targets. Accumulating here and not in `optax.MultiSteps` keeps one optimizer step, and
-    one decision of the guard, a step: the overshoot is that of a step that was really taken,
-    and no half-filled accumulator has to be saved or rolled back.
+    over all targets; of the activations the largest counts. Accumulating here and not in
+    `optax.MultiSteps` keeps one optimizer step, and one decision of the guard, a step: the
+    overshoot is that of a step that was really taken, and no half-filled accumulator has to be
+    saved or rolled back.
     """
-    gradient = jax.value_and_grad(loss_fn)
+    gradient = jax.value_and_grad(_with_activations(loss_fn), has_aux=True)
     if microbatches == 1:
-        return gradient(params, frozen, batch)
+        (loss, activations), grads = gradient(params, frozen, batch)
+        return loss, grads, activations
     parts = _parts(batch, microbatches)
     counts = jax.vmap(lambda part: (targets(part) != IGNORED).sum())(parts)
     shares = counts / jnp.maximum(counts.sum(), 1)
 
-    def add(total: Any, part: Any) -> tuple[Any, None]:
+    def add(total: Any, part: Any) -> tuple[Any, Any]:
         share, tokens = part
-        found = gradient(params, frozen, tokens)
-        return jax.tree.map(lambda t, x: t + share * x.astype(jnp.float32), total, found), None
+        (loss, activations), grads = gradient(params, frozen, tokens)
+        found = loss, grads
+        total = jax.tree.map(lambda t, x: t + share * x.astype(jnp.float32), total, found)
+        return total, activations
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.zeros(()), params))
-    (loss, grads), _ = jax.lax.scan(add, zeros, (shares, parts))
-    return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+    (loss, grads), every = jax.lax.scan(add, zeros, (shares, parts))
+    activations = jax.tree.map(lambda of_parts: jnp.max(of_parts, axis=0), every)
+    return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), activations
 
 
 def _parts(batch: Any, count: int) -> Any:

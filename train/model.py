@@ -11,6 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lbw_optax.activations import (
+    Activations,
+    activation_outliers,
+    attention_logit_max,
+)
 from train.experts import Mixture, Routed, balance_loss
 from train.generation import Generation
 from train.losses import IGNORED, Batch, chunked_cross_entropy, cross_entropy, targets
@@ -29,6 +34,10 @@ __all__ = [
     "preset",
     "split",
 ]
+
+
+# So many rows, at even distances, of what each layer adds are looked at.
+WATCHED_ROWS = 128
 
 
 class Dtypes(NamedTuple):
@@ -109,18 +118,21 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
     ) -> jax.Array:
         """What the head is given, as rows: (batch * length, hidden)."""
-        return self.hidden_and_routed(tokens, segments, positions)[0]
+        return self.hidden_and_aside(tokens, segments, positions)[0]
 
-    def hidden_and_routed(
+    def hidden_and_aside(
         self,
         tokens: jax.Array,
         segments: jax.Array | None = None,
         positions: jax.Array | None = None,
         counted: jax.Array | None = None,
-    ) -> tuple[jax.Array, Routed | None]:
-        """Rows for the head, and of a mixture what `balance_loss` is made from.
+        *,
+        watched: bool = False,
+    ) -> "tuple[jax.Array, Aside]":
+        """Rows for the head, and what else there is to say of them.
 
-        `counted` are the tokens of the balance, a bool each; None: all.
+        `counted` are the tokens of a mixture's balance, a bool each; None: all. With `watched`
+        each layer gives a `Glimpse` of itself.
         """
         length = tokens.shape[1]
         if positions is None:
@@ -133,8 +145,9 @@ class Decoder(nnx.Module):
         if self.config.scaled_embedding:
             x = x * jnp.asarray(math.sqrt(self.config.hidden_size), self.dtype)
         rows = None if counted is None else counted.reshape(-1)
-        x, routed = self._through_layers(constrain(x, ROWS, None), angles, mask, rows)
-        return self.norm(x), routed
+        x = constrain(x, ROWS, None)
+        x, aside = self._through_layers(x, angles, mask, rows, watched)
+        return self.norm(x), aside
 
     def logits(self, rows: jax.Array) -> jax.Array:
         """Rows to float32 logits over the vocabulary."""
@@ -152,26 +165,62 @@ class Decoder(nnx.Module):
         self.lm_head = _head(self.config, dtypes, nnx.Rngs(0), self.embed_tokens.embedding[...].T)
 
     def _through_layers(
-        self, x: jax.Array, angles: "Angles", mask: jax.Array | None, counted: jax.Array | None
-    ) -> tuple[jax.Array, Routed | None]:
+        self,
+        x: jax.Array,
+        angles: "Angles",
+        mask: jax.Array | None,
+        counted: jax.Array | None,
+        watched: bool,
+    ) -> "tuple[jax.Array, Aside]":
         def apply(graphdef: nnx.GraphDef[Block], x: jax.Array, layer: nnx.State) -> Any:
-            return nnx.merge(graphdef, layer)(x, angles, mask, counted)
+            return nnx.merge(graphdef, layer)(x, angles, mask, counted, watched)
 
         if self.remat:
             apply = jax.checkpoint(apply, static_argnums=0)
         if self.scan:
             graphdef, stack = nnx.split(self.layers)
-            x, routed = jax.lax.scan(lambda x, layer: apply(graphdef, x, layer), x, stack)
-            return x, jax.tree.map(lambda of_layers: of_layers.sum(axis=0), routed)
-        every = []
+            x, every = jax.lax.scan(lambda x, layer: apply(graphdef, x, layer), x, stack)
+            return x, _together(every)
+        apart = []
         for layer in self.layers:
             if self.remat:
                 graphdef, state = nnx.split(layer)
-                x, routed = apply(graphdef, x, state)
+                x, aside = apply(graphdef, x, state)
             else:
-                x, routed = layer(x, angles, mask, counted)
-            every.append(routed)
-        return x, jax.tree.map(lambda *of_layers: sum(of_layers), *every)
+                x, aside = layer(x, angles, mask, counted, watched)
+            apart.append(aside)
+        return x, _together(jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *apart))
+
+
+class Glimpse(NamedTuple):
+    """What is seen of a layer, or of all of them, with an axis of layers; the gradient is not.
+
+    Attributes:
+      rows: some of what the layer adds to the stream, (rows, hidden), in its type.
+      logit: its largest attention logit, float32, of some queries.
+    """
+
+    rows: jax.Array
+    logit: jax.Array
+
+    def activations(self) -> Activations:
+        """Of all layers, as `update` of a guard takes them."""
+        return {"layers": jax.vmap(activation_outliers)(self.rows), "attention": self.logit}
+
+
+class Aside(NamedTuple):
+    """What a layer, or all of them, gives beside its rows: of a mixture, and where it is watched.
+
+    `balance_loss` is made from `routed`, which is summed over layers.
+    """
+
+    routed: Routed | None
+    glimpse: Glimpse | None
+
+
+def _together(every: Aside) -> Aside:
+    """Of all layers, from what each gives along a first axis."""
+    return Aside(jax.tree.map(lambda of_layers: of_layers.sum(axis=0), every.routed), every.glimpse)
 
 
 class Angles(NamedTuple):
@@ -182,10 +231,7 @@ class Angles(NamedTuple):
 
 
 class Block(nnx.Module):
-    """One decoder layer; it sees `window` tokens, None is all.
-
-    Gives the rows, and of a mixture what its balance is made from.
-    """
+    """One decoder layer; it sees `window` tokens, None is all. Gives the rows, and an `Aside`."""
 
     def __init__(self, config: Config, window: int | None, dtypes: Dtypes, *, rngs: nnx.Rngs):
         names = _NORMS[config.norms]
@@ -208,20 +254,29 @@ class Block(nnx.Module):
         angles: Angles,
         mask: jax.Array | None = None,
         counted: jax.Array | None = None,
-    ) -> tuple[jax.Array, Routed | None]:
+        watched: bool = False,
+    ) -> tuple[jax.Array, Aside]:
         def normed(name: str | None, rows: jax.Array) -> jax.Array:
             return rows if name is None else getattr(self, name)(rows)
 
         names, routed = _NORMS[self.norms], None
         rotation = angles.near if self.is_near else angles.far
-        attended = self.self_attn(normed(names.before_attention, x), rotation, mask)
-        x = x + normed(names.after_attention, attended)
+        attended, logit = self.self_attn(normed(names.before_attention, x), rotation, mask, watched)
+        attended = normed(names.after_attention, attended)
+        x = x + attended
         inner = normed(names.before_mlp, x)
         if isinstance(self.mlp, Mixture):
             made, routed = self.mlp(inner, counted)
         else:
             made = self.mlp(inner)
-        return constrain(x + normed(names.after_mlp, made), ROWS, None), routed
+        made = normed(names.after_mlp, made)
+        glimpse = None if logit is None else Glimpse(_some(attended) + _some(made), logit)
+        return constrain(x + made, ROWS, None), Aside(routed, glimpse)
+
+
+def _some(rows: jax.Array) -> jax.Array:
+    """An odd stride meets other positions of a sequence in each sequence."""
+    return jax.lax.stop_gradient(rows[:: len(rows) // WATCHED_ROWS | 1])
 
 
 class _Norms(NamedTuple):
@@ -267,8 +322,13 @@ class Attention(nnx.Module):
         self.scale = None if scalar is None else scalar**-0.5
 
     def __call__(
-        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], mask: jax.Array | None = None
-    ) -> jax.Array:
+        self,
+        x: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        mask: jax.Array | None = None,
+        watched: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The rows, and if it is watched the largest logit of some queries."""
         length = rotation[0].shape[1]
 
         def heads(rows: jax.Array) -> jax.Array:
@@ -280,9 +340,11 @@ class Attention(nnx.Module):
         query, key = heads(query), heads(key)
         if hasattr(self, "q_norm") and not self.joint_norm:
             query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        logit = self._largest_logit(query, key, mask) if watched else None
         mixed = jax.nn.dot_product_attention(
-            rotate(query, rotation),
-            rotate(key, rotation),
+            query,
+            key,
             heads(self.v_proj(x)),
             mask=mask,
             scale=self.scale,
@@ -290,7 +352,15 @@ class Attention(nnx.Module):
             local_window_size=self.window,
             implementation=_implementation(query),
         )
-        return self.o_proj(mixed.reshape(x.shape[0], -1))
+        return self.o_proj(mixed.reshape(x.shape[0], -1)), logit
+
+    def _largest_logit(self, query: jax.Array, key: jax.Array, mask: jax.Array | None) -> jax.Array:
+        query, key = jax.lax.stop_gradient((query, key))
+        if self.window is not None:
+            place = jnp.arange(query.shape[1])
+            near = (place[:, None] - place[None] <= self.window[0])[None, None]
+            mask = near if mask is None else mask & near
+        return attention_logit_max(query, key, mask=mask, scale=self.scale, is_causal=True)
 
 
 class MLP(nnx.Module):
@@ -377,7 +447,8 @@ def next_token_loss(
     chunk: int | None = None,
     z_loss: float = 0.0,
     balance: float = 0.0,
-) -> Callable[[Any, Any, Any], jax.Array]:
+    watched: bool = False,
+) -> Callable[[Any, Any, Any], Any]:
     """The loss function ``loss_fn(params, frozen, batch)`` of the decoder behind `graphdef`.
 
     `params` is what is trained and `frozen` the rest of the model's state (both as
@@ -385,10 +456,12 @@ def next_token_loss(
     the mean cross-entropy in nats over `targets(batch)`. With `chunk` the logits of so many
     positions of every sequence are held at a time (`chunked_cross_entropy`), without it all;
     `z_loss` is the weight of ``logsumexp(logits)^2``, and `balance` that of a mixture's
-    `train.experts.balance_loss` over the tokens that are no padding.
+    `train.experts.balance_loss` over the tokens that are no padding. With `watched` the function
+    gives (loss, activations), what the guard's `update` takes: outliers of what each layer adds to
+    the stream, of `WATCHED_ROWS` rows, and its largest attention logit.
     """
 
-    def loss_fn(params: Any, frozen: Any, batch: Any) -> jax.Array:
+    def loss_fn(params: Any, frozen: Any, batch: Any) -> Any:
         batch = batch if isinstance(batch, Batch) else Batch(batch)
         model = nnx.merge(graphdef, params, frozen)
         if batch.step is not None:
@@ -399,14 +472,17 @@ def next_token_loss(
         )
         given = batch.tokens[:, :-1]
         tokens, counted = jnp.maximum(given, 0), given != IGNORED
-        rows, routed = model.hidden_and_routed(tokens, segments, positions, counted)
+        rows, (routed, glimpse) = model.hidden_and_aside(
+            tokens, segments, positions, counted, watched=watched
+        )
         added = 0.0 if routed is None or not balance else balance * balance_loss(routed)
         if chunk is None:
             logits = model.logits(rows).reshape(*wanted.shape, -1)
-            return cross_entropy(logits, wanted, z_loss) + added
-        hidden = rows.reshape(*wanted.shape, -1)
-        loss = chunked_cross_entropy(model.logits, hidden, wanted, chunk=chunk, z_loss=z_loss)
-        return loss + added
+            loss = cross_entropy(logits, wanted, z_loss)
+        else:
+            hidden = rows.reshape(*wanted.shape, -1)
+            loss = chunked_cross_entropy(model.logits, hidden, wanted, chunk=chunk, z_loss=z_loss)
+        return loss + added if glimpse is None else (loss + added, glimpse.activations())
 
     return loss_fn
 

@@ -343,12 +343,12 @@ def task(
     )
 
 
-def _loss_fn(
-    graphdef: nnx.GraphDef[Decoder], config: Config, options: Options
-) -> Callable[[Any, Any, Any], jax.Array]:
-    """What is trained on; a perplexity is that of the cross-entropy alone."""
+def _loss_fn(graphdef: nnx.GraphDef[Decoder], config: Config, options: Options) -> loop.LossFn:
+    """What is trained on, watched; a perplexity is that of the cross-entropy alone."""
     chunk, z_loss = options.loss_chunk, options.z_loss
-    return next_token_loss(graphdef, chunk=chunk, z_loss=z_loss, balance=config.balance)
+    return next_token_loss(
+        graphdef, chunk=chunk, z_loss=z_loss, balance=config.balance, watched=True
+    )
 
 
 def mesh(options: Options) -> sharding.Mesh | None:

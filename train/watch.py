@@ -27,8 +27,8 @@ COPIES = (
     *("device_bytes", "host_bytes", "disk_bytes"),
 )
 """What is logged of the copies of the state, under names with "rollback_" before them."""
-HISTOGRAM, HISTOGRAM_EVERY = "gradient_log2/", 10
-"""Sixteen numbers, which move slowly: they are logged every so many steps."""
+LISTS, LISTS_EVERY = ("gradient_log2", "activation_peaks"), 10
+"""Many numbers, which move slowly: they are logged every so many steps."""
 
 
 class _Step(NamedTuple):
@@ -66,8 +66,8 @@ class Watch:
     def step(self, number: int, metrics: dict[str, jax.Array], opt_state: Any) -> None:
         """Take note of update `number`, from 1; `opt_state` is the state after it."""
         self._show()
-        whole = number % HISTOGRAM_EVERY == 0
-        kept = {name: x for name, x in metrics.items() if whole or not name.startswith(HISTOGRAM)}
+        whole = number % LISTS_EVERY == 0
+        kept = {name: x for name, x in metrics.items() if whole or not name.startswith(LISTS)}
         kept["learning_rate"] = self._rate(opt_state)
         seen = {"time": round(time.time(), 3), **self._speed.step()}
         self._before = _Step(number, kept, seen)

@@ -51,12 +51,22 @@ NAMES = {
     "hard_batch": Name("signals", "If the step stands out: probability that it is gone by itself"),
     "unstable_dynamics": Name("signals", "If the step stands out: that steps are too long"),
     "broken_state": Name("signals", "If the step stands out: that state or numbers are broken"),
+    "activation_outlier_share": Name("signals", "Largest share of outliers of a layer"),
+    "activation_peak": Name("signals", "Largest max over RMS of a layer's activations"),
+    "activation_layer": Name("signals", "Layer that is farthest out, from 0; -1: none was given"),
+    "activation_spread": Name("signals", "Standard deviation of the layers' log peaks"),
+    "activation_drift": Name("signals", "The spread less its slow mean, in standard deviations"),
+    "attention_logit": Name("signals", "Largest attention logit"),
+    "nonfinite_activations": Name("signals", "Layers with a NaN or an Inf in their activations"),
+    "activation_peaks": Name("signals", "Max over RMS of the activations of layer k"),
     "gradient_log2": Name("signals", "Sampled gradient coordinates from 2^k to 2^(k+2)"),
     "learning_rate": Name("run", "As the schedule has it"),
     "tokens_per_second": Name("run", "Of the training step"),
     "mfu": Name("run", "Share of the device's peak"),
 }
 """Every metric of `lbw_optax.metrics`, and what a loop may log beside them."""
+LISTS = ("gradient_log2", "activation_peaks")
+"""Those of several numbers: of a histogram's buckets, and of layers."""
 
 
 class Parts(NamedTuple):
@@ -65,7 +75,7 @@ class Parts(NamedTuple):
     Attributes:
       guard: path of the guard in the state, "" where there is one guard.
       base: key of `NAMES`; "" for a name that is none of ours.
-      bucket: of a histogram, "" elsewhere.
+      bucket: of a histogram, or layer, "" elsewhere.
     """
 
     guard: str
@@ -107,12 +117,17 @@ def grouped(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def plain(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics as Python numbers. Waits for the device.
+    """Metrics as Python numbers, an array of `LISTS` as one for each element. Waits for the device.
 
     Raises:
-      TypeError: if one is no scalar number.
+      TypeError: if another is no scalar number.
     """
-    read = {name: np.asarray(x) for name, x in jax.device_get(dict(metrics)).items()}
+    read: dict[str, np.ndarray] = {}
+    for name, x in jax.device_get(dict(metrics)).items():
+        if name.rpartition("/")[2] in LISTS and np.ndim(x) == 1:
+            read |= {f"{name}/{i}": np.asarray(element) for i, element in enumerate(x)}
+        else:
+            read[name] = np.asarray(x)
     for name, x in read.items():
         if x.ndim or not isinstance(x.item(), int | float):
             raise TypeError(f"The metric {name!r} must be a single number, got {x!r}.")
@@ -127,6 +142,6 @@ def parts(name: str) -> Parts:
     """
     way, _, last = name.rpartition("/")
     guard, _, histogram = way.rpartition("/")
-    if histogram == "gradient_log2":
+    if histogram in LISTS:
         return Parts(guard, histogram, last)
     return Parts(way, last, "") if last in NAMES else Parts("", "", "")

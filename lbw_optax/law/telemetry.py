@@ -315,13 +315,23 @@ def _sides(tree: PyTree) -> list[float]:
 
 
 def _side(shape: tuple[int, ...]) -> float:
-    """The smaller side of the most balanced matrix that these axes, in their order, make.
+    """The smaller side of that matrix, at least 27; 1 of a vector.
 
     >>> _side((512, 8, 64)), _side((3, 3, 64, 128)), _side((512, 8)), _side((512,))
     (512.0, 128.0, 27.0, 1.0)
     """
-    splits = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]
-    return float(max(LEAST_SIDE, max(min(split) for split in splits))) if splits else 1.0
+    return float(max(LEAST_SIDE, min(matrix_of(shape)))) if len(shape) > 1 else 1.0
+
+
+def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of the most balanced matrix that these axes, in their order, make.
+
+    >>> matrix_of((512, 8, 64)), matrix_of((3, 3, 64, 128)), matrix_of((512,))
+    ((512, 512), (576, 128), (512, 1))
+    """
+    ends = range(1, len(shape)) if len(shape) > 1 else [len(shape)]
+    splits = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in ends]
+    return max(splits, key=min)
 
 
 class _Part(NamedTuple):

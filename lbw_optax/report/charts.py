@@ -53,6 +53,8 @@ CHARTS = (
     Chart("overshoot", "Overshoot: above 0 the run went too far from its mean", False, True),
     Chart("update_norm", "Update norm", True),
     Chart("parameter_norm", "Parameter norm"),
+    Chart("activation_peak", "Peak of the activations: max over RMS of the farthest layer", None),
+    Chart("attention_logit", "Largest attention logit"),
     Chart("risk_10", "Probability that the run diverges within 10 steps", False),
     Chart("rejected_share", "Share of rejected steps, of the last 1000", False),
     Chart("outstanding", "Interventions that are not yet earned back", False),
@@ -60,6 +62,10 @@ CHARTS = (
     Chart("eval_loss", "Loss of evaluations", None),
     Chart("tokens_per_second", "Tokens a second"),
 )
+
+
+# What a guard was never told of is 0 at every step.
+_TOLD = ("activation_peak", "attention_logit")
 
 
 class Line(NamedTuple):
@@ -137,7 +143,7 @@ def lines_of(chart: Chart, run: Run, style: int, runs: int) -> list[Line]:
         if chart.column not in (name, last) or (slash and last in run.columns):
             continue
         given = ~np.isnan(column)
-        if not given.any():
+        if not given.any() or (chart.column in _TOLD and not column[given].any()):
             continue
         at, value = step[given], column[given]
         stays = kept(at)

@@ -36,7 +36,7 @@ _NAMES = {
     "regime": ("guard/regime",),
 }
 _STEPS = ("step", *_NAMES["step"])
-HISTOGRAM = "gradient_log2"
+HISTOGRAM, PEAKS = "gradient_log2", "activation_peaks"
 # So many complaints about one file are told; the others are counted.
 _TOLD = 5
 
@@ -212,8 +212,10 @@ def _same_step(row: Mapping[str, Any], following: Mapping[str, Any]) -> bool:
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, x in row.items():
-        if name.rpartition("/")[2] == HISTOGRAM and isinstance(x, list):
-            x = dict(zip(map(str, HISTOGRAM_EDGES), x, strict=False))
+        last = name.rpartition("/")[2]
+        if last in (HISTOGRAM, PEAKS) and isinstance(x, list):
+            of = HISTOGRAM_EDGES if last == HISTOGRAM else range(len(x))
+            x = dict(zip(map(str, of), x, strict=False))
         flat |= _flat(x, f"{prefix}{name}/") if isinstance(x, dict) else {f"{prefix}{name}": x}
     return flat
 

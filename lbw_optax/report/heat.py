@@ -3,7 +3,7 @@
 Eight levels of one colour, each a single path, so that the picture stays small.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -83,37 +83,67 @@ def level(share: np.ndarray) -> np.ndarray:
 
 
 def _drawn(run: Run, x: tuple[float, float], found: Map, runs: int) -> str:
-    rows = len(HISTOGRAM_EDGES)
-    bottom = TOP + rows * ROW
-    place = LEFT + (RIGHT - LEFT) * (found.edges - x[0]) / (x[1] - x[0])
-    shade = level(found.share)
+    title = title_of(run, found, runs)
+    labels = {HISTOGRAM_EDGES.index(k): said for k, said in NAMED.items()}
+    return figure(title, _spoken(title, found), found.edges, level(found.share), labels, x, ROW)
+
+
+def figure(
+    title: str,
+    spoken: str,
+    edges: np.ndarray,
+    shade: np.ndarray,
+    labels: Mapping[int, str],
+    x: tuple[float, float],
+    row: float,
+) -> str:
+    """A picture in shades, as SVG.
+
+    Args:
+      title: what is above it.
+      spoken: what is said of it to those who do not see it.
+      edges: steps at which its columns begin, and the end of the last one.
+      shade: int[columns, rows], 0 to `LEVELS`; the first row is the lowest.
+      labels: of some lower edges of rows.
+      x: the first and the last step of the page.
+      row: height of a row.
+    """
+    rows = shade.shape[1]
+    bottom = TOP + rows * row
+    place = LEFT + (RIGHT - LEFT) * (edges - x[0]) / (x[1] - x[0])
     parts = [
-        f'<rect class="plot" x="{LEFT}" y="{TOP}" width="{RIGHT - LEFT}" height="{rows * ROW}"/>'
+        f'<rect class="plot" x="{LEFT}" y="{TOP}" width="{RIGHT - LEFT}" height="{rows * row:g}"/>'
     ]
+    width = "" if row == ROW else f' style="stroke-width:{row:g}"'
     for at in range(1, LEVELS + 1):
         cells = [
-            f"M{place[start]:.1f} {bottom - (row + 0.5) * ROW:g}H{place[end]:.1f}"
-            for row in range(rows)
-            for start, end in _stretches(shade[:, row] == at)
+            f"M{place[start]:.1f} {bottom - (i + 0.5) * row:g}H{place[end]:.1f}"
+            for i in range(rows)
+            for start, end in _stretches(shade[:, i] == at)
         ]
         if cells:
-            parts.append(f'<path class="heat" opacity="{at / LEVELS:g}" d="{"".join(cells)}"/>')
-    for k, said in NAMED.items():
-        y = bottom - HISTOGRAM_EDGES.index(k) * ROW
-        parts.append(f'<path class="grid" d="M{LEFT - 4} {y}h4"/>')
+            opacity = f'opacity="{at / LEVELS:g}"'
+            parts.append(f'<path class="heat"{width} {opacity} d="{"".join(cells)}"/>')
+    for i, said in labels.items():
+        y = bottom - i * row
+        parts.append(f'<path class="grid" d="M{LEFT - 4} {y:g}h4"/>')
         parts.append(f'<text class="tick end" x="{LEFT - 6}" y="{y + 3.5:g}">{said}</text>')
-    title = title_of(run, found, runs)
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg role="img" '
-        f'aria-label="{escape(_spoken(title, found))}" viewBox="0 0 {WIDTH} {bottom + 22}">'
+        f'aria-label="{escape(spoken)}" viewBox="0 0 {WIDTH} {bottom + 22:g}">'
         f"{''.join(parts)}{step_axis(*x, bottom)}</svg></figure>"
     )
 
 
 def title_of(run: Run, found: Map, runs: int) -> str:
     """With the names of run and guard where there are several."""
-    of = " · ".join(part for part in (run.name if runs > 1 else "", found.name) if part)
-    return f"{TITLE}{': ' * bool(of)}{of}"
+    return titled(TITLE, run, found.name, runs)
+
+
+def titled(title: str, run: Run, guard: str, runs: int) -> str:
+    """A title with the names of run and guard where there are several."""
+    of = " · ".join(part for part in (run.name if runs > 1 else "", guard) if part)
+    return f"{title}{': ' * bool(of)}{of}"
 
 
 def _stretches(is_on: np.ndarray) -> list[tuple[int, int]]:

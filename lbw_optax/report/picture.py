@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lbw_optax.law.telemetry import HISTOGRAM_EDGES
-from lbw_optax.report import charts, heat, sampling
+from lbw_optax.report import charts, heat, layers, sampling
 from lbw_optax.report.page import Told
 from lbw_optax.report.reading import Run
 
@@ -119,6 +119,8 @@ def _panels(runs: Sequence[Run], x: tuple[float, float]) -> list[Panel | None]:
         panels.append(_curves(chart, runs, x))
         if chart.column == "gradient_norm":
             panels += [_heat(run, found, len(runs)) for run in runs for found in heat.maps(run, x)]
+        if chart.column == "attention_logit":
+            panels += [_layers(run, y, len(runs)) for run in runs for y in layers.maps(run, x)]
     return panels
 
 
@@ -239,5 +241,18 @@ def _heat(run: Run, found: heat.Map, runs: int) -> Panel:
         rows = np.arange(len(HISTOGRAM_EDGES) + 1)
         axes.pcolormesh(found.edges, rows, shade.T, cmap="Blues", vmin=0, vmax=heat.LEVELS)
         axes.set_yticks([HISTOGRAM_EDGES.index(k) for k in heat.NAMED], list(heat.NAMED.values()))
+
+    return 1.5, draw
+
+
+def _layers(run: Run, found: layers.Map, runs: int) -> Panel:
+    def draw(axes: Any) -> None:
+        title = _plain(layers.title_of(run, found, runs))
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        count = found.peak.shape[1]
+        shade = layers.level(found.peak)
+        rows = np.arange(count + 1)
+        axes.pcolormesh(found.edges, rows, shade.T, cmap="Blues", vmin=0, vmax=heat.LEVELS)
+        axes.set_yticks(layers.labels(count))
 
     return 1.5, draw

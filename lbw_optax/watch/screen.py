@@ -23,11 +23,13 @@ class Shown(NamedTuple):
       label: what it is called on the screen.
       names: what logs call it, the first that is there counts.
       of_many: which of the values under one character is drawn: the telling extreme.
+      is_told: whether a guard that was never told of it says 0.
     """
 
     label: str
     names: tuple[str, ...]
     of_many: Callable[[Sequence[float]], float] = max
+    is_told: bool = False
 
 
 SHOWN = (
@@ -38,6 +40,8 @@ SHOWN = (
     Shown("relative step", ("relative_step", "signals/relative_step")),
     Shown("overshoot level", ("overshoot_level", "signals/overshoot_level")),
     Shown("risk", ("risk_10", "signals/risk_10")),
+    Shown("activation peak", ("activation_peak", "signals/activation_peak"), is_told=True),
+    Shown("attention logit", ("attention_logit", "signals/attention_logit"), is_told=True),
     Shown("tokens a second", ("tokens_per_second",), min),
     Shown("valid perplexity", ("valid_perplexity",), min),
 )
@@ -168,6 +172,8 @@ def _numbers(seen: Seen, width: int) -> Table:
     for shown in SHOWN:
         values = next((seen.columns[name] for name in shown.names if name in seen.columns), None)
         if values is None or all(math.isnan(x) for x in values):
+            continue
+        if shown.is_told and not any(values):
             continue
         newest = next((x for x in reversed(values) if not math.isnan(x)), math.nan)
         table.add_row(shown.label, f"{newest:.4g}", sparkline(values, room, shown.of_many))
