@@ -34,15 +34,15 @@ class Freeze(NamedTuple):
           ValueError: if there are fewer than two, or so few that none may be frozen.
         """
         names = groups.find(self.grouping, params).names
+        if not jax.tree.leaves(params):  # as `optax.tree_map_params` asks what a state is made of
+            return names
         if len(names) < 2:
             raise ValueError(
                 f"groups makes {len(names)} of these parameters, {names}, and nothing would be "
                 "left to train: give at least two names, as lbw_optax.by_layer does for layers."
             )
         share = self.limits.max_frozen
-        if not isinstance(share, jax.core.Tracer) and not int(
-            freezing.most(len(names), self.limits)
-        ):
+        if not isinstance(share, jax.core.Tracer) and not freezing.most(len(names), self.limits):
             raise ValueError(
                 f"max_frozen={share!r} of {len(names)} groups is less than one, and none would "
                 f"ever be frozen: {1 / len(names):.3g} is the least that freezes one."

@@ -175,7 +175,7 @@ def govern(
         inner_state = inner.init(params)
         _refuse_what_goes_around(inner_state)
         _refuse_a_guard(inner_state)
-        names = freeze.names(params) if freeze else []
+        names = freeze.names(params) if freeze else None
         return states.init(probe, bounds, mode, names)._replace(inner_state=inner_state)
 
     def update_fn(

@@ -54,14 +54,16 @@ class GuardState(NamedTuple):
     freezing: Freezing | tuple[()] = ()
 
 
-def init(probe: Probe, bounds: Bounds, mode: str, groups: Sequence[str] = ()) -> GuardState:
+def init(
+    probe: Probe, bounds: Bounds, mode: str, groups: Sequence[str] | None = None
+) -> GuardState:
     """Before the first step, without an inner state; every leaf is an array of its own.
 
     Args:
       probe: before the first step.
       bounds: the user's.
       mode: one of `MODES`.
-      groups: the names of those that may be frozen.
+      groups: the names of those that may be frozen; None where nothing may.
     """
     state = GuardState(
         inner_state=None,
@@ -71,7 +73,7 @@ def init(probe: Probe, bounds: Bounds, mode: str, groups: Sequence[str] = ()) ->
         probe=probe,
         law=law.init(bounds),
         events=events.init(),
-        freezing=freezing.init(groups) if groups else (),
+        freezing=() if groups is None else freezing.init(groups),
     )
     # A buffer that two leaves share cannot be donated.
     return jax.tree.map(jnp.copy, state)

@@ -21,8 +21,8 @@ from lbw_optax.law import statistics as stats
 from lbw_optax.law.control import Action, Decision, Signal
 from lbw_optax.law.statistics import GRADIENT, SPIKE_FACTOR, SPIKE_STDS, Running
 
-# The group is not out alone where at least half of the others have moved by this share of what
-# makes one out: then it is the batch, or the rate.
+# No group is out alone where at least half of them have moved by this share of what makes one out:
+# then it is the batch, or the rate.
 MOVED = 1 / 3
 # A frozen group is quiet while its gradient is within this share of what makes it out, and it thaws
 # in the so many-th quiet step in a row.
@@ -89,9 +89,12 @@ def names_of(state: Freezing) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode() for row in np.asarray(state.names, np.uint8)]
 
 
-def most(groups: int, limits: Limits) -> jax.Array:
-    """How many groups may be frozen at a time: floor(max_frozen G), int32."""
-    return jnp.floor(jnp.float32(limits.max_frozen) * groups + 1e-4).astype(jnp.int32)
+def most(groups: int, limits: Limits) -> int | jax.Array:
+    """How many groups may be frozen at a time: floor(max_frozen G), int32 of a traced limit."""
+    share = limits.max_frozen
+    if isinstance(share, jax.core.Tracer):
+        return jnp.floor(share * groups + 1e-4).astype(jnp.int32)
+    return math.floor(float(share) * groups + 1e-4)
 
 
 def arrive(before: Freezing, squares: jax.Array, rest: jax.Array, limits: Limits) -> Freezing:
@@ -102,7 +105,7 @@ def arrive(before: Freezing, squares: jax.Array, rest: jax.Array, limits: Limits
     .. math::
       e = \frac{y - m}{\max(6 s, \log 10)} > 1
 
-    while fewer than half of the other groups have e > 1/3. A gradient that is not finite is out if
+    while fewer than half of the groups have e > 1/3. A gradient that is not finite is out if
     those of all other groups, and of the leaves in none, are finite, and no more groups than may be
     frozen have one. What is out is frozen, unless it is cooling down; so is what was frozen, until
     its third quiet step in a row (e <= 1/2), and `max_steps` at most. Of more than `most` groups
@@ -197,7 +200,7 @@ def tell(state: Freezing, decision: Decision, limits: Limits) -> tuple[Freezing,
         action=jnp.where(freezes, jnp.int32(events.FREEZE), jnp.int32(events.THAW)),
         signal=state.reason[group],
         value=jnp.sum(state.frozen).astype(jnp.float32),
-        threshold=most(state.frozen.size, limits).astype(jnp.float32),
+        threshold=jnp.float32(most(state.frozen.size, limits)),
     )
     is_told = happened & (jnp.arange(state.frozen.size) == group)
     told = jnp.where(is_told, state.frozen, state.told)
@@ -213,10 +216,8 @@ def _excess(known: Running, y: jax.Array, measured: jax.Array) -> jax.Array:
 
 
 def _alone(excess: jax.Array, counts: jax.Array) -> jax.Array:
-    """Of each group, whether fewer than half of the others have moved; never without others."""
-    moved = counts & (excess > MOVED)
-    others, others_moved = jnp.sum(counts) - counts, jnp.sum(moved) - moved
-    return 2 * others_moved < others
+    """Whether fewer than half of those that count have moved: it is not all of them."""
+    return 2 * jnp.sum(counts & (excess > MOVED)) < jnp.sum(counts)
 
 
 def _share(excess: jax.Array) -> jax.Array:
@@ -225,7 +226,7 @@ def _share(excess: jax.Array) -> jax.Array:
     return above / (1 + above)
 
 
-def _first(wanted: jax.Array, urgency: jax.Array, count: jax.Array) -> jax.Array:
+def _first(wanted: jax.Array, urgency: jax.Array, count: int | jax.Array) -> jax.Array:
     """Of those wanted the so many most urgent; of equal ones the first."""
     order = jnp.argsort(-jnp.where(wanted, urgency, -1.0), stable=True)
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
