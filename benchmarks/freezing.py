@@ -60,11 +60,11 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "adamw": Method("AdamW", guarded=False),
     "guard": Method("guard: scale and skip"),
     "freeze": Method("guard + freezing", freezes=True),
     "rollback": Method("guard + rollback", rollback=True),
     "all": Method("guard + freezing + rollback", freezes=True, rollback=True),
+    "adamw": Method("AdamW", guarded=False),
 }
 
 
@@ -109,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = faults.load(options.data_dir)
     except DataError as error:
         refuse(str(error))
-    facts = {**faults.facts(text), "layers": CONFIG.num_hidden_layers}
+    facts = faults.facts(text)
+    facts["model"] |= {"num_hidden_layers": CONFIG.num_hidden_layers}
     book = Book(
         options.out, facts, functools.partial(measure, text), faults.about(options.data_dir)
     )
