@@ -205,9 +205,7 @@ def govern(
         # element-wise operations, and no second copy of that state is held.
         limited = scaled(updates, jnp.exp(jnp.where(governing, arrival.log_factor, 0.0)), refused)
         proposed, inner_state = inner.update(limited, state.inner_state, params, **extra_args)
-        inner_state = either(refused, state.inner_state, inner_state)
         if freeze:
-            inner_state = freeze.keep(arrived, state.inner_state, inner_state, updates)
             looked, proposed = freeze.propose(arrived, proposed, trained, refused)
         scale_before = jnp.exp(state.law.control.log_scale)
         seen = telemetry.observe_step(seen, proposed, trained, scale_before, refused)
@@ -215,15 +213,13 @@ def govern(
         reported = classifier.reported(decision, state.law.classifier, new_law.classifier)
         if freeze:
             looked, news = freezing.tell(looked, reported, freeze.limits)
-            at_step = state.guard_steps - news.steps_ago
-            group = jnp.where(news.happened, news.group, 0)
-            ring = events.record(state.events, at_step, news.decision, seen.loss, group)
-        else:
-            ring = events.record(state.events, state.guard_steps, reported, seen.loss)
         scale = jnp.where(governing, decision.scale, 1.0)
         applied = scaled(proposed, scale, governing & decision.skip)
         if params is None:
             probe = telemetry.follow(probe, applied)
+        inner_state = either(refused, state.inner_state, inner_state)
+        if freeze:
+            inner_state = freeze.keep(arrived, state.inner_state, inner_state, updates)
         return applied, GuardState(
             inner_state=inner_state,
             guard_steps=optax.safe_increment(state.guard_steps),
@@ -231,7 +227,11 @@ def govern(
             telemetry=seen,
             probe=probe,
             law=new_law,
-            events=ring,
+            events=(
+                freezing.record(state.events, state.guard_steps, news, seen.loss)
+                if freeze
+                else events.record(state.events, state.guard_steps, reported, seen.loss)
+            ),
             freezing=looked if freeze else state.freezing,
         )
 

@@ -19,6 +19,7 @@ from lbw_optax.apply import either
 from lbw_optax.law import events
 from lbw_optax.law import statistics as stats
 from lbw_optax.law.control import Action, Decision, Signal
+from lbw_optax.law.events import Ring
 from lbw_optax.law.statistics import GRADIENT, SPIKE_FACTOR, SPIKE_STDS, Running
 
 # No group is out alone where at least half of them have moved by this share of what makes one out:
@@ -207,6 +208,12 @@ def tell(state: Freezing, decision: Decision, limits: Limits) -> tuple[Freezing,
     recorded = Decision(*either(happened, news, decision))
     steps_ago = jnp.where(happened, state.since[group] - 1, 0)
     return state._replace(told=told), News(happened, group, recorded, steps_ago)
+
+
+def record(ring: Ring, step: jax.Array, news: News, loss: jax.Array) -> Ring:
+    """Write what happened into the events; news of a group stand at the step that they are of."""
+    group = jnp.where(news.happened, news.group, 0)
+    return events.record(ring, step - news.steps_ago, news.decision, loss, group)
 
 
 def _excess(known: Running, y: jax.Array, measured: jax.Array) -> jax.Array:
