@@ -87,5 +87,5 @@ class Freeze(NamedTuple):
         length = zero if params is None else groups.squares(found, params)[0]
         new = freezing.propose(arrived.state, step, length, refused, self.limits)
         frozen = new.frozen & arrived.governing
-        log_scale = jnp.where(arrived.governing, new.log_scale, 0.0)
+        log_scale = jnp.where(arrived.governing, new.log_thaw, 0.0)
         return new, groups.held(found, updates, frozen, log_scale)

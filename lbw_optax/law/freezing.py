@@ -43,26 +43,26 @@ class Freezing(NamedTuple):
     """What is remembered of G groups.
 
     Attributes:
-      gradient: of log |g| of each group, float32[G].
-      step: of log(|u| / |p|), with u as the optimizer proposes it, float32[G].
+      gradient_length: of log |g| of each group, float32[G].
+      step_length: of log(|u| / |p|), with u as the optimizer proposes it, float32[G].
       frozen: bool[G], in the newest step.
       since: int32[G], steps that it has been as it is.
       quiet: int32[G], quiet steps in a row up to now, while it is frozen.
       cool_down: int32[G], steps to go before it may be frozen again.
-      log_scale: float32[G], of its updates after a thaw, at most 0.
+      log_thaw: float32[G], of the scale of its updates after a thaw, at most 0.
       reason: int32[G], a `Signal`, why it was frozen last.
       told: bool[G], that it was frozen as far as events say.
       names: uint8[G, longest], UTF-8, so that whoever reads a state needs nothing else to know
         which layer is meant.
     """
 
-    gradient: Running
-    step: Running
+    gradient_length: Running
+    step_length: Running
     frozen: jax.Array
     since: jax.Array
     quiet: jax.Array
     cool_down: jax.Array
-    log_scale: jax.Array
+    log_thaw: jax.Array
     reason: jax.Array
     told: jax.Array
     names: jax.Array
@@ -126,7 +126,7 @@ def arrive(before: Freezing, squares: jax.Array, rest: jax.Array, limits: Limits
     finite = jnp.isfinite(squares)
     has_norm = finite & (squares > 0)
     log_norm = 0.5 * jnp.log(jnp.where(has_norm, squares, 1.0))
-    excess = _excess(before.gradient, log_norm, has_norm)
+    excess = _excess(before.gradient_length, log_norm, has_norm)
     allowed = most(squares.size, limits)
     free = jnp.where(before.frozen, before.since < limits.max_steps, before.cool_down == 0)
     broken = ~finite
@@ -140,17 +140,17 @@ def arrive(before: Freezing, squares: jax.Array, rest: jax.Array, limits: Limits
     frozen = _first(wanted | (broken & saves), urgency, allowed)
     reason = jnp.where(broken, Signal.NONFINITE_GRADIENTS, Signal.GRADIENT_NORM)
     thaws = before.frozen & ~frozen
-    grown = jnp.minimum(before.log_scale + GROWTH, 0.0)
+    grown = jnp.minimum(before.log_thaw + GROWTH, 0.0)
     return before._replace(
-        gradient=stats.update(before.gradient, log_norm, has_norm, GRADIENT),
+        gradient_length=stats.update(before.gradient_length, log_norm, has_norm, GRADIENT),
         frozen=frozen,
         since=jnp.where(frozen == before.frozen, optax.safe_increment(before.since), 1),
         quiet=jnp.where(frozen, quiet, 0),
         # As long as it was frozen: no group is for more than half of the time.
         cool_down=jnp.where(thaws, before.since, jnp.maximum(before.cool_down - 1, 0)),
-        log_scale=jnp.where(
-            thaws, math.log(THAW), jnp.where(frozen, before.log_scale, grown)
-        ).astype(jnp.float32),
+        log_thaw=jnp.where(thaws, math.log(THAW), jnp.where(frozen, before.log_thaw, grown)).astype(
+            jnp.float32
+        ),
         reason=jnp.where(frozen & ~before.frozen, reason, before.reason).astype(jnp.int32),
     )
 
@@ -173,12 +173,12 @@ def propose(
     ratio = updates / jnp.where(params > 0, params, 1.0)
     measured = jnp.isfinite(ratio) & (ratio > 0) & (params > 0) & ~state.frozen & ~refused
     log_step = 0.5 * jnp.log(jnp.where(measured, ratio, 1.0))
-    excess = _excess(state.step, log_step + state.log_scale, measured)
+    excess = _excess(state.step_length, log_step + state.log_thaw, measured)
     out = (excess > 1) & _alone(excess, measured) & (state.cool_down == 0)
     room = jnp.maximum(most(updates.size, limits) - jnp.sum(state.frozen), 0)
     begins = _first(out, _share(excess), room)
     return state._replace(
-        step=stats.update(state.step, log_step, measured, GRADIENT),
+        step_length=stats.update(state.step_length, log_step, measured, GRADIENT),
         frozen=state.frozen | begins,
         since=jnp.where(begins, 1, state.since),
         reason=jnp.where(begins, Signal.RELATIVE_STEP, state.reason).astype(jnp.int32),

@@ -170,8 +170,8 @@ def test_the_decision_is_that_of_numpy(seed, limits):
         assert reference.run(*wide).tolist() == states.frozen[t].tolist(), t
         for name in ("since", "cool_down", "quiet"):
             assert getattr(reference, name).tolist() == getattr(states, name)[t].tolist(), (t, name)
-    np.testing.assert_allclose(states.log_scale[-1], reference.log_scale, atol=1e-5)
-    np.testing.assert_allclose(states.gradient.mean[-1], reference.gradient.mean, atol=1e-3)
+    np.testing.assert_allclose(states.log_thaw[-1], reference.log_scale, atol=1e-5)
+    np.testing.assert_allclose(states.gradient_length.mean[-1], reference.gradient.mean, atol=1e-3)
     assert states.frozen.any()
 
 
@@ -187,8 +187,8 @@ def test_what_is_promised_of_any_run(seed, limits):
         assert (ends - begins <= limits.max_steps).all()
         assert (begins[1:] - ends[:-1] >= (ends - begins)[:-1]).all()  # cool-down
     thaws = frozen[:-1] & ~frozen[1:]
-    np.testing.assert_allclose(states.log_scale[1:][thaws], math.log(0.1), rtol=1e-6)
-    for memory in (states.gradient, states.step):
+    np.testing.assert_allclose(states.log_thaw[1:][thaws], math.log(0.1), rtol=1e-6)
+    for memory in (states.gradient_length, states.step_length):
         assert all(np.isfinite(x).all() for x in memory)
 
 
