@@ -275,7 +275,8 @@ class AuditLog:
     A line holds ``number, step, regime, signal, value, threshold, action, scale_before,
     scale_after, loss`` (the newest that was measured), ``rate_multiple`` (what the learning rate is
     multiplied by after it), ``time`` (UTC, when it was read) and ``recorded_at``, the step of the
-    loop that read it; of a rollback ``from_step`` and ``to_step`` instead of value and threshold.
+    loop that read it; of a rollback ``from_step`` and ``to_step`` instead of value and threshold;
+    of a layer that is frozen or thaws its name, ``group``.
     Where a state holds several guards, ``guard`` is the path of the one that a line is of. A log
     that is opened again goes on after its last line. If the ring was read too late, a line
     ``{"action": "lost", ...}`` says how many interventions are missing. If the run has gone on from
@@ -434,7 +435,7 @@ def _in_rows(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[di
 
 
 # What tells two events of one number apart.
-_OWN = ("step", "action", "signal", "value", "scale_after", "from_step", "to_step")
+_OWN = ("step", "action", "signal", "value", "scale_after", "from_step", "to_step", "group")
 
 
 def _is_another(known: dict[str, Any], line: dict[str, Any]) -> bool:

@@ -266,6 +266,10 @@ def stack(tree):
     return {**tree, "layers": jax.tree.map(lambda *x: np.stack(x), *tree["layers"])}
 
 
+def stack_trees(trees):
+    return jax.tree.map(lambda *x: jnp.stack([jnp.asarray(y) for y in x]), *trees)
+
+
 @functools.cache
 def stepping(optimizer="adamw", groups=by_layer, **knobs):
     tx = lbw_guard(OPTIMIZERS[optimizer](), groups=groups, **knobs)
@@ -382,35 +386,29 @@ def test_the_set_changes_without_compiling_again():
 
 
 def test_scan_and_vmap_and_donation_take_the_same_steps():
+    """Two runs at once, in one program that may overwrite them; the second is sound."""
     tx, step = stepping()
     fault = {"bad": range(12, 15)}
     expected = histories(tx, step, 24, **fault)[-1]
-    given = [gradients_at(t, **fault) for t in range(24)]
-
-    def one(carry, gradients):
-        return step(*carry, gradients), None
-
+    pairs = [(gradients_at(t, **fault), gradients_at(t)) for t in range(24)]
+    given = stack_trees([stack_trees(pair) for pair in pairs])
     start = (model(), lbw_optax.override(tx.init(model()), scale=1.0))
-    stacked = jax.tree.map(lambda *x: np.stack(x), *given)
-    scanned, _ = jax.jit(lambda: jax.lax.scan(one, start, stacked))()
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(close, scanned[0], expected[0])
-    assert_same_bits(scanned[1].freezing.since, expected[1].freezing.since)
 
-    two = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * 2), start)
-    runs = jax.jit(jax.vmap(step, in_axes=(0, 0, 0)))
-    donating = jax.jit(step, donate_argnums=(0, 1))
-    donated = jax.tree.map(jnp.array, start)
-    for t in range(24):
-        pair = jax.tree.map(lambda *x: np.stack(x), given[t], gradients_at(t))  # the second sound
-        two = runs(*two, pair)
-        donated = donating(*donated, given[t])
-        frozen = two[1].freezing.frozen
-        assert not frozen[1].any()
-        assert frozen[0].tolist() == donated[1].freezing.frozen.tolist()
-    jax.tree.map(close, donated[0], expected[0])
-    jax.tree.map(lambda x, y: close(x[0], y), two[0], expected[0])
-    assert lbw_optax.metrics(two[1])["frozen_groups"].shape == (2,)
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(carry, given):
+        def both(carry, gradients):
+            carry = jax.vmap(step)(*carry, gradients)
+            return carry, (carry[1].freezing.frozen, lbw_optax.metrics(carry[1])["frozen_groups"])
+
+        return jax.lax.scan(both, carry, given)
+
+    (params, state), (frozen, counts) = run(stack_trees([start, start]), given)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(lambda x, y: close(x[0], y), params, expected[0])
+    assert_same_bits(state.freezing.since[0], expected[1].freezing.since)
+    assert counts.tolist() == frozen.sum(-1).tolist()
+    assert counts[:, 0].tolist() == [0] * 12 + [1] * 5 + [0] * 7
+    assert not counts[:, 1].any()
 
 
 def test_multi_steps_around_the_guard():
