@@ -103,13 +103,14 @@ def _done(runs: dict[Any, Record], method: str, fault: str, seeds: Iterable[int]
             "rollbacks": sum(len(r["rollbacks"]) for r in own),
         }
     )
-    return ", ".join(f"{count} {name}" for name, count in found.items() if count) or "–"
+    told = [f"{n} {name if n > 1 else name[:-1]}" for name, n in found.items() if n]
+    return ", ".join(told) or "–"
 
 
 def _sound_title(record: Record) -> str | None:
     if "task" in record:
         return tasks()[record["task"]].title
-    if record["fault"] != "none" or not METHODS[record["method"]].freezes:
+    if (record["fault"], record["method"]) != ("none", "freeze"):
         return None
     return f"the decoder at {record['rate'] / RATE:.0f} × its tuned rate"
 
