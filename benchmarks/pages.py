@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.classifier import tables as classifier
 from benchmarks.faults import tables as faults
 from benchmarks.health import tables as health
-from benchmarks.parts import front, research, speed
+from benchmarks.parts import freezing, front, research, speed
 from benchmarks.records import FOLDER, read
 from benchmarks.stress import tables as stress
 
@@ -33,6 +33,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "faults": front.faults,
         "health": lambda: health.summary(read(FOLDER / "health.jsonl")),
     },
+    "docs/freezing.md": {"faults": freezing.faults, "sound": freezing.sound},
     "docs/placements.md": {"placements": front.placements},
     "docs/prediction.md": {
         "targets": classifier.targets,

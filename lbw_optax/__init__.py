@@ -9,10 +9,12 @@ from lbw_optax.audit import (
     check,
     events,
     explain,
+    frozen_groups,
     metrics,
     override,
     reset,
 )
+from lbw_optax.groups import by_layer
 from lbw_optax.guard import adamw, chain, lbw_guard
 from lbw_optax.law.control import REGIMES
 from lbw_optax.law.events import Event
@@ -35,11 +37,13 @@ __all__ = [
     "adamw",
     "adopt",
     "attention_logit_max",
+    "by_layer",
     "chain",
     "check",
     "diagnose",
     "events",
     "explain",
+    "frozen_groups",
     "lbw_guard",
     "metrics",
     "override",

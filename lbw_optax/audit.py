@@ -21,9 +21,11 @@ from lbw_optax.law import classifier
 from lbw_optax.law import events as ring
 from lbw_optax.law.divergence import after_rollback
 from lbw_optax.law.events import Event
+from lbw_optax.law.freezing import Freezing
 from lbw_optax.law.statistics import in_stds
 from lbw_optax.law.telemetry import HISTOGRAM_EDGES
 from lbw_optax.paths import path_of
+from lbw_optax.sentences import frozen_now, read_events
 from lbw_optax.state import MODES, GuardState, find, find_all, find_named, map_guards, of_one_run
 from lbw_optax.types import PyTree
 
@@ -67,6 +69,7 @@ def metrics(state: PyTree) -> dict[str, jax.Array]:
     ``outstanding``             interventions that are not yet earned back, of the budget
     ``exhausted``               bool, the guard has used up what it may do
     ``rollback_asked``          a `lbw_optax.law.divergence.Reason`, 0 for none
+    ``frozen_groups``           groups of leaves that stay as they are; names: `frozen_groups`
     ``risk_10``, ``risk_50``    probability that the run diverges within so many steps; advice only
     ``hard_batch``              if the step stands out, the probability that it is gone by itself;
                                 likewise ``unstable_dynamics`` and ``broken_state``
@@ -125,6 +128,7 @@ def _metrics(guard: GuardState) -> dict[str, jax.Array]:
         "outstanding": control.outstanding,
         "exhausted": control.exhausted,
         "rollback_asked": guard.law.divergence.rollback_asked,
+        "frozen_groups": _frozen(guard),
         "risk_10": risk.soon,
         "risk_50": risk.later,
         "activation_outlier_share": layers.outlier_share,
@@ -136,6 +140,41 @@ def _metrics(guard: GuardState) -> dict[str, jax.Array]:
         "nonfinite_activations": layers.nonfinite,
         **{kind.name.lower(): risk.kinds[..., kind] for kind in classifier.Kind},
         **{f"gradient_log2/{k}": seen.histogram[..., i] for i, k in enumerate(HISTOGRAM_EDGES)},
+    }
+
+
+def _frozen(guard: GuardState) -> jax.Array:
+    """How many groups are frozen: int32."""
+    if isinstance(guard.freezing, Freezing):
+        return jnp.sum(guard.freezing.frozen, axis=-1, dtype=jnp.int32)
+    return jnp.zeros_like(guard.mode)
+
+
+def frozen_groups(state: PyTree) -> dict[str, int]:
+    """The layers that are frozen now, and for how many steps they have been. Waits for the device.
+
+    Where there are several guards, each name begins with the path of its guard in the state. Empty
+    for a guard without ``groups``.
+
+    Raises:
+      ValueError: if the state holds no guard, or several runs in one (``vmap``).
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lbw_optax
+      >>> tx = lbw_optax.lbw_guard(optax.adamw(1e-3), groups=lbw_optax.by_layer)
+      >>> params = {"layers": [{"w": jnp.ones(3)} for _ in range(4)]}
+      >>> state = tx.init(params)
+      >>> grads = {"layers": [{"w": jnp.full(3, x)} for x in (1.0, jnp.nan, 2.0, 3.0)]}
+      >>> _, state = tx.update(grads, state, params, value=1.0)
+      >>> lbw_optax.frozen_groups(state)
+      {'layers/1': 1}
+    """
+    guards = find_named(state)
+    alone = len(guards) == 1
+    return {
+        name if alone else f"{path}/{name}": steps
+        for path, guard in guards.items()
+        for name, steps in frozen_now(of_one_run(guard)).items()
     }
 
 
@@ -159,7 +198,7 @@ def events(state: PyTree) -> list[Event]:
 
 def _read_events(guard: GuardState) -> list[Event]:
     """Those in its ring; without a loss where it was never given one."""
-    found = ring.read(of_one_run(guard).events)
+    found = read_events(of_one_run(guard))
     if int(guard.law.statistics.loss.weight > 0):
         return found
     return [event._replace(loss=None) for event in found]
@@ -249,7 +288,8 @@ class AuditLog:
     A line holds ``number, step, regime, signal, value, threshold, action, scale_before,
     scale_after, loss`` (the newest that was measured), ``rate_multiple`` (what the learning rate is
     multiplied by after it), ``time`` (UTC, when it was read) and ``recorded_at``, the step of the
-    loop that read it; of a rollback ``from_step`` and ``to_step`` instead of value and threshold.
+    loop that read it; of a rollback ``from_step`` and ``to_step`` instead of value and threshold;
+    of a layer that is frozen or thaws its name, ``group``.
     Where a state holds several guards, ``guard`` is the path of the one that a line is of. A log
     that is opened again goes on after its last line. If the ring was read too late, a line
     ``{"action": "lost", ...}`` says how many interventions are missing. If the run has gone on from
@@ -411,7 +451,7 @@ def _in_rows(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[di
 
 
 # What tells two events of one number apart.
-_OWN = ("step", "action", "signal", "value", "scale_after", "from_step", "to_step")
+_OWN = ("step", "action", "signal", "value", "scale_after", "from_step", "to_step", "group")
 
 
 def _is_another(known: dict[str, Any], line: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from lbw_optax import law, parts
 from lbw_optax import state as states
 from lbw_optax.activations import Activations
 from lbw_optax.apply import scaled
+from lbw_optax.freeze import Freeze
 from lbw_optax.law import classifier, control, events, layers, telemetry
 from lbw_optax.law.control import Bounds
 from lbw_optax.law.telemetry import Probe
@@ -30,12 +31,19 @@ class ChainedGuard(optax.GradientTransformationExtraArgs):
 
     bounds: Bounds
     mode: str
+    freeze: Freeze | None
 
 
-def watch(bounds: Bounds, mode: str) -> ChainedGuard:
-    """The guard as a transformation of gradients."""
+def watch(bounds: Bounds, mode: str, freeze: Freeze | None = None) -> ChainedGuard:
+    """The guard as a transformation of gradients; `freeze` is for `lbw_optax.chain`."""
 
     def init_fn(params: PyTree) -> GuardState:
+        if freeze:
+            raise ValueError(
+                "groups needs a guard that governs the optimizer, for a layer stays as it is only "
+                "where its moments do: write lbw_guard(optax.adamw(...), groups=...), or "
+                "lbw_optax.chain instead of optax.chain."
+            )
         nothing = telemetry.sample_of_zeros(params)
         here = nothing if telemetry.is_abstract(params) else telemetry.sample(params)
         probe = Probe(mean_parameters=nothing, parameters=here)
@@ -79,7 +87,7 @@ def watch(bounds: Bounds, mode: str) -> ChainedGuard:
         )
 
     guard = ChainedGuard(init_fn, update_fn)
-    guard.bounds, guard.mode = bounds, mode
+    guard.bounds, guard.mode, guard.freeze = bounds, mode, freeze
     return guard
 
 

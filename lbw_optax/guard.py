@@ -14,14 +14,19 @@ from lbw_optax import state as states
 from lbw_optax.activations import Activations
 from lbw_optax.apply import either, scaled
 from lbw_optax.chained import ChainedGuard
+from lbw_optax.freeze import Freeze
 from lbw_optax.frozen import Frozen
-from lbw_optax.law import classifier, control, events, layers, telemetry
+from lbw_optax.groups import Grouping
+from lbw_optax.law import classifier, control, events, freezing, layers, telemetry
 from lbw_optax.law.control import RULES, Bounds, Rules, Signal
+from lbw_optax.law.freezing import Limits
 from lbw_optax.law.telemetry import Probe
 from lbw_optax.state import MODES, GuardState, Mode
 from lbw_optax.types import Loss, PyTree
 
 DEFAULTS = Bounds()
+# A quarter of the groups, for as long as a rollback goes back at most.
+MAX_FROZEN, MAX_FREEZE_STEPS = 0.25, 50
 
 
 def lbw_guard(
@@ -31,6 +36,9 @@ def lbw_guard(
     max_skips: int = DEFAULTS.max_skips,
     max_interventions: int = DEFAULTS.max_interventions,
     mode: str = "govern",
+    groups: Grouping | None = None,
+    max_frozen: float = MAX_FROZEN,
+    max_freeze_steps: int = MAX_FREEZE_STEPS,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keep a training run alive under stress: scale and skip the updates of ``inner``.
 
@@ -65,6 +73,12 @@ def lbw_guard(
       max_interventions: the budget: skips, cuts and holds that may be outstanding; one is earned
         back in ten steps. When it is spent the state is exhausted too.
       mode: "govern", or "observe" to watch and decide but apply what ``inner`` proposes.
+      groups: which layers may be frozen alone, while the rest trains: a function from the path of
+        a leaf, its keys with "/" between them, to the name of its group, or None; for example
+        :func:`lbw_optax.by_layer`. Of a name that ends in "[*]" each slice along the leaves' first
+        axis is a group. None: nothing is frozen; see :mod:`lbw_optax.law.freezing`.
+      max_frozen: the share of the groups that may be frozen at a time, in (0, 1).
+      max_freeze_steps: in a row that a group may be frozen; then it trains for as long.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` takes the optional keyword
@@ -74,7 +88,8 @@ def lbw_guard(
 
     Raises:
       ValueError: if an argument is out of its range, ``value`` is not a scalar, or ``activations``
-        are none.
+        are none; from ``init``, if ``groups`` makes fewer than two groups, or so few that none may
+        be frozen.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -94,7 +109,12 @@ def lbw_guard(
     """
     bounds = Bounds(min_scale, max_skips, max_interventions)
     _validate(inner, bounds, mode)
-    return chained.watch(bounds, mode) if inner is None else govern(inner, bounds, mode)
+    if groups is not None:
+        _validate_freezing(groups, max_frozen, max_freeze_steps)
+    freeze = None if groups is None else Freeze(groups, Limits(max_frozen, max_freeze_steps))
+    if inner is None:
+        return chained.watch(bounds, mode, freeze)
+    return govern(inner, bounds, mode, freeze=freeze)
 
 
 def chain(*transformations: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -122,7 +142,7 @@ def chain(*transformations: optax.GradientTransformation) -> optax.GradientTrans
     for tx in (*before, *after):
         _require_optimizer(tx)
     inner = after[0] if len(after) == 1 else optax.chain(*after)
-    governed = govern(inner, guard.bounds, guard.mode)
+    governed = govern(inner, guard.bounds, guard.mode, freeze=guard.freeze)
     return optax.chain(*before, governed) if before else governed
 
 
@@ -144,7 +164,11 @@ adamw.__wrapped__ = optax.adamw  # type: ignore[attr-defined]  # inspect.signatu
 
 
 def govern(
-    inner: optax.GradientTransformation, bounds: Bounds, mode: str, rules: Rules = RULES
+    inner: optax.GradientTransformation,
+    bounds: Bounds,
+    mode: str,
+    rules: Rules = RULES,
+    freeze: Freeze | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The guard around an optimizer; `rules` are the law's own but in experiments."""
     inner = _with_extra_args(inner)
@@ -155,7 +179,8 @@ def govern(
         inner_state = inner.init(params)
         _refuse_what_goes_around(inner_state)
         _refuse_a_guard(inner_state)
-        return states.init(probe, bounds, mode)._replace(inner_state=inner_state)
+        names = freeze.names(params) if freeze else None
+        return states.init(probe, bounds, mode, names)._replace(inner_state=inner_state)
 
     def update_fn(
         updates: PyTree,
@@ -172,6 +197,10 @@ def govern(
         parts.refuse(state, updates, params, value, activations)
         gradients, trained = frozen.zeroed(updates, state.inner_state, params, extra_args)
         age, governing = state.law.control.age, state.mode == Mode.GOVERN
+        if freeze:
+            arrived, gradients, updates = freeze.arrive(
+                state.freezing, gradients, updates, governing
+            )
         seen, probe = telemetry.observe_gradients(
             state.telemetry, state.probe, gradients, trained, value, age
         )
@@ -181,23 +210,35 @@ def govern(
         # element-wise operations, and no second copy of that state is held.
         limited = scaled(updates, jnp.exp(jnp.where(governing, arrival.log_factor, 0.0)), refused)
         proposed, inner_state = inner.update(limited, state.inner_state, params, **extra_args)
+        if freeze:
+            looked, proposed = freeze.propose(arrived, proposed, trained, refused)
         scale_before = jnp.exp(state.law.control.log_scale)
         seen = telemetry.observe_step(seen, proposed, trained, scale_before, refused)
         new_law, decision = law.step(state.law, seen, bounds, rules)
         reported = classifier.reported(decision, state.law.classifier, new_law.classifier)
+        if freeze:
+            looked, news = freezing.tell(looked, reported, freeze.limits)
         scale = jnp.where(governing, decision.scale, 1.0)
         applied = scaled(proposed, scale, governing & decision.skip)
         if params is None:
             probe = telemetry.follow(probe, applied)
+        inner_state = either(refused, state.inner_state, inner_state)
+        if freeze:
+            inner_state = freeze.keep(arrived, state.inner_state, inner_state, updates)
         return applied, GuardState(
-            inner_state=either(refused, state.inner_state, inner_state),
+            inner_state=inner_state,
             guard_steps=optax.safe_increment(state.guard_steps),
             mode=state.mode,
             telemetry=seen,
             probe=probe,
             law=new_law,
-            events=events.record(state.events, state.guard_steps, reported, seen.loss),
+            events=(
+                freezing.record(state.events, state.guard_steps, news, seen.loss)
+                if freeze
+                else events.record(state.events, state.guard_steps, reported, seen.loss)
+            ),
             layers=layers.absorb(state.layers, activations),
+            freezing=looked if freeze else state.freezing,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -254,6 +295,20 @@ def _validate(inner: Any, bounds: Bounds, mode: str) -> None:
         count = getattr(bounds, name)
         if not _holds(count, lambda x: x >= 1):
             raise ValueError(f"{name} must be a number of at least 1, got {count!r}.")
+
+
+def _validate_freezing(groups: Any, max_frozen: Any, max_freeze_steps: Any) -> None:
+    if not callable(groups):
+        raise ValueError(
+            "groups must be a function from the path of a leaf to the name of its group, as "
+            f"lbw_optax.by_layer is, or None, got {groups!r}."
+        )
+    if not _holds(max_frozen, lambda x: 0 < x < 1):
+        raise ValueError(f"max_frozen must be a number between 0 and 1, got {max_frozen!r}.")
+    if not _holds(max_freeze_steps, lambda x: x >= 1 and x % 1 == 0):
+        raise ValueError(
+            f"max_freeze_steps must be a whole number of at least 1, got {max_freeze_steps!r}."
+        )
 
 
 def _require_optimizer(inner: Any) -> None:

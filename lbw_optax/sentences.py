@@ -4,10 +4,13 @@ import logging
 import math
 from typing import Any
 
-from lbw_optax.law import classifier, control, events
+import numpy as np
+
+from lbw_optax.law import classifier, control, events, freezing
 from lbw_optax.law.control import REGIMES, REJECTED_BOUND, REJECTED_FROM, REST_STEPS, Signal
 from lbw_optax.law.divergence import Reason
 from lbw_optax.law.events import Event
+from lbw_optax.law.freezing import Freezing
 from lbw_optax.state import GuardState, Mode
 
 CAUSES = {
@@ -19,6 +22,12 @@ CAUSES = {
     "overshoot": "steps go too far",
     "relative_step": "steps are too long for the parameters",
     "risk": "its last steps look like those before a divergence",
+}
+# Of one group of leaves.
+OWN_CAUSES = {
+    "nonfinite_gradients": "its gradient is not finite",
+    "gradient_norm": "its gradient is far longer than it has been, and those of the others are not",
+    "relative_step": "its step is far longer than it has been, and those of the others are not",
 }
 ASKS = {
     Reason.PARAMETERS: "the parameters are broken",
@@ -43,7 +52,7 @@ def explain(guard: GuardState) -> str:
             "without one, restore a checkpoint from before it began to ask (rollback_asked in the "
             "log), or go on with lbw_optax.reset(state)."
         )
-    sentence = _scaling(guard) + _rejecting(guard) + _risking(guard)
+    sentence = _scaling(guard) + _freezing(guard) + _rejecting(guard) + _risking(guard)
     return (
         sentence if acts(guard) else f"{_only_watches(guard)} Governing, it would say: {sentence}"
     )
@@ -52,7 +61,7 @@ def explain(guard: GuardState) -> str:
 def exhausted(guard: GuardState) -> str:
     """Why a run is stopped, and what to do."""
     held = guard.law.control
-    told = "; ".join(_tell(event) for event in events.read(guard.events)[-TOLD:])
+    told = "; ".join(_tell(event) for event in read_events(guard)[-TOLD:])
     kept = "A skipped step changed no parameter."
     reason = Reason(int(guard.law.divergence.rollback_asked))
     asks = f" It asks to go back: {ASKS[reason]}." if reason in ASKS else ""
@@ -99,6 +108,34 @@ def too_high(scale: float, *, acts: bool) -> str:
     return "the learning rate looks too high, by how much only a guard that governs can tell"
 
 
+def read_events(guard: GuardState) -> list[Event]:
+    """Those in the ring of one guard, with the names of what is frozen."""
+    held = guard.freezing
+    return events.read(guard.events, freezing.names_of(held) if held else ())
+
+
+def frozen_now(guard: GuardState) -> dict[str, int]:
+    """The names of what is frozen in one guard, and for how many steps it has been."""
+    held = guard.freezing
+    if not isinstance(held, Freezing):
+        return {}
+    frozen, since = np.asarray(held.frozen), np.asarray(held.since)
+    return {x: int(n) for x, f, n in zip(freezing.names_of(held), frozen, since, strict=True) if f}
+
+
+def _freezing(guard: GuardState) -> str:
+    """What to say of the groups that are frozen."""
+    now = frozen_now(guard)
+    if not now:
+        return ""
+    held = guard.freezing
+    assert isinstance(held, Freezing)
+    signals = {Signal(int(x)) for x in np.asarray(held.reason)[np.asarray(held.frozen)]}
+    why = "; ".join(OWN_CAUSES.get(x.name.lower(), x.name.lower()) for x in sorted(signals))
+    names = ", ".join(f"{name} ({plural(steps, 'step')})" for name, steps in now.items())
+    return f" Frozen while the rest trains: {names}: {why}."
+
+
 def _rejecting(guard: GuardState) -> str:
     """What to say of the share of rejected steps, if it is high."""
     rejections = guard.law.control.rejections
@@ -128,9 +165,14 @@ def cause(action: str, signal: str) -> str:
     >>> cause("skip", "loss"), cause("rollback", "loss")
     ('the loss jumped', 'the loss has risen and stays there')
     """
+    if action in ("freeze", "thaw"):
+        return OWN_CAUSES.get(signal, signal)
     if action == "rollback" and signal.upper() in Reason.__members__:
         return ASKS.get(Reason[signal.upper()], signal)
     return CAUSES.get(signal, signal)
+
+
+_CALM_ACTIONS = ("recover", "hold", "cut", "restored", "thaw")
 
 
 def logged(line: dict[str, Any], *, acts: bool = True) -> tuple[int, str]:
@@ -139,7 +181,7 @@ def logged(line: dict[str, Any], *, acts: bool = True) -> tuple[int, str]:
     `acts` says whether the guard's decisions are applied.
     """
     action, step = line["action"], line.get("step")
-    level = logging.INFO if action in ("recover", "hold", "cut", "restored") else logging.WARNING
+    level = logging.INFO if action in _CALM_ACTIONS else logging.WARNING
     where = f"{line['guard']}: " if line.get("guard") else ""
     said = _say(line, acts)
     return level, where + (said if step is None else f"Step {step}: {said}.")
@@ -171,12 +213,23 @@ def _say(line: dict[str, Any], acts: bool) -> str:
             f"the run may diverge within 10 steps, with probability "
             f"{_plain(100 * line.get('value', 0.0))} %: {why}; nothing is done for this alone"
         ),
+        "freeze": f"{line.get('group')} stays as it is while the rest trains, because {why}",
+        "thaw": f"{line.get('group')} trains again, at a tenth of the scale for a start",
         "rollback": _back(line.get("from_step"), line.get("to_step"), why),
     }.get(action, action)
 
 
 def _back(from_step: int | None, to_step: int | None, why: str) -> str:
     return f"back from step {from_step} to {to_step}, because {why}"
+
+
+def plural(count: int, what: str) -> str:
+    """A count and what is counted.
+
+    >>> plural(1, "step"), plural(3, "step")
+    ('1 step', '3 steps')
+    """
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _plain(x: float) -> str:
@@ -191,6 +244,8 @@ def _plain(x: float) -> str:
 def _tell(event: Event) -> str:
     if event.from_step is not None:
         return _back(event.from_step, event.to_step, cause(event.action, event.signal))
+    if event.group:
+        return f"step {event.step}: {event.action} of {event.group} for {event.signal}"
     return (
         f"step {event.step}: {event.action} for {event.signal} = {event.value:.3g} "
         f"(threshold {event.threshold:.3g})"
@@ -199,7 +254,7 @@ def _tell(event: Event) -> str:
 
 def _last_cause(guard: GuardState) -> str:
     return next(
-        (CAUSES[e.signal] for e in reversed(events.read(guard.events)) if e.signal in CAUSES),
+        (CAUSES[e.signal] for e in reversed(read_events(guard)) if e.signal in CAUSES),
         "steps are rejected",
     )
 
@@ -208,7 +263,7 @@ def _since(guard: GuardState, rests_since: int | None) -> str:
     """Since the scale has kept still, or else since it was last cut."""
     if rests_since is not None:
         return f" since step {max(rests_since, 0)}"
-    cuts = [e.step for e in events.read(guard.events) if e.action == "cut"]
+    cuts = [e.step for e in read_events(guard) if e.action == "cut"]
     return f" since step {cuts[-1]}" if cuts else " since the start"
 
 

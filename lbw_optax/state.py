@@ -2,7 +2,7 @@
 
 import enum
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +11,10 @@ import optax
 from jax.tree_util import PyTreeDef
 
 from lbw_optax import law
-from lbw_optax.law import events, layers, telemetry
+from lbw_optax.law import events, freezing, layers, telemetry
 from lbw_optax.law.control import Bounds
 from lbw_optax.law.events import Ring
+from lbw_optax.law.freezing import Freezing
 from lbw_optax.law.layers import Layers
 from lbw_optax.law.step import Law
 from lbw_optax.law.telemetry import Probe, Telemetry
@@ -42,6 +43,7 @@ class GuardState(NamedTuple):
       law: what the law remembers: statistics, scale, budget, what speaks for a rollback.
       events: the last interventions.
       layers: what `update` was told of the model's activations; advice only.
+      freezing: what is remembered of groups of leaves; () where none can be frozen.
     """
 
     inner_state: PyTree
@@ -52,10 +54,20 @@ class GuardState(NamedTuple):
     law: Law
     events: Ring
     layers: Layers
+    freezing: Freezing | tuple[()] = ()
 
 
-def init(probe: Probe, bounds: Bounds, mode: str) -> GuardState:
-    """Before the first step, without an inner state; every leaf is an array of its own."""
+def init(
+    probe: Probe, bounds: Bounds, mode: str, groups: Sequence[str] | None = None
+) -> GuardState:
+    """Before the first step, without an inner state; every leaf is an array of its own.
+
+    Args:
+      probe: before the first step.
+      bounds: the user's.
+      mode: one of `MODES`.
+      groups: the names of those that may be frozen; None where nothing may.
+    """
     state = GuardState(
         inner_state=None,
         guard_steps=jnp.zeros([], jnp.int32),
@@ -65,6 +77,7 @@ def init(probe: Probe, bounds: Bounds, mode: str) -> GuardState:
         law=law.init(bounds),
         events=events.init(),
         layers=layers.init(),
+        freezing=() if groups is None else freezing.init(groups),
     )
     # A buffer that two leaves share cannot be donated.
     return jax.tree.map(jnp.copy, state)
@@ -221,6 +234,8 @@ def as_arrays(guard: GuardState) -> GuardState:
     if guard.probe.parameters is None:
         probe = probe._replace(parameters=None)
     types = _skeleton()._replace(inner_state=None, probe=probe)
+    if not guard.freezing:
+        types = types._replace(freezing=())
     arrays = jax.tree.map(lambda x, kind: jnp.asarray(x, kind.dtype), own, types)
     return arrays._replace(inner_state=guard.inner_state)
 
@@ -253,7 +268,7 @@ def strip(state: PyTree) -> PyTree:
 
 def _is_guard(node: PyTree) -> bool:
     if isinstance(node, Mapping):
-        return set(node) | {"inner_state"} == set(GuardState._fields)
+        return set(node) | {"inner_state", "freezing"} == set(GuardState._fields)
     return isinstance(node, GuardState)
 
 
@@ -272,13 +287,23 @@ def _rebuild(skeleton: PyTree, node: PyTree) -> PyTree:
     names: tuple[str, ...] = skeleton._fields  # type: ignore[attr-defined]
     for name in names:
         # Parts that a guard may have without an array in them are missing in a sound state, too.
-        if name not in ("inner_state", "parameters") and _child(node, name) is None:
+        if name not in _MAY_BE_EMPTY and _child(node, name) is None:
             raise ValueError(
                 f"A guard in this optimizer state has no {name}: another version of lbw_optax made "
                 "it. The optimizer's own state can be gone on with, "
                 "lbw_optax.adopt(tx.init(params), lbw_optax.strip(state))."
             )
-    return type(skeleton)(*[_rebuild(getattr(skeleton, n), _child(node, n)) for n in names])
+    return type(skeleton)(
+        *[
+            ()
+            if n == "freezing" and not _child(node, n)
+            else _rebuild(getattr(skeleton, n), _child(node, n))
+            for n in names
+        ]
+    )
+
+
+_MAY_BE_EMPTY = ("inner_state", "parameters", "freezing")
 
 
 def _put(node: PyTree, guard: GuardState) -> PyTree:
@@ -316,4 +341,4 @@ def _child(node: PyTree, name: str) -> PyTree:
 def _skeleton() -> GuardState:
     nothing = jnp.zeros([0], jnp.float32)
     probe = Probe(nothing, nothing)
-    return jax.eval_shape(lambda: init(probe, Bounds(), MODES[Mode.GOVERN]))
+    return jax.eval_shape(lambda: init(probe, Bounds(), MODES[Mode.GOVERN], [""]))

@@ -30,6 +30,7 @@ from lbw_optax import lbw_guard
 from lbw_optax.law.control import Control
 from lbw_optax.law.divergence import Divergence
 from lbw_optax.law.events import Ring
+from lbw_optax.law.freezing import Freezing
 from lbw_optax.law.statistics import Running, Statistics
 from lbw_optax.law.telemetry import Probe, Telemetry
 from lbw_optax.state import GuardState
@@ -442,7 +443,7 @@ def test_state_is_arrays_of_fixed_types_from_init_on():
 
 
 def _own_names() -> set[str]:
-    parts = (GuardState, Telemetry, Probe, Running, Statistics, Control, Divergence, Ring)
+    parts = (GuardState, Telemetry, Probe, Running, Statistics, Control, Divergence, Ring, Freezing)
     return {name for part in parts for name in part._fields} - {"inner_state"}
 
 

@@ -46,6 +46,7 @@ NAMES = {
     "parameters_broken": Name("signals", "1: the parameters are not finite, or jumped"),
     "age": Name("signals", "Steps since the law began"),
     "rejected_share": Name("signals", "Share of the last 1000 steps that were rejected"),
+    "frozen_groups": Name("guard", "Groups of leaves that stay as they are"),
     "risk_10": Name("signals", "Probability that the run diverges within 10 steps"),
     "risk_50": Name("signals", "Probability that the run diverges within 50 steps"),
     "hard_batch": Name("signals", "If the step stands out: probability that it is gone by itself"),

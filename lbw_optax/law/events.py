@@ -4,6 +4,7 @@ At most one event is recorded a step, so whoever reads every `SIZE` steps misses
 """
 
 import enum
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,8 +15,10 @@ from lbw_optax.law.control import Action, Decision, Regime, Signal
 from lbw_optax.law.divergence import Reason
 
 SIZE = 64
-# The classifier's alarm, and what it is for: recorded beside the decisions, and none of them.
+# The classifier's alarm, and what it is for; a group of leaves that is frozen, and that thaws:
+# recorded beside the law's decisions, and none of them.
 ALARM, RISK = 100, 100
+FREEZE, THAW = 101, 102
 
 
 class Ring(NamedTuple):
@@ -23,14 +26,14 @@ class Ring(NamedTuple):
 
     recorded: jax.Array  # int32, events in all
     at_step: jax.Array  # int32[SIZE], call of `update`
-    action: jax.Array  # int32[SIZE], an `Action`, or ALARM
+    action: jax.Array  # int32[SIZE], an `Action`, or ALARM, FREEZE, THAW
     regime: jax.Array  # int32[SIZE], a `Regime`
     signal: jax.Array  # int32[SIZE], a `Signal`, or RISK; of a rollback, a `Reason`
     signal_value: jax.Array  # float32[SIZE]; of a rollback 0
     threshold: jax.Array  # float32[SIZE]; of a rollback 0
     scale_before: jax.Array  # float32[SIZE]
     scale_after: jax.Array  # float32[SIZE]
-    from_step: jax.Array  # int32[SIZE], of a rollback; else 0
+    from_step: jax.Array  # int32[SIZE], of a rollback; of FREEZE and THAW the group; else 0
     to_step: jax.Array  # int32[SIZE], of a rollback; else 0
     loss: jax.Array  # float32[SIZE], the newest that was measured; 0 before
 
@@ -49,13 +52,16 @@ class Event(NamedTuple):
         "held" (the scale has come to rest well below 1: the learning rate looks 1 / scale_after
         times too high, if the guard governs; one that observes cannot tell), "rejecting" (the share
         of rejected steps is high in the long run: value), "alarm" (a divergence within ten steps
-        has the probability value) or "rollback".
+        has the probability value), "freeze" (a group of leaves stays as it is while the rest
+        trains: value is how many are frozen, threshold how many may be, signal why), "thaw" (it
+        trains again) or "rollback".
       scale_before: before the step.
       scale_after: after it.
       from_step: of a rollback, the step that it left.
       to_step: of a rollback, the step that it went back to.
       guard: where a state holds several guards, the path of this one in it.
       loss: the newest that was measured; None where the guard is given none.
+      group: that is frozen or thaws; else "".
     """
 
     number: int
@@ -71,6 +77,7 @@ class Event(NamedTuple):
     to_step: int | None = None
     guard: str = ""
     loss: float | None = None
+    group: str = ""
 
 
 def init() -> Ring:
@@ -92,8 +99,14 @@ def init() -> Ring:
     )
 
 
-def record(ring: Ring, step: jax.Array, decision: Decision, loss: jax.Array) -> Ring:
-    """Write this step's event, if there is one."""
+def record(
+    ring: Ring,
+    step: jax.Array,
+    decision: Decision,
+    loss: jax.Array,
+    group: jax.Array | None = None,
+) -> Ring:
+    """Write this step's event, if there is one; `group` is the one that is frozen or thaws."""
     return _write(
         ring,
         decision.action != Action.NONE,
@@ -105,7 +118,7 @@ def record(ring: Ring, step: jax.Array, decision: Decision, loss: jax.Array) -> 
         threshold=decision.threshold,
         scale_before=decision.scale_before,
         scale_after=decision.scale,
-        from_step=jnp.int32(0),
+        from_step=jnp.int32(0) if group is None else group,
         to_step=jnp.int32(0),
         loss=loss,
     )
@@ -142,11 +155,16 @@ def record_rollback(
     )
 
 
-def read(ring: Ring) -> list[Event]:
-    """The events still in the ring, oldest first. Waits for the device."""
+def read(ring: Ring, groups: Sequence[str] = ()) -> list[Event]:
+    """The events still in the ring, oldest first. Waits for the device.
+
+    Args:
+      ring: of one run.
+      groups: the names of the groups that may be frozen.
+    """
     ring = jax.device_get(ring)
     total = int(ring.recorded)
-    return [_event(ring, number) for number in range(max(0, total - SIZE), total)]
+    return [_event(ring, number, groups) for number in range(max(0, total - SIZE), total)]
 
 
 def _write(ring: Ring, happened: jax.Array, **event: jax.Array) -> Ring:
@@ -160,7 +178,7 @@ def _write(ring: Ring, happened: jax.Array, **event: jax.Array) -> Ring:
     return Ring(recorded=recorded, **written)
 
 
-def _event(ring: Ring, number: int) -> Event:
+def _event(ring: Ring, number: int, groups: Sequence[str]) -> Event:
     at = number % SIZE
     action = _ACTIONS[int(ring.action[at])]
     is_rollback = action == _ACTIONS[Action.ROLLBACK]
@@ -178,13 +196,21 @@ def _event(ring: Ring, number: int) -> Event:
         from_step=int(ring.from_step[at]) if is_rollback else None,
         to_step=int(ring.to_step[at]) if is_rollback else None,
         loss=float(ring.loss[at]),
+        group=_group(ring, at, groups),
     )
+
+
+def _group(ring: Ring, at: int, groups: Sequence[str]) -> str:
+    if int(ring.action[at]) not in (FREEZE, THAW):
+        return ""
+    number = int(ring.from_step[at])
+    return groups[number] if number < len(groups) else str(number)
 
 
 def _names(kinds: type[enum.IntEnum]) -> dict[int, str]:
     return {kind.value: kind.name.lower() for kind in kinds}
 
 
-_ACTIONS = {**_names(Action), ALARM: "alarm"}
+_ACTIONS = {**_names(Action), ALARM: "alarm", FREEZE: "freeze", THAW: "thaw"}
 _SIGNALS = {**_names(Signal), RISK: "risk"}
 _REASONS = _names(Reason)

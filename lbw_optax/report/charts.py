@@ -430,6 +430,8 @@ LANES = {
     "held": ("scale rests, low", "M{0:.1f} {1}m0-5l5 5l-5 5l-5-5z"),
     "rejecting": ("many rejected", "M{0:.1f} {1}m-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0m2 0h6"),
     "alarm": ("divergence looks likely", "M{0:.1f} {1}m0-5l5 9h-10z"),
+    "freeze": ("layer frozen", "M{0:.1f} {1}m-4-5h8l-8 10h8z"),
+    "thaw": ("layer thaws", "M{0:.1f} {1}m-5 0h10m-8-3v6m6-6v6"),
     "asked": ("would have gone back", "M{0:.1f} {1}m5-5l-9 5l9 5z"),
     "seen": ("stands out", "M{0:.1f} {1}m-4-4l8 8m0-8l-8 8"),
     "recover": ("grows again", "M{0:.1f} {1}m-5 4h10l-5-9z"),

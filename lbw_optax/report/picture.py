@@ -28,6 +28,8 @@ _MARKERS = {
     "held": "D",
     "rejecting": "o",
     "alarm": "*",
+    "freeze": "h",
+    "thaw": "1",
     "asked": "<",
     "seen": "x",
     "recover": "^",

@@ -1,0 +1,91 @@
+"""The groups that a guard may freeze: from decisions to gradients, states and steps."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lbw_optax import groups
+from lbw_optax.groups import Grouping, Groups
+from lbw_optax.law import freezing
+from lbw_optax.law.freezing import Freezing, Limits
+from lbw_optax.types import PyTree
+
+
+class Arrived(NamedTuple):
+    """What is known before the optimizer runs."""
+
+    groups: Groups
+    state: Freezing
+    frozen: jax.Array  # bool[G], of which the optimizer sees no gradient and keeps the state
+    governing: jax.Array  # bool scalar
+
+
+class Freeze(NamedTuple):
+    """What a user wants frozen; `lbw_guard` has looked at it."""
+
+    grouping: Grouping
+    limits: Limits
+
+    def names(self, params: PyTree) -> list[str]:
+        """Of the groups of these parameters.
+
+        Raises:
+          ValueError: if there are fewer than two, or so few that none may be frozen.
+        """
+        names = groups.find(self.grouping, params).names
+        if not jax.tree.leaves(params):  # as `optax.tree_map_params` asks what a state is made of
+            return names
+        if len(names) < 2:
+            raise ValueError(
+                f"groups makes {len(names)} of these parameters, {names}, and nothing would be "
+                "left to train: give at least two names, as lbw_optax.by_layer does for layers."
+            )
+        share = self.limits.max_frozen
+        if not isinstance(share, jax.core.Tracer) and not freezing.most(len(names), self.limits):
+            raise ValueError(
+                f"max_frozen={share!r} of {len(names)} groups is less than one, and none would "
+                f"ever be frozen: {1 / len(names):.3g} is the least that freezes one."
+            )
+        return names
+
+    def arrive(
+        self, state: Freezing | tuple[()], gradients: PyTree, given: PyTree, governing: jax.Array
+    ) -> tuple[Arrived, PyTree, PyTree]:
+        """Decide by the gradients, and leave those of frozen groups out.
+
+        Args:
+          state: after the step before.
+          gradients: that count.
+          given: the same for the optimizer.
+          governing: bool scalar; else nothing is left out.
+        """
+        found = groups.find(self.grouping, gradients)
+        if not isinstance(state, Freezing) or state.frozen.shape != (len(found.names),):
+            known = state.frozen.size if isinstance(state, Freezing) else 0
+            raise ValueError(
+                f"The gradients make {len(found.names)} groups, and this state was made with "
+                f"{known}: make it with tx.init of this optimizer and these parameters, or keep "
+                "the optimizer's own, lbw_optax.adopt(tx.init(params), lbw_optax.strip(state))."
+            )
+        new = freezing.arrive(state, *groups.squares(found, gradients), self.limits)
+        arrived = Arrived(found, new, new.frozen & governing, governing)
+        zeroed = [groups.zeroed(found, tree, arrived.frozen) for tree in (gradients, given)]
+        return arrived, *zeroed
+
+    def keep(self, arrived: Arrived, old: PyTree, new: PyTree, gradients: PyTree) -> PyTree:
+        """The inner state after the step, with the old one's share of the frozen groups."""
+        return groups.kept(arrived.groups, old, new, gradients, arrived.frozen)
+
+    def propose(
+        self, arrived: Arrived, updates: PyTree, params: PyTree, refused: jax.Array
+    ) -> tuple[Freezing, PyTree]:
+        """Decide by the updates, too, and leave those of frozen groups out."""
+        found = arrived.groups
+        step, _ = groups.squares(found, updates)
+        zero = jnp.zeros_like(step)
+        length = zero if params is None else groups.squares(found, params)[0]
+        new = freezing.propose(arrived.state, step, length, refused, self.limits)
+        frozen = new.frozen & arrived.governing
+        log_scale = jnp.where(arrived.governing, new.log_thaw, 0.0)
+        return new, groups.held(found, updates, frozen, log_scale)
