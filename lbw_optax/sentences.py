@@ -213,7 +213,7 @@ def _say(line: dict[str, Any], acts: bool) -> str:
             f"the run may diverge within 10 steps, with probability "
             f"{_plain(100 * line.get('value', 0.0))} %: {why}; nothing is done for this alone"
         ),
-        "freeze": f"{line.get('group')} stays as it is while the rest trains, because {why}",
+        "freeze": f"{line.get('group')} is frozen while the rest trains: {why}",
         "thaw": f"{line.get('group')} trains again, at a tenth of the scale for a start",
         "rollback": _back(line.get("from_step"), line.get("to_step"), why),
     }.get(action, action)

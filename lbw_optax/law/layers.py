@@ -4,6 +4,7 @@ It advises and nothing else: no rule of the law reads it, and neither does the c
 weights were made from runs without it.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -61,7 +62,7 @@ def absorb(before: Layers, activations: Activations | None) -> Layers:
     Raises:
       ValueError: if they are something else.
     """
-    if activations is None or not len(activations):
+    if activations is None or (isinstance(activations, Mapping) and not activations):
         return before
     outliers, logits = stacked(activations)
     after = before._replace(nonfinite=jnp.int32(0))

@@ -93,7 +93,7 @@ def figure(
     spoken: str,
     edges: np.ndarray,
     shade: np.ndarray,
-    labels: Mapping[int, str],
+    labels: Mapping[int, str] | Mapping[float, str],
     x: tuple[float, float],
     row: float,
 ) -> str:
@@ -104,7 +104,7 @@ def figure(
       spoken: what is said of it to those who do not see it.
       edges: steps at which its columns begin, and the end of the last one.
       shade: int[columns, rows], 0 to `LEVELS`; the first row is the lowest.
-      labels: of some lower edges of rows.
+      labels: of some lower edges of rows; of a row's middle at its number and a half.
       x: the first and the last step of the page.
       row: height of a row.
     """

@@ -89,7 +89,7 @@ def title_of(run: Run, found: Map, runs: int) -> str:
 def _drawn(run: Run, x: tuple[float, float], found: Map, runs: int) -> str:
     count = found.peak.shape[1]
     title = title_of(run, found, runs)
-    written = {i: str(i) for i in labels(count)}
+    written = {i + 0.5: str(i) for i in labels(count)}
     row = min(heat.ROW, max(HIGHEST // count, 1))
     spoken = _spoken(title, found.peak)
     return heat.figure(title, spoken, found.edges, level(found.peak), written, x, row)

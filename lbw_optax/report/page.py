@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lbw_optax.report import charts, heat, layers, words
+from lbw_optax.report import charts, frozen, heat, layers, words
 from lbw_optax.report.diagnosis import Finding, of_columns
 from lbw_optax.report.reading import Run, kept, steps, watches
 
@@ -59,6 +59,7 @@ def _page(told: Sequence[Told], detail: float) -> str:
             body += heat.pictures(runs, x, detail)
         if chart.column == "attention_logit":
             body += layers.pictures(runs, x, detail)
+            body += frozen.pictures(runs, x, detail)
     body += [_key(told), *(_table(run) for run in runs), _complaints(runs), "</main>"]
     style, script = (_part(name) for name in ("page.css", "page.js"))
     return (

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lbw_optax.law.telemetry import HISTOGRAM_EDGES
-from lbw_optax.report import charts, heat, layers, sampling
+from lbw_optax.report import charts, frozen, heat, layers, sampling
 from lbw_optax.report.page import Told
 from lbw_optax.report.reading import Run
 
@@ -123,6 +123,11 @@ def _panels(runs: Sequence[Run], x: tuple[float, float]) -> list[Panel | None]:
             panels += [_heat(run, found, len(runs)) for run in runs for found in heat.maps(run, x)]
         if chart.column == "attention_logit":
             panels += [_layers(run, y, len(runs)) for run in runs for y in layers.maps(run, x)]
+            panels += [
+                _frozen(run, y, len(runs))
+                for run in runs
+                if (y := frozen.map_of(run, x)) is not None
+            ]
     return panels
 
 
@@ -255,6 +260,18 @@ def _layers(run: Run, found: layers.Map, runs: int) -> Panel:
         shade = layers.level(found.peak)
         rows = np.arange(count + 1)
         axes.pcolormesh(found.edges, rows, shade.T, cmap="Blues", vmin=0, vmax=heat.LEVELS)
-        axes.set_yticks(layers.labels(count))
+        axes.set_yticks([i + 0.5 for i in layers.labels(count)], layers.labels(count))
 
     return 1.5, draw
+
+
+def _frozen(run: Run, found: frozen.Map, runs: int) -> Panel:
+    def draw(axes: Any) -> None:
+        title = _plain(frozen.title_of(run, runs))
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        count = len(found.names)
+        rows = np.arange(count + 1)
+        axes.pcolormesh(found.edges, rows, found.shade.T, cmap="Blues", vmin=0, vmax=heat.LEVELS)
+        axes.set_yticks([i + 0.5 for i in range(count)], [frozen.label(y) for y in found.names])
+
+    return 0.15 * len(found.names) + 0.2, draw

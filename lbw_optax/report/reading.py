@@ -199,3 +199,36 @@ def kept(step: np.ndarray) -> np.ndarray:
     """
     later = np.minimum.accumulate(np.append(step, np.inf)[::-1])[::-1][1:]
     return step < later
+
+
+class Freeze(NamedTuple):
+    """One time that a layer was frozen.
+
+    Attributes:
+      group: its name.
+      start: the first frozen step, counted as interventions are.
+      end: the step in which it trains again; None where no line says so.
+      signal: why.
+    """
+
+    group: str
+    start: int
+    end: int | None
+    signal: str
+
+
+def freezes(run: Run) -> list[Freeze]:
+    """Every time that a layer was frozen, in the order of the audit log."""
+    found: list[Freeze] = []
+    begun: dict[str, int] = {}  # from a layer that is frozen to its place in the list
+    for line in run.audit:
+        if line["action"] not in ("freeze", "thaw") or "step" not in line:
+            continue
+        group = " · ".join(str(line[x]) for x in ("guard", "group") if line.get(x))
+        if line["action"] == "freeze":
+            begun[group] = len(found)
+            found.append(Freeze(group, line["step"], None, str(line.get("signal", ""))))
+        elif group in begun:
+            at = begun.pop(group)
+            found[at] = found[at]._replace(end=line["step"])
+    return found

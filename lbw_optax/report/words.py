@@ -13,8 +13,8 @@ import numpy as np
 from lbw_optax.law.control import LOW
 from lbw_optax.law.divergence import SKIP_STEPS, Reason
 from lbw_optax.report.levels import LEFT_OF_RISE, last_low, levels, lowest_at
-from lbw_optax.report.reading import Run, kept, steps, watches
-from lbw_optax.sentences import ASKS, cause, too_high
+from lbw_optax.report.reading import Freeze, Run, freezes, kept, steps, watches
+from lbw_optax.sentences import ASKS, OWN_CAUSES, cause, too_high
 from lbw_optax.state import Mode
 
 # Of a cause, what to look at. {step} is the first, {where} names the first few.
@@ -39,6 +39,8 @@ _LOOK = {
 # Troubles with no more steps than this between them have to do with each other: as many as a
 # rollback goes back.
 NEAR = 50
+# A scale above this reads as 100 %.
+FULL_SHARE = 0.995
 # What a guard does to a run, apart from reports and from growing again.
 _DONE = {
     "skip": "skipped {steps}",
@@ -59,6 +61,7 @@ def paragraph(run: Run) -> str:
     asks, risen, rose = _asks(run), _risen(run, troubles), _rate_rose(run)
     what_to_do = _advice(run, troubles, asks, risen, rose)
     last = _ends_with(run, troubles, risen)
+    froze = freezes(run)
     is_urgent = asks is not None or (last is not None and last is not troubles[0])
     if is_urgent:
         # What the reader must know stands first; what came before it and was got over, later.
@@ -66,11 +69,18 @@ def paragraph(run: Run) -> str:
     elif troubles:
         calm = {line["action"] for line in troubles} <= {"cut", "hold"}
         what = "intervention" if calm else "trouble"
+        if froze and froze[0].start < troubles[0]["step"]:
+            what = f"other {what}"
+            sentences.append(_frozen(froze))
         sentences += [_first(troubles[0], what), _done(run.audit)]
+    elif froze:
+        sentences.append(_frozen(froze))
     elif any(line["action"] not in ("order", "alarm") for line in run.audit):
         sentences.append("The guard did nothing but let the updates grow.")
     else:
         sentences.append("The guard had nothing to do." if run.guarded else "")
+    if froze and _frozen(froze) not in sentences:
+        sentences.append(_frozen(froze))
     sentences += [_alarms(run), _ordered(run), _scale(run), _end(run)]
     sentences.append("" if _rate(rose) in what_to_do else _rate(rose))
     sentences.append("" if is_urgent else what_to_do)
@@ -198,6 +208,35 @@ def _why(line: dict[str, Any]) -> str:
     return cause(line["action"], str(line.get("signal", "")))
 
 
+def _frozen(froze: list[Freeze]) -> str:
+    """Which layers stayed as they were, since when and why."""
+    first, names = froze[0], list(dict.fromkeys(one.group for one in froze))
+    why = OWN_CAUSES.get(first.signal, first.signal)
+    if len(froze) == 1:
+        end = f"trained again from step {first.end:,} on" if first.end else "does so to the end"
+        return (
+            f"From step {first.start:,} on {first.group} stayed as it was while the rest trained "
+            f"(frozen), because {why}; it {end}."
+        )
+    others = f", {plural(len(names), 'layer')} in all" if len(names) > 1 else ""
+    still = [name for name in names if any(x.group == name and x.end is None for x in froze)]
+    end = f" At the end {', '.join(still[:3])} {'is' if len(still) == 1 else 'are'} frozen still."
+    return (
+        f"Single layers stayed as they were while the rest trained (frozen), "
+        f"{_times(len(froze))}{others}. The first was {first.group} at step {first.start:,}, "
+        f"because {why}.{end if still else ''}"
+    )
+
+
+def _of_layer(run: Run) -> str:
+    """What to do about the first layer that froze; "" if none did."""
+    froze = freezes(run)
+    if not froze:
+        return ""
+    first = froze[0]
+    return f"What to do: look at {first.group} and at the batch of step {first.start:,}."
+
+
 def _done(audit: list[dict[str, Any]]) -> str:
     total = counts(audit)
     done = [
@@ -275,7 +314,9 @@ def _scale(run: Run) -> str:
             f"At the end the updates are held at {number(100 * last)} %: the learning rate looks "
             f"{number(1 / last)} times too high."
         )
-    return f"At the end the updates are at {number(100 * last)} %."
+    if last >= FULL_SHARE:
+        return "At the end the optimizer's updates are applied in full."
+    return f"At the end the guard scales the updates to {number(100 * last)} %."
 
 
 def _last_scale(run: Run) -> float | None:
@@ -467,7 +508,7 @@ def _advice(
         if line["action"] in ("skip", "clip") or (line["action"] == "hold" and not rate):
             weight[str(line.get("signal", ""))] += multiplicity(line)
     if not weight:
-        return rate or ("There is nothing to do." if run.guarded else "")
+        return rate or _of_layer(run) or ("There is nothing to do." if run.guarded else "")
     signal = weight.most_common(1)[0][0]
     of_signal = [line for line in troubles if str(line.get("signal", "")) == signal]
     rest = advice(signal, of_signal[0]["step"], lost=False, where=_where(of_signal))

@@ -559,6 +559,11 @@ def _checkpointer_of(
     if checkpointer is None and restore is not None:
         raise ValueError("restore says how a checkpointer restores: pass checkpointer=, too.")
     if checkpointer is None:
+        if directory is None:
+            raise TypeError(
+                "directory must be a path, a str or a pathlib.Path, got None. For a checkpoint "
+                "manager of your own pass checkpointer=."
+            )
         return None
     if directory is not None:
         raise ValueError(

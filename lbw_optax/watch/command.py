@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not chosen.run.is_dir():
             raise ValueError(f"{chosen.run} is not a run directory.")
+        if chosen.scale is not None and chosen.order is None:
+            raise ValueError("--scale is for --order hold: it says where to pin the scale.")
         if chosen.order is not None:
             return _give(chosen.run, chosen.order, chosen.scale)
         return _show(chosen.run, chosen.once)

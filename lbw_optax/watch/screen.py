@@ -40,6 +40,7 @@ SHOWN = (
     Shown("relative step", ("relative_step", "signals/relative_step")),
     Shown("overshoot level", ("overshoot_level", "signals/overshoot_level")),
     Shown("risk", ("risk_10", "signals/risk_10")),
+    Shown("frozen layers", ("frozen_groups", "guard/frozen_groups"), is_told=True),
     Shown("activation peak", ("activation_peak", "signals/activation_peak"), is_told=True),
     Shown("attention logit", ("attention_logit", "signals/attention_logit"), is_told=True),
     Shown("tokens a second", ("tokens_per_second",), min),
@@ -86,7 +87,7 @@ def screen(name: str, seen: Seen, said: str, now: float, width: int, events: int
         *_urgent(seen),
         _numbers(seen, width),
         Text(),
-        *(_told(line, width, not _watches(seen)) for line in seen.audit[-events:] if events > 0),
+        *(_told(line, not _watches(seen)) for line in seen.audit[-events:] if events > 0),
         Text() if seen.audit else Text("No interventions yet.", "dim"),
         Text(said, "dim", overflow="ellipsis", no_wrap=True),
     )
@@ -195,14 +196,14 @@ def _watches(seen: Seen) -> bool:
     return seen.columns.get("mode", [0.0])[-1] == Mode.OBSERVE
 
 
-def _told(line: dict[str, Any], width: int, acts: bool) -> Text:
+def _told(line: dict[str, Any], acts: bool) -> Text:
     """An intervention or an order, in a line; as it stands if it is of another version."""
     try:
         is_order = line.get("action") == "order"
         told = told_order(line) if is_order else sentences.logged(line, acts=acts)[1]
     except (KeyError, TypeError, ValueError):
         told = json.dumps(line)
-    return Text(told[:width], overflow="ellipsis", no_wrap=True)
+    return Text(told, overflow="ellipsis", no_wrap=True)
 
 
 def told_order(line: dict[str, Any]) -> str:

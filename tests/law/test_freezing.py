@@ -523,7 +523,7 @@ def test_a_person_is_told_which_layer_it_is(tmp_path, caplog):
     assert [(x["group"], x["step"], x["value"], x["threshold"]) for x in frozen] == [
         ("layers/3", 10, 1.0, 1.0)
     ]
-    assert "Step 10: layers/3 stays as it is while the rest trains" in caplog.text
+    assert "Step 10: layers/3 is frozen while the rest trains: " in caplog.text
 
 
 def test_several_at_once_are_told_one_a_step():
@@ -592,3 +592,9 @@ def test_the_state_can_be_mapped_and_made_abstractly():
     assert types(jax.eval_shape(tx.init, model())) == types(state)
     mapped = optax.tree_map_params(tx, lambda x: x + 1, state)
     assert_same_bits(mapped.freezing, state.freezing)
+
+
+def test_under_inject_hyperparams_one_sentence_says_what_to_say():
+    tx = optax.inject_hyperparams(lbw_optax.lbw_guard)(optax.sgd(0.1), groups=lbw_optax.by_layer)
+    with pytest.raises(TypeError, match=r'say static_args=\("groups",\)'):
+        tx.init({"a": jnp.ones(2), "b": jnp.ones(2)})

@@ -20,7 +20,7 @@ from support import storm
 
 import lbw_optax
 from lbw_optax.law.divergence import Reason
-from lbw_optax.report import charts, command, heat, reading, report, sampling, words
+from lbw_optax.report import charts, command, frozen, heat, reading, report, sampling, words
 
 BAD = (30, 31, 32, 55)
 
@@ -432,6 +432,54 @@ def test_the_paragraph_tells_the_classifiers_alarms_apart_from_what_was_done(
     assert "The guard had nothing to do." in told
     assert ("alarm" in told) == (said is not None)
     assert said is None or said in told
+
+
+def _froze(step, end, group="layers/3"):
+    line = {"group": group, "signal": "nonfinite_gradients"}
+    back = [{"action": "thaw", "step": end, **line}] if end else []
+    return [{"action": "freeze", "step": step, **line}, *back]
+
+
+@pytest.mark.parametrize(
+    ("audit", "said"),
+    [
+        (
+            _froze(40, 52),
+            "to 200 and came to its end. From step 40 on layers/3 stayed as it was while the rest "
+            "trained (frozen), because its gradient is not finite; it trained again from step 52 "
+            "on. At the end the optimizer's updates are applied in full. ",
+        ),
+        (_froze(40, None), "because its gradient is not finite; it does so to the end. At the"),
+        (
+            [*_froze(40, 52), *_froze(60, None, "embed"), *_froze(90, 95)],
+            "3 times, 2 layers in all. The first was layers/3 at step 40, because its gradient is "
+            "not finite. At the end embed is frozen still.",
+        ),
+        (
+            [*_froze(40, 52), {"action": "clip", "step": 90, "signal": "gradient_norm"}],
+            "on. The first other trouble was at step 90: the gradient is far longer",
+        ),
+    ],
+    ids=["once", "to the end", "several", "then a jump"],
+)
+def test_the_paragraph_names_the_layers_that_were_frozen(audit, said):
+    story = told(np.linspace(6.0, 4.0, 200), audit, scale=np.ones(200))
+    assert said in story
+    look = "batches of step 90" if len(audit) == 3 else "look at layers/3 and at the batch of step"
+    assert look in story
+
+
+def test_the_map_of_frozen_layers_is_filled_where_they_were():
+    audit = [*_froze(40, 60), *_froze(150, None), *_froze(101, 102, "embed")]
+    run = reading.Run("run", {"step": np.arange(257.0)}, audit, True, True, [])
+    found = frozen.map_of(run, (0.0, 256.0), columns=256)
+    assert found.names == ["layers/3", "embed"]
+    filled = [np.flatnonzero(row) for row in found.shade.T]
+    np.testing.assert_array_equal(filled[0], [*range(40, 60), *range(150, 256)])
+    np.testing.assert_array_equal(filled[1], [101])
+    (drawn,) = frozen.pictures([run], (0.0, 256.0))
+    assert ">layers/3</text>" in drawn
+    assert "They are layers/3, embed" in drawn
 
 
 def test_a_png_has_every_kind_of_mark_and_names_as_they_are(tmp_path):

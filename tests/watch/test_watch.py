@@ -129,6 +129,7 @@ def test_a_guard_that_asks_or_only_observes_is_told_of(tmp_path):
         (["ended", "--order", "hold"], "ended has finished: no process is left"),
         ([".", "--order", "hold", "--scale", "2"], "scale must be in (0, 1]"),
         ([".", "--order", "govern", "--scale", "0.5"], 'is for "hold" only'),
+        ([".", "--scale", "0.5"], "--scale is for --order hold"),
     ],
 )
 def test_what_cannot_work_gets_one_sentence(arguments, said, tmp_path, monkeypatch, capsys):
