@@ -221,4 +221,6 @@ def _manager(
         from lbw_optax.rollback.manager import RollbackManager
 
         return opened.enter_context(RollbackManager(place))
+    if rollback and not hasattr(rollback, "resume"):
+        raise TypeError(f"rollback must be True, False or a RollbackManager, got {rollback!r}.")
     return rollback or None

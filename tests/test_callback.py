@@ -192,6 +192,11 @@ def test_a_state_with_several_guards(tmp_path, caplog):
     assert "inner_states/a/inner_state/scale" in line
 
 
+def test_what_is_no_manager_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="rollback must be True, False or a RollbackManager"):
+        TrainGuard(tmp_path, rollback="yes")
+
+
 @pytest.mark.parametrize("every", [0, 65, 10.0, True])
 def test_a_look_that_would_come_too_late_is_refused(tmp_path, every):
     with pytest.raises(ValueError, match="every must be a number of steps from 1 to 64"):

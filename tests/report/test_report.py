@@ -190,6 +190,18 @@ def test_the_length_of_broken_parameters_is_told():
     assert "the parameters are broken (their length is not finite)" in story
 
 
+def test_a_watched_run_whose_parameters_grew_at_once_is_told_of_its_rate():
+    """The guard knows the step that it would have allowed, and a longer one was taken."""
+    norm = np.where(np.arange(1, 401) < 252, 34.0, 75.4)
+    watched = {"mode": np.full(400, 1.0), "parameter_norm": norm}
+    story = asks(Reason.PARAMETERS, 252, **watched)
+    assert "(their length went from 34 to 75.4). What to do: lower the learning rate" in story
+    story = asks(
+        Reason.PARAMETERS, 252, **watched | {"parameter_norm": np.where(norm > 40, np.nan, norm)}
+    )
+    assert "What to do: restore a state from before step 252" in story
+
+
 def test_what_ended_a_run_comes_before_what_it_got_over():
     skipped = {"action": "skip", "step": 237, "last_step": 266, "count": 30}
     story = told(
