@@ -86,8 +86,8 @@ class Candidates:
         if isinstance(self._disk, Disk):
             return self._disk
         raise ValueError(
-            "This RollbackManager writes no checkpoints, for it was given a checkpointer that "
-            "does: save with that one."
+            "This RollbackManager was given a checkpointer, and writes no checkpoints of its own: "
+            "save with that one."
         )
 
     def found(self) -> list[int]:
