@@ -66,8 +66,8 @@ def find(grouping: Grouping, tree: PyTree) -> Groups:
     """The groups of a pytree, whose leaves may be abstract.
 
     Raises:
-      ValueError: if a name is no str, a stacked leaf has no first axis, or leaves of one stacked
-        name have first axes of different lengths.
+      ValueError: if a name is no str, a stacked leaf has no first axis, leaves of one stacked name
+        have first axes of different lengths, or two groups have the same name.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     slices: dict[str, int] = {}
@@ -92,6 +92,12 @@ def find(grouping: Grouping, tree: PyTree) -> Groups:
             stem = name.removesuffix(STACKED)
             names += [f"{stem}[{i}]" for i in range(count)] if count else [name]
         places.append(Place(first[name], count))
+    if len(set(names)) < len(names):
+        twice = max(names, key=names.count)
+        raise ValueError(
+            f"groups makes two groups with the name {twice!r}, one of a leaf and one of a slice of "
+            "stacked leaves: give one of them another name."
+        )
     return Groups(names, places, {path: i for i, (path, _) in enumerate(leaves)})
 
 
@@ -204,12 +210,17 @@ def _of_state(
 
 def _name(grouping: Grouping, path: str) -> str | None:
     name = grouping(path)
-    if name is None or (isinstance(name, str) and name.removesuffix(STACKED)):
+    if name is None or (isinstance(name, str) and name.removesuffix(STACKED) and _is_text(name)):
         return name
     raise ValueError(
         f"groups must give the name of a leaf's group, a str, or None for a leaf that is in none; "
         f"of {path!r} it gave {name!r}."
     )
+
+
+def _is_text(name: str) -> bool:
+    """Whether UTF-8 holds it, without the byte that names are filled up with."""
+    return "\0" not in name and name.encode(errors="ignore").decode() == name
 
 
 def _slices(name: str, path: str, shape: tuple[int, ...]) -> int:

@@ -111,7 +111,7 @@ def lbw_guard(
     _validate(inner, bounds, mode)
     if groups is not None:
         _validate_freezing(groups, max_frozen, max_freeze_steps)
-    freeze = None if groups is None else Freeze(groups, Limits(max_frozen, max_freeze_steps))
+    freeze = None if groups is None else Freeze(groups, _limits(max_frozen, max_freeze_steps))
     if inner is None:
         return chained.watch(bounds, mode, freeze)
     return govern(inner, bounds, mode, freeze=freeze)
@@ -309,6 +309,13 @@ def _validate_freezing(groups: Any, max_frozen: Any, max_freeze_steps: Any) -> N
         raise ValueError(
             f"max_freeze_steps must be a whole number of at least 1, got {max_freeze_steps!r}."
         )
+
+
+def _limits(max_frozen: Any, max_freeze_steps: Any) -> Limits:
+    """With as many steps as a counter can hold; a traced number is as it is."""
+    if not isinstance(max_freeze_steps, jax.core.Tracer):
+        max_freeze_steps = int(min(max_freeze_steps, np.iinfo(np.int32).max))
+    return Limits(max_frozen, max_freeze_steps)
 
 
 def _require_optimizer(inner: Any) -> None:
