@@ -119,6 +119,8 @@ def test_outliers_under_transformations(transformed):
     [
         (lambda: activation_outliers(jnp.zeros((0, 3))), "at least one element"),
         (lambda: activation_outliers(jnp.ones(3), k=-1), "k must be a number above 0, got -1"),
+        (lambda: activation_outliers(jnp.ones(3), np.float32(-1)), "k must be a number above 0"),
+        (lambda: logit((1, 4, 2, 2), (1, 4, 2, 2), mask=jnp.zeros(4)), "must be bool, .* float32"),
         (lambda: stable_rank(jnp.float32(1)), r"with elements, got shape \(\)"),
         (lambda: stable_rank(jnp.ones(2), iterations=0), "iterations must be at least 1, got 0"),
         (lambda: logit((1, 4, 3, 2), (1, 4, 2, 2)), "3 query heads are no multiple of 2"),
@@ -250,6 +252,15 @@ def test_layers_are_counted_in_the_order_of_their_names():
         ({"a": "high"}, r"activations\['a'\] must be"),
         ({"a": jnp.ones(0)}, r"activations\['a'\] must be"),
         ({"a": None}, r"activations\['a'\] must be"),
+        ({"a": np.str_("high")}, r"activations\['a'\] must be"),
+        ({"a": np.array([None, 2.0])}, r"activations\['a'\] must be"),
+        ({"a": jnp.ones(2, jnp.complex64)}, r"activations\['a'\] must be"),
+        ({"a": jax.random.key(0)}, r"activations\['a'\] must be"),
+        ({"a": 10**400}, r"activations\['a'\] must be"),
+        (3.0, "must be a mapping .* got float"),
+        (jnp.float32(3), "must be a mapping"),
+        ((x for x in "ab"), "must be a mapping .* got generator"),
+        ([], "must be a mapping .* got list"),
     ],
 )
 def test_activations_that_are_none_are_named(given, sentence):

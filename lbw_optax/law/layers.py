@@ -61,9 +61,11 @@ def absorb(before: Layers, activations: Activations | None) -> Layers:
     Raises:
       ValueError: if they are something else.
     """
-    if activations is None or not len(activations):
+    if activations is None:
         return before
     outliers, logits = stacked(activations)
+    if not outliers.peak.size and not logits.size:
+        return before
     after = before._replace(nonfinite=jnp.int32(0))
     if outliers.peak.size:
         after = _outliers(after, outliers)
