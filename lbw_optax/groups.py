@@ -33,6 +33,9 @@ def by_layer(path: str, *, stacked: str | None = None) -> str:
       stacked: the name of the part under which the layers are stacked for a scan, one slice of each
         leaf's first axis a layer: ``functools.partial(by_layer, stacked="layers")``.
 
+    Raises:
+      ValueError: if it is given no path.
+
     Example:
       >>> from lbw_optax import by_layer
       >>> by_layer("layers/3/attn/q/kernel"), by_layer("embed/embedding")
@@ -40,6 +43,12 @@ def by_layer(path: str, *, stacked: str | None = None) -> str:
       >>> by_layer("decoder/layers/attn/q/kernel", stacked="layers")
       'decoder/layers[*]'
     """
+    if not isinstance(path, str):
+        raise ValueError(
+            f"by_layer takes the path of a leaf, a str, got {type(path).__name__}: pass it as "
+            "groups=by_layer, and under optax.inject_hyperparams, which takes a function for a "
+            "schedule, with static_args=('groups',)."
+        )
     parts = path.split("/")
     if stacked in parts:
         return "/".join(parts[: parts.index(stacked) + 1]) + STACKED

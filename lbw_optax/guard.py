@@ -198,6 +198,9 @@ def govern(
         gradients, trained = frozen.zeroed(updates, state.inner_state, params, extra_args)
         age, governing = state.law.control.age, state.mode == Mode.GOVERN
         if freeze:
+            # Before the groups are counted: other leaves have others, and that is not the cause.
+            leaves = telemetry.sample_of_zeros(updates)
+            telemetry.require_same_leaves(leaves, state.probe.mean_parameters)
             arrived, gradients, updates = freeze.arrive(
                 state.freezing, gradients, updates, governing
             )

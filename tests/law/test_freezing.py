@@ -623,6 +623,17 @@ def test_what_is_refused(knobs, says):
         lbw_guard(optax.adamw(0.01), **{"groups": by_layer, **knobs}).init(model())
 
 
+def test_what_is_called_for_a_schedule_or_without_half_of_its_leaves():
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    injected = optax.inject_hyperparams(lbw_guard)(optax.sgd(0.1), groups=by_layer, max_frozen=0.5)
+    with pytest.raises(ValueError, match=r"takes the path .* static_args=\('groups',\)"):
+        injected.init(params)
+    both = optax.LookaheadParams.init_synced(params)
+    tx = lbw_guard(optax.lookahead(optax.sgd(0.1), 2, 0.5), groups=lambda path: path)
+    with pytest.raises(ValueError, match=r"other leaves than the parameters .* Put optax.lookahea"):
+        tx.update(params, tx.init(both), both, value=1.0)
+
+
 def test_a_leaf_without_slices_cannot_be_stacked():
     params = {"a": jnp.ones(4), "b": jnp.float32(1)}
     with pytest.raises(ValueError, match=r"'b' has shape \(\): give it a name without"):
