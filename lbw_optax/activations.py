@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from lbw_optax.groups import replicated
 from lbw_optax.law.telemetry import matrix_of, wide_type
 
 # So many queries of each sequence have their logits computed.
@@ -219,6 +220,7 @@ def stable_rank(w: ArrayLike, iterations: int = ITERATIONS) -> jax.Array:
         raise ValueError(f"stable_rank needs an array with elements, got shape {w.shape}.")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations!r}.")
+    w = replicated(w)  # a product of two parts of it would be none
     w = w.reshape(matrix_of(w.shape)).astype(jnp.promote_types(wide_type(w.dtype), jnp.float32))
     largest = jnp.max(jnp.abs(w))
     sound = jnp.isfinite(largest) & (largest > 0)

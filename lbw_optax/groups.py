@@ -124,7 +124,7 @@ def squares(groups: Groups, tree: PyTree) -> tuple[jax.Array, jax.Array]:
         wide = jnp.asarray(leaf).astype(wide_type(leaf.dtype))
         square = jnp.real(wide * jnp.conj(wide))
         axes = tuple(range(1, square.ndim)) if place and place.slices else None
-        sums.append(_replicated(jnp.sum(square, axes).astype(jnp.float32).reshape(-1)))
+        sums.append(replicated(jnp.sum(square, axes).astype(jnp.float32).reshape(-1)))
         numbers += _numbers(place) or [rest]
     total = jnp.zeros([rest + 1], jnp.float32)
     if sums:
@@ -284,7 +284,8 @@ def _sharding(x: jax.Array) -> NamedSharding | None:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def _replicated(x: jax.Array) -> jax.Array:
+def replicated(x: jax.Array) -> jax.Array:
+    """The whole of it on every device, where shardings are explicit; else as it is."""
     sharding = _sharding(x)
     if sharding is None:
         return x

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lbw_optax import activation_outliers, attention_logit_max, stable_rank
 from lbw_optax.activations import Outliers, layer_names, stacked
@@ -215,6 +217,15 @@ def test_stable_rank_bounds_that_of_numpy(shape, matrix, dtype):
     expected = np.sum(values**2) / values[0] ** 2
     found = float(rank(w))
     assert expected * (1 - 1e-5) <= found <= 1.15 * expected
+
+
+@pytest.mark.parametrize("spec", [P("d"), P(None, "d"), P("d", "e")])
+def test_stable_rank_of_a_sharded_leaf(spec):
+    w = RNG.normal(size=(8, 16)).astype("f")
+    mesh = jax.make_mesh((2, 2), ("d", "e"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        found = rank(jax.device_put(w, NamedSharding(mesh, spec)))
+    assert float(found) == pytest.approx(float(rank(w)), rel=1e-5)
 
 
 def test_stable_rank_of_one_direction_and_of_nothing():
