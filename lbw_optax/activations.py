@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from lbw_optax.groups import replicated
 from lbw_optax.law.telemetry import matrix_of, wide_type
 
 # So many queries of each sequence have their logits computed.
@@ -91,7 +92,7 @@ def activation_outliers(x: ArrayLike, k: float = 6.0) -> Outliers:
     x = jnp.asarray(x)
     if not x.size:
         raise ValueError(f"activation_outliers needs at least one element, got shape {x.shape}.")
-    if isinstance(k, int | float) and not k > 0:
+    if isinstance(k, int | float | np.number) and not k > 0:
         raise ValueError(f"k must be a number above 0, got {k!r}.")
     size = jnp.abs(x.astype(jnp.promote_types(wide_type(x.dtype), jnp.float32)))
     largest = jnp.max(size)
@@ -139,7 +140,8 @@ def attention_logit_max(
       if none is seen. What an attention does to its logits afterwards (a soft cap) is not in it.
 
     Raises:
-      ValueError: for shapes that do not go together, and for less than one query.
+      ValueError: for shapes that do not go together, a mask that is not bool (one that is added
+        to the logits is False where all is seen), and for less than one query.
 
     Example:
       >>> import jax.numpy as jnp, lbw_optax
@@ -155,6 +157,11 @@ def attention_logit_max(
     if queries < 1:
         raise ValueError(f"queries must be at least 1, got {queries!r}.")
     _require_attention(query, key)
+    if mask is not None and jnp.result_type(mask) != jnp.bool_:
+        raise ValueError(
+            f"mask must be bool, True where a key is seen, got {jnp.result_type(mask)}: of a mask "
+            "that is added to the logits pass mask == 0."
+        )
     *_, length, heads, size = query.shape
     stride = -(-length // queries)
     first = (length - 1) % stride
@@ -213,6 +220,7 @@ def stable_rank(w: ArrayLike, iterations: int = ITERATIONS) -> jax.Array:
         raise ValueError(f"stable_rank needs an array with elements, got shape {w.shape}.")
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations!r}.")
+    w = replicated(w)  # a product of two parts of it would be none
     w = w.reshape(matrix_of(w.shape)).astype(jnp.promote_types(wide_type(w.dtype), jnp.float32))
     largest = jnp.max(jnp.abs(w))
     sound = jnp.isfinite(largest) & (largest > 0)
@@ -290,7 +298,7 @@ def _is_outliers(x: Any) -> bool:
 
 def _require_numbers(name: str, x: Any) -> None:
     parts = list(x) if _is_outliers(x) else [x]
-    numbers = all(isinstance(part, _NUMBERS) for part in parts)
+    numbers = all(map(_is_real, parts))
     shapes = {jnp.shape(part) for part in parts} if numbers else {()}
     if not numbers or len(shapes) != 1 or len(shape := shapes.pop()) > 1 or shape == (0,):
         of = f"shapes {', '.join(map(str, map(jnp.shape, parts)))}" if numbers else f"{x!r}"
@@ -300,7 +308,12 @@ def _require_numbers(name: str, x: Any) -> None:
         )
 
 
-_NUMBERS = (jax.Array, np.ndarray, np.generic, float, int)
+def _is_real(x: Any) -> bool:
+    """Whether it is numbers that float32 can stand for: no text, key, time or complex number."""
+    if not isinstance(x, jax.Array | np.ndarray | np.generic | float | int):
+        return False
+    dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
 
 def _joined(parts: list[Any]) -> jax.Array:

@@ -16,6 +16,7 @@ class Arrived(NamedTuple):
     """What is known before the optimizer runs."""
 
     groups: Groups
+    squares: jax.Array  # float32[G], of the gradients
     state: Freezing
     frozen: jax.Array  # bool[G], of which the optimizer sees no gradient and keeps the state
     governing: jax.Array  # bool scalar
@@ -61,15 +62,18 @@ class Freeze(NamedTuple):
           governing: bool scalar; else nothing is left out.
         """
         found = groups.find(self.grouping, gradients)
-        if not isinstance(state, Freezing) or state.frozen.shape != (len(found.names),):
-            known = state.frozen.size if isinstance(state, Freezing) else 0
+        wanted = jax.eval_shape(lambda: freezing.init(found.names)).names
+        if not isinstance(state, Freezing) or state.names.shape != wanted.shape:
             raise ValueError(
-                f"The gradients make {len(found.names)} groups, and this state was made with "
-                f"{known}: make it with tx.init of this optimizer and these parameters, or keep "
-                "the optimizer's own, lbw_optax.adopt(tx.init(params), lbw_optax.strip(state))."
+                f"The gradients make {len(found.names)} groups{_some(found.names)} and this state "
+                f"was made with {_known(state)}: make it with tx.init of this optimizer and these "
+                "parameters, or keep the optimizer's own, "
+                "lbw_optax.adopt(tx.init(params), lbw_optax.strip(state))."
             )
-        new = freezing.arrive(state, *groups.squares(found, gradients), self.limits)
-        arrived = Arrived(found, new, new.frozen & governing, governing)
+        state = freezing.named(state, found.names)
+        squares, rest = groups.squares(found, gradients)
+        new = freezing.arrive(state, squares, rest, self.limits)
+        arrived = Arrived(found, squares, new, new.frozen & governing, governing)
         zeroed = [groups.zeroed(found, tree, arrived.frozen) for tree in (gradients, given)]
         return arrived, *zeroed
 
@@ -85,7 +89,20 @@ class Freeze(NamedTuple):
         step, _ = groups.squares(found, updates)
         zero = jnp.zeros_like(step)
         length = zero if params is None else groups.squares(found, params)[0]
-        new = freezing.propose(arrived.state, step, length, refused, self.limits)
+        new = freezing.propose(arrived.state, arrived.squares, step, length, refused, self.limits)
         frozen = new.frozen & arrived.governing
         log_scale = jnp.where(arrived.governing, new.log_thaw, 0.0)
         return new, groups.held(found, updates, frozen, log_scale)
+
+
+def _known(state: Freezing | tuple[()]) -> str:
+    """The groups of a state, as far as they can be told."""
+    if not isinstance(state, Freezing):
+        return "0"
+    if isinstance(state.names, jax.core.Tracer):
+        return str(state.frozen.size)
+    return str(freezing.names_of(state))
+
+
+def _some(names: list[str]) -> str:
+    return f", {names}," if len(names) <= 8 else ","

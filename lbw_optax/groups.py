@@ -34,7 +34,7 @@ def by_layer(path: str, *, stacked: str | None = None) -> str:
         leaf's first axis a layer: ``functools.partial(by_layer, stacked="layers")``.
 
     Raises:
-      TypeError: if the path is no str.
+      ValueError: if it is given no path.
 
     Example:
       >>> from lbw_optax import by_layer
@@ -44,10 +44,10 @@ def by_layer(path: str, *, stacked: str | None = None) -> str:
       'decoder/layers[*]'
     """
     if not isinstance(path, str):
-        raise TypeError(
-            f"by_layer takes the path of a leaf, a str, got {type(path).__name__}. Under "
-            "optax.inject_hyperparams, which takes a function for a schedule, say "
-            'static_args=("groups",).'
+        raise ValueError(
+            f"by_layer takes the path of a leaf, a str, got {type(path).__name__}: pass it as "
+            "groups=by_layer, and under optax.inject_hyperparams, which takes a function for a "
+            "schedule, with static_args=('groups',)."
         )
     parts = path.split("/")
     if stacked in parts:
@@ -75,8 +75,8 @@ def find(grouping: Grouping, tree: PyTree) -> Groups:
     """The groups of a pytree, whose leaves may be abstract.
 
     Raises:
-      ValueError: if a name is no str, a stacked leaf has no first axis, or leaves of one stacked
-        name have first axes of different lengths.
+      ValueError: if a name is no str, a stacked leaf has no first axis, leaves of one stacked name
+        have first axes of different lengths, or two groups have the same name.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     slices: dict[str, int] = {}
@@ -101,6 +101,12 @@ def find(grouping: Grouping, tree: PyTree) -> Groups:
             stem = name.removesuffix(STACKED)
             names += [f"{stem}[{i}]" for i in range(count)] if count else [name]
         places.append(Place(first[name], count))
+    if len(set(names)) < len(names):
+        twice = max(names, key=names.count)
+        raise ValueError(
+            f"groups makes two groups with the name {twice!r}, one of a leaf and one of a slice of "
+            "stacked leaves: give one of them another name."
+        )
     return Groups(names, places, {path: i for i, (path, _) in enumerate(leaves)})
 
 
@@ -118,7 +124,7 @@ def squares(groups: Groups, tree: PyTree) -> tuple[jax.Array, jax.Array]:
         wide = jnp.asarray(leaf).astype(wide_type(leaf.dtype))
         square = jnp.real(wide * jnp.conj(wide))
         axes = tuple(range(1, square.ndim)) if place and place.slices else None
-        sums.append(_replicated(jnp.sum(square, axes).astype(jnp.float32).reshape(-1)))
+        sums.append(replicated(jnp.sum(square, axes).astype(jnp.float32).reshape(-1)))
         numbers += _numbers(place) or [rest]
     total = jnp.zeros([rest + 1], jnp.float32)
     if sums:
@@ -213,12 +219,17 @@ def _of_state(
 
 def _name(grouping: Grouping, path: str) -> str | None:
     name = grouping(path)
-    if name is None or (isinstance(name, str) and name.removesuffix(STACKED)):
+    if name is None or (isinstance(name, str) and name.removesuffix(STACKED) and _is_text(name)):
         return name
     raise ValueError(
         f"groups must give the name of a leaf's group, a str, or None for a leaf that is in none; "
         f"of {path!r} it gave {name!r}."
     )
+
+
+def _is_text(name: str) -> bool:
+    """Whether UTF-8 holds it, without the byte that names are filled up with."""
+    return "\0" not in name and name.encode(errors="ignore").decode() == name
 
 
 def _slices(name: str, path: str, shape: tuple[int, ...]) -> int:
@@ -273,7 +284,8 @@ def _sharding(x: jax.Array) -> NamedSharding | None:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def _replicated(x: jax.Array) -> jax.Array:
+def replicated(x: jax.Array) -> jax.Array:
+    """The whole of it on every device, where shardings are explicit; else as it is."""
     sharding = _sharding(x)
     if sharding is None:
         return x

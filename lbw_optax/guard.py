@@ -111,7 +111,7 @@ def lbw_guard(
     _validate(inner, bounds, mode)
     if groups is not None:
         _validate_freezing(groups, max_frozen, max_freeze_steps)
-    freeze = None if groups is None else Freeze(groups, Limits(max_frozen, max_freeze_steps))
+    freeze = None if groups is None else Freeze(groups, _limits(max_frozen, max_freeze_steps))
     if inner is None:
         return chained.watch(bounds, mode, freeze)
     return govern(inner, bounds, mode, freeze=freeze)
@@ -198,6 +198,9 @@ def govern(
         gradients, trained = frozen.zeroed(updates, state.inner_state, params, extra_args)
         age, governing = state.law.control.age, state.mode == Mode.GOVERN
         if freeze:
+            # Before the groups are counted: other leaves have others, and that is not the cause.
+            leaves = telemetry.sample_of_zeros(updates)
+            telemetry.require_same_leaves(leaves, state.probe.mean_parameters)
             arrived, gradients, updates = freeze.arrive(
                 state.freezing, gradients, updates, governing
             )
@@ -309,6 +312,13 @@ def _validate_freezing(groups: Any, max_frozen: Any, max_freeze_steps: Any) -> N
         raise ValueError(
             f"max_freeze_steps must be a whole number of at least 1, got {max_freeze_steps!r}."
         )
+
+
+def _limits(max_frozen: Any, max_freeze_steps: Any) -> Limits:
+    """With as many steps as a counter can hold; a traced number is as it is."""
+    if not isinstance(max_freeze_steps, jax.core.Tracer):
+        max_freeze_steps = int(min(max_freeze_steps, np.iinfo(np.int32).max))
+    return Limits(max_frozen, max_freeze_steps)
 
 
 def _require_optimizer(inner: Any) -> None:

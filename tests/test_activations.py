@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lbw_optax import activation_outliers, attention_logit_max, stable_rank
 from lbw_optax.activations import Outliers, layer_names, stacked
@@ -119,6 +121,8 @@ def test_outliers_under_transformations(transformed):
     [
         (lambda: activation_outliers(jnp.zeros((0, 3))), "at least one element"),
         (lambda: activation_outliers(jnp.ones(3), k=-1), "k must be a number above 0, got -1"),
+        (lambda: activation_outliers(jnp.ones(3), np.float32(-1)), "k must be a number above 0"),
+        (lambda: logit((1, 4, 2, 2), (1, 4, 2, 2), mask=jnp.zeros(4)), "must be bool, .* float32"),
         (lambda: stable_rank(jnp.float32(1)), r"with elements, got shape \(\)"),
         (lambda: stable_rank(jnp.ones(2), iterations=0), "iterations must be at least 1, got 0"),
         (lambda: logit((1, 4, 3, 2), (1, 4, 2, 2)), "3 query heads are no multiple of 2"),
@@ -215,6 +219,15 @@ def test_stable_rank_bounds_that_of_numpy(shape, matrix, dtype):
     assert expected * (1 - 1e-5) <= found <= 1.15 * expected
 
 
+@pytest.mark.parametrize("spec", [P("d"), P(None, "d"), P("d", "e")])
+def test_stable_rank_of_a_sharded_leaf(spec):
+    w = RNG.normal(size=(8, 16)).astype("f")
+    mesh = jax.make_mesh((2, 2), ("d", "e"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        found = rank(jax.device_put(w, NamedSharding(mesh, spec)))
+    assert float(found) == pytest.approx(float(rank(w)), rel=1e-5)
+
+
 def test_stable_rank_of_one_direction_and_of_nothing():
     w = 50 * np.outer(RNG.normal(size=60), RNG.normal(size=60)) + RNG.normal(size=(60, 60))
     values = np.linalg.svd(w, compute_uv=False)
@@ -250,6 +263,15 @@ def test_layers_are_counted_in_the_order_of_their_names():
         ({"a": "high"}, r"activations\['a'\] must be"),
         ({"a": jnp.ones(0)}, r"activations\['a'\] must be"),
         ({"a": None}, r"activations\['a'\] must be"),
+        ({"a": np.str_("high")}, r"activations\['a'\] must be"),
+        ({"a": np.array([None, 2.0])}, r"activations\['a'\] must be"),
+        ({"a": jnp.ones(2, jnp.complex64)}, r"activations\['a'\] must be"),
+        ({"a": jax.random.key(0)}, r"activations\['a'\] must be"),
+        ({"a": 10**400}, r"activations\['a'\] must be"),
+        (3.0, "must be a mapping .* got float"),
+        (jnp.float32(3), "must be a mapping"),
+        ((x for x in "ab"), "must be a mapping .* got generator"),
+        ([], "must be a mapping .* got list"),
     ],
 )
 def test_activations_that_are_none_are_named(given, sentence):

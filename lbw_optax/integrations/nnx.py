@@ -1,5 +1,6 @@
 """Flax NNX: the activations of a model's layers, without a change to the model."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from lbw_optax.activations import Activations, Outliers, activation_outliers
 # So many rows of what a layer gives are looked at, at even distances.
 ROWS = 128
 _NAME = "lbw_outliers"
+# The classes of the layers are changed while a model is called: by one thread at a time.
+_ALONE = threading.RLock()
 
 
 class Watched(nnx.Intermediate):
@@ -65,7 +68,7 @@ def watch(
         )
 
     def call(*args: Any, **kwargs: Any) -> tuple[Any, Activations]:
-        with _sowing({type(module) for module in layers.values()}):
+        with _ALONE, _sowing({type(module) for module in layers.values()}):
             given, found = nnx.capture(model, Watched)(*args, **kwargs)
         seen = {"/".join(map(str, path[:-1])): x[...] for path, x in nnx.to_flat_state(found)}
         # An axis before the pair is that of a scan.
@@ -115,7 +118,8 @@ def _sown(call: Callable[..., Any]) -> Callable[..., Any]:
     def sown(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
         given = call(self, *args, **kwargs)
         arrays = [x for x in jax.tree.leaves(given) if _is_floats(x)]
-        if arrays:
+        # Not of another model with layers of the same class, which this one calls.
+        if arrays and hasattr(self, "__captures__"):
             found = jnp.stack(activation_outliers(_some(arrays[0])))
             self.sow(Watched, _NAME, found, reduce_fn=jnp.maximum, init_fn=lambda: jnp.zeros(2))
         return given

@@ -20,7 +20,7 @@ from lbw_optax.law import events
 from lbw_optax.law import statistics as stats
 from lbw_optax.law.control import Action, Decision, Signal
 from lbw_optax.law.events import Ring
-from lbw_optax.law.statistics import GRADIENT, SPIKE_FACTOR, SPIKE_STDS, Running
+from lbw_optax.law.statistics import GRADIENT, SPIKE_FACTOR, SPIKE_STDS, UNKNOWN, Running
 
 # No group is out alone where at least half of them have moved by this share of what makes one out:
 # then it is the batch, or the rate.
@@ -45,6 +45,8 @@ class Freezing(NamedTuple):
     Attributes:
       gradient_length: of log |g| of each group, float32[G].
       step_length: of log(|u| / |p|), with u as the optimizer proposes it, float32[G].
+      gradient_jump: the longest log |g| of those that were out, float32[G].
+      step_jump: and the longest log(|u| / |p|).
       frozen: bool[G], in the newest step.
       since: int32[G], steps that it has been as it is.
       quiet: int32[G], quiet steps in a row up to now, while it is frozen.
@@ -58,6 +60,8 @@ class Freezing(NamedTuple):
 
     gradient_length: Running
     step_length: Running
+    gradient_jump: jax.Array
+    step_jump: jax.Array
     frozen: jax.Array
     since: jax.Array
     quiet: jax.Array
@@ -82,7 +86,31 @@ def init(names: Sequence[str]) -> Freezing:
     groups = len(names)
     real, whole = jnp.zeros([groups], jnp.float32), jnp.zeros([groups], jnp.int32)
     no, nothing = jnp.zeros([groups], bool), Running(real, real, real)
-    return Freezing(nothing, nothing, no, whole, whole, whole, real, whole, no, _encoded(names))
+    return Freezing(
+        gradient_length=nothing,
+        step_length=nothing,
+        gradient_jump=real + UNKNOWN,
+        step_jump=real + UNKNOWN,
+        frozen=no,
+        since=whole,
+        quiet=whole,
+        cool_down=whole,
+        log_thaw=real,
+        reason=whole,
+        told=no,
+        names=_encoded(names),
+    )
+
+
+def named(state: Freezing, names: Sequence[str]) -> Freezing:
+    """With these names, as many and as long: a group that had another begins anew."""
+    fresh = init(names)
+    same = jnp.all(state.names == fresh.names, axis=1)
+
+    def choose(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(same.reshape(-1, *[1] * (new.ndim - 1)), old, new)
+
+    return jax.tree.map(choose, state, fresh)
 
 
 def names_of(state: Freezing) -> list[str]:
@@ -106,7 +134,9 @@ def arrive(before: Freezing, squares: jax.Array, rest: jax.Array, limits: Limits
     .. math::
       e = \frac{y - m}{\max(6 s, \log 10)} > 1
 
-    while fewer than half of the groups have e > 1/3. A gradient that is not finite is out if
+    while fewer than half of the groups have e > 1/3, and y is ten times above the longest that was
+    out before: what comes again is the group's own way, as in an expert that is seldom asked, and
+    is learned from. A gradient that is not finite is out if
     those of all other groups, and of the leaves in none, are finite, and no more groups than may be
     frozen have one. What is out is frozen, unless it is cooling down; so is what was frozen, until
     its third quiet step in a row (e <= 1/2), and `max_steps` at most. Of more than `most` groups
@@ -131,7 +161,8 @@ def arrive(before: Freezing, squares: jax.Array, rest: jax.Array, limits: Limits
     free = jnp.where(before.frozen, before.since < limits.max_steps, before.cool_down == 0)
     broken = ~finite
     saves = jnp.all(free | finite) & (jnp.sum(broken) <= allowed) & jnp.isfinite(rest)
-    out = (excess > 1) & _alone(excess, has_norm & ~before.frozen)
+    news, longest = _news(before.gradient_jump, log_norm, excess)
+    out = news & _alone(excess, has_norm & ~before.frozen)
     quiet = jnp.where(before.frozen & finite & (excess <= CALM), before.quiet + 1, 0)
     stays = before.frozen & (before.since < limits.max_steps) & (quiet < QUIET_STEPS)
     wanted = stays | (free & ~before.frozen & ((broken & saves) | out))
@@ -143,6 +174,7 @@ def arrive(before: Freezing, squares: jax.Array, rest: jax.Array, limits: Limits
     grown = jnp.minimum(before.log_thaw + GROWTH, 0.0)
     return before._replace(
         gradient_length=stats.update(before.gradient_length, log_norm, has_norm, GRADIENT),
+        gradient_jump=longest,
         frozen=frozen,
         since=jnp.where(frozen == before.frozen, optax.safe_increment(before.since), 1),
         quiet=jnp.where(frozen, quiet, 0),
@@ -156,15 +188,22 @@ def arrive(before: Freezing, squares: jax.Array, rest: jax.Array, limits: Limits
 
 
 def propose(
-    state: Freezing, updates: jax.Array, params: jax.Array, refused: jax.Array, limits: Limits
+    state: Freezing,
+    gradients: jax.Array,
+    updates: jax.Array,
+    params: jax.Array,
+    refused: jax.Array,
+    limits: Limits,
 ) -> Freezing:
     r"""Freeze those whose relative step is out, too, before the updates are applied.
 
     As `arrive`, with :math:`y = \log(|u| / |p|)` and, for e, the scale after a thaw in it; for what
-    room is left.
+    room is left. A step of a group that has no gradient is what momentum and decay leave, and says
+    nothing of the next one that has.
 
     Args:
       state: of `arrive`.
+      gradients: float32[G], |g|^2 of each group, as `arrive` had it.
       updates: float32[G], |u|^2 of each group, as the optimizer proposes it.
       params: float32[G], |p|^2.
       refused: bool scalar, the gradient was; then there is no step.
@@ -172,13 +211,16 @@ def propose(
     """
     ratio = updates / jnp.where(params > 0, params, 1.0)
     measured = jnp.isfinite(ratio) & (ratio > 0) & (params > 0) & ~state.frozen & ~refused
+    measured &= gradients != 0
     log_step = 0.5 * jnp.log(jnp.where(measured, ratio, 1.0))
     excess = _excess(state.step_length, log_step + state.log_thaw, measured)
-    out = (excess > 1) & _alone(excess, measured) & (state.cool_down == 0)
+    news, longest = _news(state.step_jump, log_step + state.log_thaw, excess)
+    out = news & _alone(excess, measured) & (state.cool_down == 0)
     room = jnp.maximum(most(updates.size, limits) - jnp.sum(state.frozen), 0)
     begins = _first(out, _share(excess), room)
     return state._replace(
         step_length=stats.update(state.step_length, log_step, measured, GRADIENT),
+        step_jump=longest,
         frozen=state.frozen | begins,
         since=jnp.where(begins, 1, state.since),
         reason=jnp.where(begins, Signal.RELATIVE_STEP, state.reason).astype(jnp.int32),
@@ -220,6 +262,14 @@ def _excess(known: Running, y: jax.Array, measured: jax.Array) -> jax.Array:
     """How far above its own history, in units of what is out; 0 where nothing is known."""
     limit = jnp.maximum(SPIKE_STDS * stats.std(known, GRADIENT), math.log(SPIKE_FACTOR))
     return jnp.where(measured & (known.weight > 0), (y - known.mean) / limit, 0.0)
+
+
+def _news(longest: jax.Array, y: jax.Array, excess: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether it is out, and by far the longest that ever was; and the longest with it."""
+    out = excess > 1
+    return out & (y > longest + math.log(SPIKE_FACTOR)), jnp.where(
+        out, jnp.maximum(longest, y), longest
+    )
 
 
 def _alone(excess: jax.Array, counts: jax.Array) -> jax.Array:

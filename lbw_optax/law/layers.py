@@ -4,7 +4,6 @@ It advises and nothing else: no rule of the law reads it, and neither does the c
 weights were made from runs without it.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -62,9 +61,11 @@ def absorb(before: Layers, activations: Activations | None) -> Layers:
     Raises:
       ValueError: if they are something else.
     """
-    if activations is None or (isinstance(activations, Mapping) and not activations):
+    if activations is None:
         return before
     outliers, logits = stacked(activations)
+    if not outliers.peak.size and not logits.size:
+        return before
     after = before._replace(nonfinite=jnp.int32(0))
     if outliers.peak.size:
         after = _outliers(after, outliers)

@@ -156,7 +156,7 @@ def observe_gradients(
     drawn = _draw(gradients)
     gradient = _weighted(drawn)
     here = jnp.zeros_like(gradient) if params is None else sample(params)
-    _require_same_leaves(gradient, probe.mean_parameters)
+    require_same_leaves(gradient, probe.mean_parameters)
     way = here - probe.mean_parameters
     product = _length(gradient) * _length(way)
     has_overshoot = has_gradient & jnp.isfinite(product) & (product > 0) & (age > 0)
@@ -408,7 +408,12 @@ def _sides_on_the_probe(params: PyTree) -> np.ndarray:
     return np.concatenate(sides).astype(np.float32) if sides else np.zeros(0, np.float32)
 
 
-def _require_same_leaves(sampled: jax.Array, before: jax.Array) -> None:
+def require_same_leaves(sampled: jax.Array, before: jax.Array) -> None:
+    """See that a sample is of leaves in the same shapes as the one before.
+
+    Raises:
+      ValueError: if it is not.
+    """
     if sampled.shape != before.shape and parts.is_inside():
         raise ValueError(
             "Inside shard_map the gradients are parts of the parameters that init was given "

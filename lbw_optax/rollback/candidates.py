@@ -160,6 +160,8 @@ class Candidates:
 
     def facts(self, step: int) -> Facts:
         """What this process alone can know, as the loop hands in this step."""
+        if isinstance(self._disk, Theirs):
+            self._disk.at(step)
         if self._pace.tick(step) and self._bounds is not None:
             self._wish = pace_of.choose(
                 self._pace.copy_seconds, self._pace.step_seconds, self._plan.overhead, self._bounds

@@ -13,6 +13,7 @@ import jax
 from lbw_optax.rollback import snapshots
 from lbw_optax.rollback.agreement import first_text
 from lbw_optax.rollback.checkpoints import Unreadable, ocp
+from lbw_optax.rollback.folder import Folder
 from lbw_optax.types import PyTree
 
 Restore = Callable[[int, PyTree], PyTree]
@@ -65,6 +66,21 @@ class Checkpointer:
         """The folder for what a rollback must remember: beside theirs, never in it."""
         path = Path(self.directory)
         return path.with_name(f"{path.name}.rollback")
+
+    def folder(self) -> Folder:
+        """That folder, made and locked.
+
+        Raises:
+          OSError: if it cannot be.
+        """
+        return Folder(
+            self.journal,
+            unwritable=(
+                "The journal of rollbacks",
+                f"it lies beside your checkpoints in {self.directory}, where this user must be "
+                "able to make a folder",
+            ),
+        )
 
     @property
     def steps(self) -> list[int]:

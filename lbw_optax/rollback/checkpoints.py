@@ -142,13 +142,26 @@ def _require_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         return
     rename = {name.partition(" ")[2]: what for name, what in needed.items()}
     stored = {name.partition(" ")[2]: what for name, what in found.items()}
+    names = stored.keys() | rename.keys()
+    differ = sorted(name for name in names if stored.get(name) != rename.get(name))
+    if differ and all(".freezing." in f".{name}" for name in differ):
+        raise OtherModel(
+            f"only the groups that lbw_guard may freeze differ, {_groups(stored)} in the "
+            f"checkpoint and {_groups(rename)} here: pass the same groups=; to go on with others, "
+            "resume with the same and take lbw_optax.adopt(tx.init(params), "
+            "lbw_optax.strip(state)) with the new optimizer's init"
+        )
     lines = [
         f"{name}: {_say(stored.get(name))} in the checkpoint, {_say(rename.get(name))} here"
-        for name in sorted(stored.keys() | rename.keys())
-        if stored.get(name) != rename.get(name)
+        for name in differ
     ]
     more = f"; and {len(lines) - 10} more" if len(lines) > 10 else ""
     raise OtherModel("; ".join(lines[:10]) + more if lines else "its leaves are in another order")
+
+
+def _groups(leaves: dict[str, Any]) -> str:
+    kinds = [x for name, x in leaves.items() if f".{name}".endswith(".freezing.names")]
+    return " and ".join(str(shape[0]) for shape, _ in kinds) or "none"
 
 
 def _say(what: Any) -> str:

@@ -20,13 +20,16 @@ from lbw_optax.rollback.journal import Journal
 
 # Bytes that are written to see whether it can be done.
 PROBE = 4096
+# What cannot be written, where it cannot, and what to do.
+UNWRITABLE = "Checkpoints", "pass a directory that this user may write to"
 
 
 class Folder:
     """The folder, made and locked; the lock ends with the process, also by a kill."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, unwritable: tuple[str, str] = UNWRITABLE):
         self.path = path.absolute()
+        self._unwritable = unwritable
         self._journal = self.path / "journal.json"
         self._is_first = jax.process_index() == 0
         self._lock: FileIO | None = None
@@ -158,9 +161,9 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileIO(self.path / "lock", "a")
         except OSError as error:
+            what, advice = self._unwritable
             raise OSError(
-                f"Checkpoints cannot be written to {self.path} ({error.strerror}): "
-                "pass a directory that this user may write to."
+                f"{what} cannot be written to {self.path} ({error.strerror}): {advice}."
             ) from error
         if not lock.claim(self._lock):
             raise OSError(

@@ -182,7 +182,7 @@ class RollbackManager:
             _validate_distance(plan)
         self._reasons = verdict.reasons_of(reasons)
         self._max_distance, self._max_rollbacks = max_distance, max_rollbacks
-        self._folder = Folder(theirs.journal if theirs else path_of(directory, "directory"))
+        self._folder = theirs.folder() if theirs else Folder(path_of(directory, "directory"))
         try:
             self._candidates = Candidates(self._folder, plan, theirs)
         except ValueError:
@@ -558,6 +558,11 @@ def _checkpointer_of(
     """The user's own checkpoint manager, None if there is none to be used."""
     if checkpointer is None and restore is not None:
         raise ValueError("restore says how a checkpointer restores: pass checkpointer=, too.")
+    if checkpointer is None and directory is None:
+        raise ValueError(
+            "Pass a directory, for checkpoints that RollbackManager writes, or checkpointer=, a "
+            "manager of Orbax that writes its own."
+        )
     if checkpointer is None:
         if directory is None:
             raise TypeError(

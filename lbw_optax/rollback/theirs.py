@@ -39,6 +39,8 @@ class Theirs:
         self.cadence = f"what your {checkpointer.name} says"
         self.where = checkpointer.directory
         self._others: set[int] = set()  # that are none of this run's, for all that is known
+        self._miscounted: set[int] = set()  # of these, what was saved under another count
+        self._since = self._now = 0  # steps handed in: at the last look at theirs, and now
         self._trials: set[int] = set()
         self._updates: dict[int, int] = {}  # that the guard had seen at a step of a checkpoint
         self._calls = self.journal.calls
@@ -84,6 +86,7 @@ class Theirs:
         self._others = set(there) - set(self.journal.checkpoints)
         self._trials = {step} if self.journal.checkpoints[step] == CANDIDATE else set()
         self._updates, self._copy_bytes = {}, snapshots.nbytes(tree)
+        self._since = self._now = step
         self._write_journal()
         return step, tree
 
@@ -111,6 +114,10 @@ class Theirs:
 
     # --- every step -----------------------------------------------------------------------------
 
+    def at(self, step: int) -> None:
+        """The loop hands in the state of this step."""
+        self._now = step
+
     def learn(self, verdict: Verdict) -> bool:
         """What was said of the steps after checkpoints; True if one has proven healthy."""
         self._take_note()
@@ -131,6 +138,7 @@ class Theirs:
     def _take_note(self) -> None:
         """Of what their manager has written since, and deleted."""
         there, known = set(self._checkpointer.steps), self.journal.checkpoints
+        self._set_apart(there - set(known) - self._others - set(self.journal.dropped))
         gone = set(known) - there
         new = there - set(known) - self._others - set(self.journal.dropped)
         left = [step for step in self.journal.dropped if step in there]
@@ -143,6 +151,24 @@ class Theirs:
         self.journal.dropped = left
         self._updates = {step: x for step, x in self._updates.items() if step in there}
         self._write_journal()
+
+    def _set_apart(self, new: set[int]) -> None:
+        """What cannot have been saved under the number of its updates is not ours to judge.
+
+        By another count, as of batches or epochs, a checkpoint that is older than the target of a
+        rollback may have a higher number, and would be deleted; or one that is newer a lower.
+        """
+        since, self._since = self._since, self._now
+        strange = {step for step in new if not since <= step <= self._now}
+        if strange and not self._miscounted:
+            warn(
+                f"Your {self._checkpointer.name} has saved step {min(strange)} while the state "
+                f"handed to RollbackManager was of step {self._now}: what is saved under another "
+                "count is neither gone back to nor deleted. Save each state under the number of "
+                "updates that it has had, as it is handed to RollbackManager.step."
+            )
+        self._miscounted |= strange
+        self._others |= strange
 
     @property
     def proven(self) -> list[int]:
@@ -189,7 +215,8 @@ class Theirs:
         # Before anything is deleted: what it drops does not exist, even if this is interrupted.
         self._write_journal()
         self._delete_dropped()
-        in_the_way = [s for s in self._others if s > step]
+        self._since = self._now = step
+        in_the_way = sorted(s for s in self._others - self._miscounted if s > step)
         if in_the_way:
             warn(
                 f"Checkpoints of steps {in_the_way} in {self.where} are newer than step {step}, "

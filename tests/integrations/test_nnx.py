@@ -1,5 +1,8 @@
 """The activations of a user's own NNX module: by hand, under remat and scan, within a gradient."""
 
+import contextlib
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +112,43 @@ def test_a_layer_that_is_called_twice_gives_the_larger():
     _, activations = watch(model)(x)
     peaks = [lbw_optax.activation_outliers(model.layers[0](y)).peak for y in (x, jnp.ones((1, 4)))]
     assert float(activations["layers/0"].peak) == pytest.approx(float(max(peaks)))
+
+
+def test_a_teacher_of_the_same_class_is_left_as_it_is():
+    """Which the model calls, and which is no part of it: under jit it could not be written to."""
+    teacher = Model(False, False)
+
+    class Student(Model):
+        def __call__(self, x):
+            return super().__call__(x) - teacher(x)
+
+    found = nnx.jit(lambda model, x: watch(model)(x)[1])(Student(False, False), X)
+    assert list(found) == [f"blocks/{i}" for i in range(LAYERS)]
+    watch(Student(False, False))(X)
+    assert not hasattr(teacher.blocks[0], "lbw_outliers")
+
+
+def test_threads_do_not_take_each_others_layers():
+    """A second one begins while the first is within its model."""
+    within, call = threading.Barrier(2, timeout=0.5), Block.__call__
+    found = []
+
+    class Slow(Model):
+        def __call__(self, x):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                within.wait()  # in vain, where they go one by one
+            return super().__call__(x)
+
+    def run():
+        found.append(len(watch(Slow(False, False))(X)[1]))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [LAYERS, LAYERS]
+    assert Block.__call__ is call
 
 
 def test_layers_are_chosen_by_path():

@@ -19,7 +19,7 @@ ocp = pytest.importorskip("orbax.checkpoint", reason="needs the extra rollback")
 from orbax.checkpoint import checkpoint_managers as policies  # noqa: E402
 from team_managers import V0, V1  # noqa: E402
 
-EVERY_10 = policies.FixedIntervalPolicy(10)
+EVERY_1, EVERY_10 = (policies.FixedIntervalPolicy(n) for n in (1, 10))
 KINDS = pytest.mark.parametrize("kind", [V0, V1])
 nan_moment = in_moment("nu", lambda x: x.at[0, 0].set(jnp.nan))
 
@@ -215,6 +215,28 @@ def test_a_state_that_is_none_to_go_back_to(tmp_path, as_step, broken, said):
     assert step == 24
 
 
+@pytest.mark.parametrize("count", [lambda step: 4 * step, lambda step: step // 10])
+@KINDS
+def test_what_is_saved_under_another_count_is_left_alone(tmp_path, kind, count):
+    """As of batches or epochs: healthy checkpoints from before the target would be deleted for
+    their number, or a state of many updates be gone on from as one of few."""
+    with opened(kind, tmp_path / "team", snapshot_every=4, keep=9, save=EVERY_1) as (
+        team,
+        rollback,
+    ):
+
+        def save(step, tree):
+            if step % 10 == 0 and step <= 20:
+                team.save(count(step), tree)
+
+        with pytest.warns(
+            RuntimeWarning, match=r"has saved step \d+ while .* was of step 10: what"
+        ):
+            train(team, rollback, 36, {29: nan_parameter}, save=save)
+        assert [(r.to_step, r.tier) for r in rollback.history] == [(24, "memory")]
+        assert team.steps() == [count(10), count(20)]
+
+
 def test_other_arguments_and_several_items(tmp_path, own):
     """As their save, so their restore: of a Composite, with another item that is not ours."""
 
@@ -259,11 +281,18 @@ def test_arguments(tmp_path):
             (theirs | {"snapshot_every": 60}, "max_distance=50 is too small"),
             ({"checkpointer": tmp_path}, "must be an orbax.checkpoint.CheckpointManager, or a"),
             ({"directory": tmp_path, "restore": min}, "pass checkpointer=, too"),
+            ({}, r"Pass a directory, .* or checkpointer="),
         ):
             with pytest.raises(ValueError, match=said):
                 RollbackManager(**options)
         with pytest.raises(OSError, match=r"Another process uses .*team.rollback"):
             RollbackManager(**theirs)
+    (tmp_path / "other.rollback").write_text("a file")
+    with (
+        V0(tmp_path / "other", EVERY_10, None).manager as manager,
+        pytest.raises(OSError, match=r"journal .*other.rollback \(File exists\): it lies beside"),
+    ):
+        RollbackManager(checkpointer=manager)
 
 
 WORKER = """

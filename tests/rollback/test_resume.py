@@ -13,11 +13,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from rollback_loop import QUICK, Patient, batch, nan_parameter, plain, run, start, update
 from support import assert_same_bits
 
-from lbw_optax import AuditLog, RollbackManager
+from lbw_optax import AuditLog, RollbackManager, lbw_guard
 
 TESTS = Path(__file__).parent.parent
 
@@ -337,6 +338,25 @@ def test_another_model(directory):
     assert "0.w: float32[4, 3] in the checkpoint, float32[5, 3] here" in str(error.value)
     assert "0.extra: absent in the checkpoint, float32[1, 3] here" in str(error.value)
     assert "0.b: float32[1, 3] in the checkpoint, absent here" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [(lambda path: path, "none in the checkpoint and 2 here"), (None, "2 .* and none here")],
+)
+def test_other_groups_that_may_be_frozen(tmp_path, groups, said):
+    params, _ = start()
+
+    def tree(groups):
+        return params, lbw_guard(optax.sgd(0.1), groups=groups, max_frozen=0.5).init(params)
+
+    with RollbackManager(tmp_path, **QUICK) as rollback:
+        rollback.resume(tree(None if groups else lambda path: path))
+    with (
+        RollbackManager(tmp_path, **QUICK) as rollback,
+        pytest.raises(ValueError, match=rf"only the groups .* {said}: pass the same groups="),
+    ):
+        rollback.resume(tree(groups))
 
 
 # --- what is not ours --------------------------------------------------------------------------
