@@ -19,6 +19,7 @@ from lbw_optax import lock, sentences
 from lbw_optax.alerts import Alert, Listeners, OnEvent, tell
 from lbw_optax.law import classifier
 from lbw_optax.law import events as ring
+from lbw_optax.law.custom import Watched
 from lbw_optax.law.divergence import after_rollback
 from lbw_optax.law.events import Event
 from lbw_optax.law.freezing import Freezing
@@ -70,6 +71,8 @@ def metrics(state: PyTree) -> dict[str, jax.Array]:
     ``exhausted``               bool, the guard has used up what it may do
     ``rollback_asked``          a `lbw_optax.law.divergence.Reason`, 0 for none
     ``frozen_groups``           groups of leaves that stay as they are; names: `frozen_groups`
+    ``broken_constraints``      of your own signals and constraints, those that jump or do not hold
+    ``policy_share``            share of the law's step that your policy left; 1 without one
     ``risk_10``, ``risk_50``    probability that the run diverges within so many steps; advice only
     ``hard_batch``              if the step stands out, the probability that it is gone by itself;
                                 likewise ``unstable_dynamics`` and ``broken_state``
@@ -129,6 +132,7 @@ def _metrics(guard: GuardState) -> dict[str, jax.Array]:
         "exhausted": control.exhausted,
         "rollback_asked": guard.law.divergence.rollback_asked,
         "frozen_groups": _frozen(guard),
+        **_custom(guard),
         "risk_10": risk.soon,
         "risk_50": risk.later,
         "activation_outlier_share": layers.outlier_share,
@@ -141,6 +145,15 @@ def _metrics(guard: GuardState) -> dict[str, jax.Array]:
         **{kind.name.lower(): risk.kinds[..., kind] for kind in classifier.Kind},
         **{f"gradient_log2/{k}": seen.histogram[..., i] for i, k in enumerate(HISTOGRAM_EDGES)},
     }
+
+
+def _custom(guard: GuardState) -> dict[str, jax.Array]:
+    watched = guard.custom
+    if isinstance(watched, Watched):
+        broken = jnp.sum(watched.broken, axis=-1, dtype=jnp.int32)
+        return {"broken_constraints": broken, "policy_share": watched.share}
+    share = jnp.ones_like(guard.law.control.log_scale)
+    return {"broken_constraints": jnp.zeros_like(guard.mode), "policy_share": share}
 
 
 def _frozen(guard: GuardState) -> jax.Array:

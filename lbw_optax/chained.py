@@ -21,6 +21,7 @@ from lbw_optax.apply import scaled
 from lbw_optax.freeze import Freeze
 from lbw_optax.law import classifier, control, events, layers, telemetry
 from lbw_optax.law.control import Bounds
+from lbw_optax.law.custom import Custom
 from lbw_optax.law.telemetry import Probe
 from lbw_optax.state import GuardState, Mode
 from lbw_optax.types import Loss, PyTree
@@ -32,10 +33,16 @@ class ChainedGuard(optax.GradientTransformationExtraArgs):
     bounds: Bounds
     mode: str
     freeze: Freeze | None
+    custom: Custom | None
 
 
-def watch(bounds: Bounds, mode: str, freeze: Freeze | None = None) -> ChainedGuard:
-    """The guard as a transformation of gradients; `freeze` is for `lbw_optax.chain`."""
+def watch(
+    bounds: Bounds, mode: str, freeze: Freeze | None = None, custom: Custom | None = None
+) -> ChainedGuard:
+    """The guard as a transformation of gradients.
+
+    `freeze` and `custom` are for `lbw_optax.chain`.
+    """
 
     def init_fn(params: PyTree) -> GuardState:
         if freeze:
@@ -43,6 +50,12 @@ def watch(bounds: Bounds, mode: str, freeze: Freeze | None = None) -> ChainedGua
                 "groups needs a guard that governs the optimizer, for a layer stays as it is only "
                 "where its moments do: write lbw_guard(optax.adamw(...), groups=...), or "
                 "lbw_optax.chain instead of optax.chain."
+            )
+        if custom:
+            raise ValueError(
+                "signals, constraints and policy need a guard that governs the optimizer: write "
+                "lbw_guard(optax.adamw(...), signals=...), or lbw_optax.chain instead of "
+                "optax.chain."
             )
         nothing = telemetry.sample_of_zeros(params)
         here = nothing if telemetry.is_abstract(params) else telemetry.sample(params)
@@ -87,7 +100,7 @@ def watch(bounds: Bounds, mode: str, freeze: Freeze | None = None) -> ChainedGua
         )
 
     guard = ChainedGuard(init_fn, update_fn)
-    guard.bounds, guard.mode, guard.freeze = bounds, mode, freeze
+    guard.bounds, guard.mode, guard.freeze, guard.custom = bounds, mode, freeze, custom
     return guard
 
 

@@ -9,6 +9,7 @@ from lbw_optax import groups
 from lbw_optax.groups import Grouping, Groups
 from lbw_optax.law import freezing
 from lbw_optax.law.freezing import Freezing, Limits
+from lbw_optax.names import decoded
 from lbw_optax.types import PyTree
 
 
@@ -101,7 +102,7 @@ def _known(state: Freezing | tuple[()]) -> str:
         return "0"
     if isinstance(state.names, jax.core.Tracer):
         return str(state.frozen.size)
-    return str(freezing.names_of(state))
+    return str(decoded(state.names))
 
 
 def _some(names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """The guard: observe, judge, act, above any Optax optimizer."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,9 @@ from lbw_optax.freeze import Freeze
 from lbw_optax.frozen import Frozen
 from lbw_optax.groups import Grouping
 from lbw_optax.law import classifier, control, events, freezing, layers, telemetry
+from lbw_optax.law import custom as customs
 from lbw_optax.law.control import RULES, Bounds, Rules, Signal
+from lbw_optax.law.custom import Custom, Measure, Policy
 from lbw_optax.law.freezing import Limits
 from lbw_optax.law.telemetry import Probe
 from lbw_optax.state import MODES, GuardState, Mode
@@ -39,6 +41,9 @@ def lbw_guard(
     groups: Grouping | None = None,
     max_frozen: float = MAX_FROZEN,
     max_freeze_steps: int = MAX_FREEZE_STEPS,
+    signals: Mapping[str, Measure] | None = None,
+    constraints: Mapping[str, Measure] | None = None,
+    policy: Policy | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keep a training run alive under stress: scale and skip the updates of ``inner``.
 
@@ -79,6 +84,13 @@ def lbw_guard(
         axis is a group. None: nothing is frozen; see :mod:`lbw_optax.law.freezing`.
       max_frozen: the share of the groups that may be frozen at a time, in (0, 1).
       max_freeze_steps: in a row that a group may be frozen; then it trains for as long.
+      signals: signals of your own by name: functions from a :class:`lbw_optax.law.custom.Step` to a
+        number. One that jumps limits the gradient and holds the scale, as a jump of the loss does.
+      constraints: likewise, functions to a bool that is to be true; one that is false counts as a
+        jump. Each of them acts in at most ten steps that are not earned back, one in ten steps.
+      policy: a function ``(risk, kinds, bounds)`` of the classifier's probability of a divergence
+        within ten steps and of the kinds of trouble, to the share of the law's step to take; at
+        least a tenth, at most 1.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` takes the optional keyword
@@ -112,9 +124,10 @@ def lbw_guard(
     if groups is not None:
         _validate_freezing(groups, max_frozen, max_freeze_steps)
     freeze = None if groups is None else Freeze(groups, _limits(max_frozen, max_freeze_steps))
+    custom = _custom(signals or {}, constraints or {}, policy)
     if inner is None:
-        return chained.watch(bounds, mode, freeze)
-    return govern(inner, bounds, mode, freeze=freeze)
+        return chained.watch(bounds, mode, freeze, custom)
+    return govern(inner, bounds, mode, freeze=freeze, custom=custom)
 
 
 def chain(*transformations: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -142,7 +155,7 @@ def chain(*transformations: optax.GradientTransformation) -> optax.GradientTrans
     for tx in (*before, *after):
         _require_optimizer(tx)
     inner = after[0] if len(after) == 1 else optax.chain(*after)
-    governed = govern(inner, guard.bounds, guard.mode, freeze=guard.freeze)
+    governed = govern(inner, guard.bounds, guard.mode, freeze=guard.freeze, custom=guard.custom)
     return optax.chain(*before, governed) if before else governed
 
 
@@ -169,6 +182,7 @@ def govern(
     mode: str,
     rules: Rules = RULES,
     freeze: Freeze | None = None,
+    custom: Custom | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The guard around an optimizer; `rules` are the law's own but in experiments."""
     inner = _with_extra_args(inner)
@@ -180,7 +194,7 @@ def govern(
         _refuse_what_goes_around(inner_state)
         _refuse_a_guard(inner_state)
         names = freeze.names(params) if freeze else None
-        return states.init(probe, bounds, mode, names)._replace(inner_state=inner_state)
+        return states.init(probe, bounds, mode, names, custom)._replace(inner_state=inner_state)
 
     def update_fn(
         updates: PyTree,
@@ -207,7 +221,11 @@ def govern(
         seen, probe = telemetry.observe_gradients(
             state.telemetry, state.probe, gradients, trained, value, age
         )
-        arrival = control.arrive(seen, state.law.statistics)
+        arrival, alarm = control.arrive(seen, state.law.statistics), None
+        if custom:
+            given = customs.Step(seen.loss, updates, params, extra_args)
+            watched, noticed = customs.look(custom, state.custom, given)
+            arrival, alarm = control.heed(arrival, noticed.acts), noticed.acts
         refused = governing & (arrival.rejected != Signal.NONE)
         # Known before the optimizer runs, so that what keeps its state as it was is part of its own
         # element-wise operations, and no second copy of that state is held.
@@ -217,8 +235,15 @@ def govern(
             looked, proposed = freeze.propose(arrived, proposed, trained, refused)
         scale_before = jnp.exp(state.law.control.log_scale)
         seen = telemetry.observe_step(seen, proposed, trained, scale_before, refused)
-        new_law, decision = law.step(state.law, seen, bounds, rules)
+        new_law, decision = law.step(state.law, seen, bounds, rules, alarm)
+        if custom:
+            watched, decision = customs.shorten(
+                custom, watched, new_law.classifier.risk, decision, bounds
+            )
         reported = classifier.reported(decision, state.law.classifier, new_law.classifier)
+        which = None
+        if custom:
+            reported, which = customs.tell(state.custom, watched, noticed, reported)
         if freeze:
             looked, news = freezing.tell(looked, reported, freeze.limits)
         scale = jnp.where(governing, decision.scale, 1.0)
@@ -236,12 +261,13 @@ def govern(
             probe=probe,
             law=new_law,
             events=(
-                freezing.record(state.events, state.guard_steps, news, seen.loss)
+                freezing.record(state.events, state.guard_steps, news, seen.loss, which)
                 if freeze
-                else events.record(state.events, state.guard_steps, reported, seen.loss)
+                else events.record(state.events, state.guard_steps, reported, seen.loss, which)
             ),
             layers=layers.absorb(state.layers, activations),
             freezing=looked if freeze else state.freezing,
+            custom=watched if custom else state.custom,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -319,6 +345,23 @@ def _limits(max_frozen: Any, max_freeze_steps: Any) -> Limits:
     if not isinstance(max_freeze_steps, jax.core.Tracer):
         max_freeze_steps = int(min(max_freeze_steps, np.iinfo(np.int32).max))
     return Limits(max_frozen, max_freeze_steps)
+
+
+def _custom(signals: Any, constraints: Any, policy: Any) -> Custom | None:
+    for name, given in (("signals", signals), ("constraints", constraints)):
+        if not isinstance(given, Mapping) or not all(map(callable, given.values())):
+            raise ValueError(
+                f"{name} must be a mapping from names to functions of a step, got {given!r}."
+            )
+    twice = set(signals) & set(constraints) | {"policy"} & {*signals, *constraints}
+    if twice or not all(isinstance(name, str) and name for name in (*signals, *constraints)):
+        raise ValueError(
+            "Each signal and constraint needs a name of its own, a str, and not 'policy': got "
+            f"{[*signals, *constraints]!r}."
+        )
+    if policy is not None and not callable(policy):
+        raise ValueError(f"policy must be a function (risk, kinds, bounds), got {policy!r}.")
+    return Custom(signals, constraints, policy) if signals or constraints or policy else None
 
 
 def _require_optimizer(inner: Any) -> None:

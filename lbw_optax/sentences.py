@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from lbw_optax.law import classifier, control, events, freezing
+from lbw_optax.law import classifier, control, events
 from lbw_optax.law.control import REGIMES, REJECTED_BOUND, REJECTED_FROM, REST_STEPS, Signal
 from lbw_optax.law.divergence import Reason
 from lbw_optax.law.events import Event
 from lbw_optax.law.freezing import Freezing
+from lbw_optax.names import decoded
 from lbw_optax.state import GuardState, Mode
 
 CAUSES = {
@@ -110,8 +111,12 @@ def too_high(scale: float, *, acts: bool) -> str:
 
 def read_events(guard: GuardState) -> list[Event]:
     """Those in the ring of one guard, with the names of what is frozen."""
-    held = guard.freezing
-    return events.read(guard.events, freezing.names_of(held) if held else ())
+    groups, custom = guard.freezing, guard.custom
+    return events.read(
+        guard.events,
+        decoded(groups.names) if groups else (),
+        decoded(custom.names) if custom else (),
+    )
 
 
 def frozen_now(guard: GuardState) -> dict[str, int]:
@@ -120,7 +125,7 @@ def frozen_now(guard: GuardState) -> dict[str, int]:
     if not isinstance(held, Freezing):
         return {}
     frozen, since = np.asarray(held.frozen), np.asarray(held.since)
-    return {x: int(n) for x, f, n in zip(freezing.names_of(held), frozen, since, strict=True) if f}
+    return {x: int(n) for x, f, n in zip(decoded(held.names), frozen, since, strict=True) if f}
 
 
 def _freezing(guard: GuardState) -> str:

@@ -11,8 +11,10 @@ import optax
 from jax.tree_util import PyTreeDef
 
 from lbw_optax import law
+from lbw_optax.law import custom as customs
 from lbw_optax.law import events, freezing, layers, telemetry
 from lbw_optax.law.control import Bounds
+from lbw_optax.law.custom import Custom, Watched
 from lbw_optax.law.events import Ring
 from lbw_optax.law.freezing import Freezing
 from lbw_optax.law.layers import Layers
@@ -44,6 +46,7 @@ class GuardState(NamedTuple):
       events: the last interventions.
       layers: what `update` was told of the model's activations; advice only.
       freezing: what is remembered of groups of leaves; () where none can be frozen.
+      custom: what is remembered of a user's own signals; () where there are none.
     """
 
     inner_state: PyTree
@@ -55,10 +58,15 @@ class GuardState(NamedTuple):
     events: Ring
     layers: Layers
     freezing: Freezing | tuple[()] = ()
+    custom: Watched | tuple[()] = ()
 
 
 def init(
-    probe: Probe, bounds: Bounds, mode: str, groups: Sequence[str] | None = None
+    probe: Probe,
+    bounds: Bounds,
+    mode: str,
+    groups: Sequence[str] | None = None,
+    custom: Custom | None = None,
 ) -> GuardState:
     """Before the first step, without an inner state; every leaf is an array of its own.
 
@@ -67,6 +75,7 @@ def init(
       bounds: the user's.
       mode: one of `MODES`.
       groups: the names of those that may be frozen; None where nothing may.
+      custom: the user's own signals.
     """
     state = GuardState(
         inner_state=None,
@@ -78,6 +87,7 @@ def init(
         events=events.init(),
         layers=layers.init(),
         freezing=() if groups is None else freezing.init(groups),
+        custom=customs.init(custom) if custom else (),
     )
     # A buffer that two leaves share cannot be donated.
     return jax.tree.map(jnp.copy, state)
@@ -236,6 +246,8 @@ def as_arrays(guard: GuardState) -> GuardState:
     types = _skeleton()._replace(inner_state=None, probe=probe)
     if not guard.freezing:
         types = types._replace(freezing=())
+    if not guard.custom:
+        types = types._replace(custom=())
     arrays = jax.tree.map(lambda x, kind: jnp.asarray(x, kind.dtype), own, types)
     return arrays._replace(inner_state=guard.inner_state)
 
@@ -268,7 +280,7 @@ def strip(state: PyTree) -> PyTree:
 
 def _is_guard(node: PyTree) -> bool:
     if isinstance(node, Mapping):
-        return set(node) | {"inner_state", "freezing"} == set(GuardState._fields)
+        return set(node) | {"inner_state", *_OPTIONAL} == set(GuardState._fields)
     return isinstance(node, GuardState)
 
 
@@ -296,14 +308,16 @@ def _rebuild(skeleton: PyTree, node: PyTree) -> PyTree:
     return type(skeleton)(
         *[
             ()
-            if n == "freezing" and not _child(node, n)
+            if n in _OPTIONAL and not _child(node, n)
             else _rebuild(getattr(skeleton, n), _child(node, n))
             for n in names
         ]
     )
 
 
-_MAY_BE_EMPTY = ("inner_state", "parameters", "freezing")
+# Parts of a guard that nobody may have asked for.
+_OPTIONAL = ("freezing", "custom")
+_MAY_BE_EMPTY = ("inner_state", "parameters", *_OPTIONAL)
 
 
 def _put(node: PyTree, guard: GuardState) -> PyTree:
@@ -341,4 +355,6 @@ def _child(node: PyTree, name: str) -> PyTree:
 def _skeleton() -> GuardState:
     nothing = jnp.zeros([0], jnp.float32)
     probe = Probe(nothing, nothing)
-    return jax.eval_shape(lambda: init(probe, Bounds(), MODES[Mode.GOVERN], [""]))
+    return jax.eval_shape(
+        lambda: init(probe, Bounds(), MODES[Mode.GOVERN], [""], Custom({}, {}, None))
+    )

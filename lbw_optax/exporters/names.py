@@ -47,6 +47,8 @@ NAMES = {
     "age": Name("signals", "Steps since the law began"),
     "rejected_share": Name("signals", "Share of the last 1000 steps that were rejected"),
     "frozen_groups": Name("guard", "Groups of leaves that stay as they are"),
+    "broken_constraints": Name("guard", "Own signals that jump and constraints that do not hold"),
+    "policy_share": Name("guard", "Share of the law's step that a policy of one's own left"),
     "risk_10": Name("signals", "Probability that the run diverges within 10 steps"),
     "risk_50": Name("signals", "Probability that the run diverges within 50 steps"),
     "hard_batch": Name("signals", "If the step stands out: probability that it is gone by itself"),

@@ -275,6 +275,18 @@ def arrive(seen: Telemetry, before: Statistics) -> Arrival:
     return Arrival(rejected, jumps, spikes, jnp.minimum(log_factor, tenth))
 
 
+def heed(arrival: Arrival, alarm: jax.Array) -> Arrival:
+    """The same where a user's own signal says that something jumps: as where the loss does.
+
+    But for what comes again: a signal is not the data's.
+    """
+    sound = alarm & (arrival.rejected == Signal.NONE)
+    tenth = jnp.where(sound, -math.log(stats.SPIKE_FACTOR), 0.0)
+    return arrival._replace(
+        spikes=arrival.spikes | sound, log_factor=jnp.minimum(arrival.log_factor, tenth)
+    )
+
+
 def reject(arrival: Arrival, seen: Telemetry) -> jax.Array:
     """Why this step must not be applied: int32, a `Signal`, NONE if it may.
 

@@ -19,6 +19,8 @@ SIZE = 64
 # recorded beside the law's decisions, and none of them.
 ALARM, RISK = 100, 100
 FREEZE, THAW = 101, 102
+# And what a user's own signal, constraint or policy decided, told under its name.
+CUSTOM = 101
 
 
 class Ring(NamedTuple):
@@ -28,12 +30,12 @@ class Ring(NamedTuple):
     at_step: jax.Array  # int32[SIZE], call of `update`
     action: jax.Array  # int32[SIZE], an `Action`, or ALARM, FREEZE, THAW
     regime: jax.Array  # int32[SIZE], a `Regime`
-    signal: jax.Array  # int32[SIZE], a `Signal`, or RISK; of a rollback, a `Reason`
+    signal: jax.Array  # int32[SIZE], a `Signal`, or RISK, CUSTOM; of a rollback, a `Reason`
     signal_value: jax.Array  # float32[SIZE]; of a rollback 0
     threshold: jax.Array  # float32[SIZE]; of a rollback 0
     scale_before: jax.Array  # float32[SIZE]
     scale_after: jax.Array  # float32[SIZE]
-    from_step: jax.Array  # int32[SIZE], of a rollback; of FREEZE and THAW the group; else 0
+    from_step: jax.Array  # int32[SIZE], of a rollback; of FREEZE, THAW and CUSTOM which; else 0
     to_step: jax.Array  # int32[SIZE], of a rollback; else 0
     loss: jax.Array  # float32[SIZE], the newest that was measured; 0 before
 
@@ -45,7 +47,7 @@ class Event(NamedTuple):
       number: running number of the event, from 0.
       step: call of `update` in which it happened, from 0.
       regime: regime after it, one of `lbw_optax.REGIMES`.
-      signal: the signal that decided; of a rollback, the reason.
+      signal: the signal that decided, a user's own by its name; of a rollback, the reason.
       value: of that signal; of a rollback None.
       threshold: for that signal; of a rollback None.
       action: "skip", "clip" (of a gradient), "cut", "hold" (no growth of the scale), "recover",
@@ -104,9 +106,12 @@ def record(
     step: jax.Array,
     decision: Decision,
     loss: jax.Array,
-    group: jax.Array | None = None,
+    which: jax.Array | None = None,
 ) -> Ring:
-    """Write this step's event, if there is one; `group` is the one that is frozen or thaws."""
+    """Write this step's event, if there is one.
+
+    `which` is the number of the group that is frozen or thaws, or of the user's own signal.
+    """
     return _write(
         ring,
         decision.action != Action.NONE,
@@ -118,7 +123,7 @@ def record(
         threshold=decision.threshold,
         scale_before=decision.scale_before,
         scale_after=decision.scale,
-        from_step=jnp.int32(0) if group is None else group,
+        from_step=jnp.int32(0) if which is None else which,
         to_step=jnp.int32(0),
         loss=loss,
     )
@@ -155,16 +160,18 @@ def record_rollback(
     )
 
 
-def read(ring: Ring, groups: Sequence[str] = ()) -> list[Event]:
+def read(ring: Ring, groups: Sequence[str] = (), custom: Sequence[str] = ()) -> list[Event]:
     """The events still in the ring, oldest first. Waits for the device.
 
     Args:
       ring: of one run.
       groups: the names of the groups that may be frozen.
+      custom: the names of a user's own signals, constraints and policy.
     """
     ring = jax.device_get(ring)
     total = int(ring.recorded)
-    return [_event(ring, number, groups) for number in range(max(0, total - SIZE), total)]
+    events = range(max(0, total - SIZE), total)
+    return [_event(ring, number, groups, custom) for number in events]
 
 
 def _write(ring: Ring, happened: jax.Array, **event: jax.Array) -> Ring:
@@ -178,11 +185,13 @@ def _write(ring: Ring, happened: jax.Array, **event: jax.Array) -> Ring:
     return Ring(recorded=recorded, **written)
 
 
-def _event(ring: Ring, number: int, groups: Sequence[str]) -> Event:
+def _event(ring: Ring, number: int, groups: Sequence[str], custom: Sequence[str]) -> Event:
     at = number % SIZE
     action = _ACTIONS[int(ring.action[at])]
     is_rollback = action == _ACTIONS[Action.ROLLBACK]
     signal = (_REASONS if is_rollback else _SIGNALS)[int(ring.signal[at])]
+    if signal == _SIGNALS[CUSTOM]:
+        signal = _named(ring, at, custom)
     return Event(
         number=number,
         step=int(ring.at_step[at]),
@@ -196,15 +205,13 @@ def _event(ring: Ring, number: int, groups: Sequence[str]) -> Event:
         from_step=int(ring.from_step[at]) if is_rollback else None,
         to_step=int(ring.to_step[at]) if is_rollback else None,
         loss=float(ring.loss[at]),
-        group=_group(ring, at, groups),
+        group=_named(ring, at, groups) if int(ring.action[at]) in (FREEZE, THAW) else "",
     )
 
 
-def _group(ring: Ring, at: int, groups: Sequence[str]) -> str:
-    if int(ring.action[at]) not in (FREEZE, THAW):
-        return ""
+def _named(ring: Ring, at: int, names: Sequence[str]) -> str:
     number = int(ring.from_step[at])
-    return groups[number] if number < len(groups) else str(number)
+    return names[number] if number < len(names) else str(number)
 
 
 def _names(kinds: type[enum.IntEnum]) -> dict[int, str]:
@@ -212,5 +219,5 @@ def _names(kinds: type[enum.IntEnum]) -> dict[int, str]:
 
 
 _ACTIONS = {**_names(Action), ALARM: "alarm", FREEZE: "freeze", THAW: "thaw"}
-_SIGNALS = {**_names(Signal), RISK: "risk"}
+_SIGNALS = {**_names(Signal), RISK: "risk", CUSTOM: "custom"}
 _REASONS = _names(Reason)

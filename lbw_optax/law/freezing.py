@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lbw_optax.apply import either
@@ -21,6 +20,7 @@ from lbw_optax.law import statistics as stats
 from lbw_optax.law.control import Action, Decision, Signal
 from lbw_optax.law.events import Ring
 from lbw_optax.law.statistics import GRADIENT, SPIKE_FACTOR, SPIKE_STDS, UNKNOWN, Running
+from lbw_optax.names import encoded
 
 # No group is out alone where at least half of them have moved by this share of what makes one out:
 # then it is the batch, or the rate.
@@ -98,7 +98,7 @@ def init(names: Sequence[str]) -> Freezing:
         log_thaw=real,
         reason=whole,
         told=no,
-        names=_encoded(names),
+        names=encoded(names),
     )
 
 
@@ -111,11 +111,6 @@ def named(state: Freezing, names: Sequence[str]) -> Freezing:
         return jnp.where(same.reshape(-1, *[1] * (new.ndim - 1)), old, new)
 
     return jax.tree.map(choose, state, fresh)
-
-
-def names_of(state: Freezing) -> list[str]:
-    """The groups' names, in their order. On the host."""
-    return [bytes(row).rstrip(b"\0").decode() for row in np.asarray(state.names, np.uint8)]
 
 
 def most(groups: int, limits: Limits) -> int | jax.Array:
@@ -252,10 +247,15 @@ def tell(state: Freezing, decision: Decision, limits: Limits) -> tuple[Freezing,
     return state._replace(told=told), News(happened, group, recorded, steps_ago)
 
 
-def record(ring: Ring, step: jax.Array, news: News, loss: jax.Array) -> Ring:
-    """Write what happened into the events; news of a group stand at the step that they are of."""
-    group = jnp.where(news.happened, news.group, 0)
-    return events.record(ring, step - news.steps_ago, news.decision, loss, group)
+def record(
+    ring: Ring, step: jax.Array, news: News, loss: jax.Array, which: jax.Array | None = None
+) -> Ring:
+    """Write what happened into the events; news of a group stand at the step that they are of.
+
+    `which` is what is told instead where there are no news of a group.
+    """
+    which = jnp.where(news.happened, news.group, 0 if which is None else which)
+    return events.record(ring, step - news.steps_ago, news.decision, loss, which)
 
 
 def _excess(known: Running, y: jax.Array, measured: jax.Array) -> jax.Array:
@@ -288,9 +288,3 @@ def _first(wanted: jax.Array, urgency: jax.Array, count: int | jax.Array) -> jax
     order = jnp.argsort(-jnp.where(wanted, urgency, -1.0), stable=True)
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
     return wanted & (rank < count)
-
-
-def _encoded(names: Sequence[str]) -> jax.Array:
-    rows = [name.encode() for name in names]
-    longest = max(map(len, rows), default=0)
-    return jnp.asarray([list(row.ljust(longest, b"\0")) for row in rows], jnp.uint8)

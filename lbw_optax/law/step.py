@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import jax
+
 from lbw_optax.law import classifier, control, divergence, statistics
 from lbw_optax.law.control import RULES, Bounds, Control, Decision, Rules, Signal
 from lbw_optax.law.divergence import Divergence
@@ -23,7 +25,13 @@ def init(bounds: Bounds) -> Law:
     return Law(statistics.init(), control.init(bounds), divergence.init(), classifier.init())
 
 
-def step(law: Law, seen: Telemetry, bounds: Bounds, rules: Rules = RULES) -> tuple[Law, Decision]:
+def step(
+    law: Law,
+    seen: Telemetry,
+    bounds: Bounds,
+    rules: Rules = RULES,
+    alarm: jax.Array | None = None,
+) -> tuple[Law, Decision]:
     """What to do about one step, from what it showed and from the steps before it.
 
     Args:
@@ -31,14 +39,17 @@ def step(law: Law, seen: Telemetry, bounds: Bounds, rules: Rules = RULES) -> tup
       seen: what this step showed.
       bounds: the user's limits.
       rules: what moves the scale; others than the law's own are for experiments.
+      alarm: bool scalar, a user's own signal acts; None: there is none.
     """
     arrival = control.arrive(seen, law.statistics)
+    jumped = arrival.jumps | arrival.spikes
+    arrival = arrival if alarm is None else control.heed(arrival, alarm)
     rejected = control.reject(arrival, seen)
     left_out = (rejected != Signal.NONE) | arrival.limited
     remembered = statistics.absorb(
         law.statistics,
         seen,
-        arrival.jumps | arrival.spikes,
+        jumped,
         arrival.log_factor,
         left_out,
         law.control.age,

@@ -19,6 +19,7 @@ from lbw_optax import by_layer, lbw_guard
 from lbw_optax.law import freezing
 from lbw_optax.law.control import Action, Decision
 from lbw_optax.law.freezing import Limits
+from lbw_optax.names import decoded
 
 GROUPS = 8
 STACKED = functools.partial(by_layer, stacked="layers")
@@ -656,7 +657,7 @@ def test_a_state_goes_on_with_groups_of_other_names():
     assert_same_bits(jax.tree.map(lambda x: x[1:], found), jax.tree.map(lambda x: x[1:], fresh))
     assert types(found) == types(state)
     assert_same_bits(freezing.named(state, ["ab", "cd"]), state)
-    assert freezing.names_of(found) == ["cd", "xy"]
+    assert decoded(found.names) == ["cd", "xy"]
     tx = lbw_guard(optax.sgd(0.1), groups=lambda path: path, max_frozen=0.5)
     one, other = ({name: jnp.ones(2) for name in names} for names in (["a", "b"], ["a", "long"]))
     with pytest.raises(ValueError, match=r"make 2 groups, \['a', 'long'\], .* with \['a', 'b'\]"):
