@@ -183,14 +183,18 @@ def tell(
 
 
 def _require(custom: Custom, state: Watched | tuple[()]) -> Watched:
-    known, names = len(custom.signals) + len(custom.constraints), encoded(custom.names)
-    if isinstance(state, Watched) and state.names.shape == names.shape:
-        return state._replace(names=names)
+    wanted = init(custom)
+    if isinstance(state, Watched) and _shapes(state) == _shapes(wanted):
+        return state._replace(names=wanted.names)
     raise ValueError(
-        f"This guard has {known} signals and constraints, and this state was made with others: "
+        f"This guard has {custom.names}, and this state was made with other signals or constraints: "
         "make it with tx.init of this optimizer, or keep the optimizer's own, "
         "lbw_optax.adopt(tx.init(params), lbw_optax.strip(state))."
     )
+
+
+def _shapes(state: Watched) -> list[tuple[int, ...]]:
+    return [jnp.shape(x) for x in jax.tree.leaves(state)]
 
 
 def _stacked(functions: Mapping[str, Measure], step: Step) -> jax.Array:

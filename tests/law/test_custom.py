@@ -172,7 +172,7 @@ def test_bad_results_states_and_places_are_refused():
     with pytest.raises(ValueError, match="'g' must give one number"):
         vector.update(PARAMS, vector.init(PARAMS), PARAMS)
     other = lbw_guard(optax.sgd(0.1)).init(PARAMS)
-    with pytest.raises(ValueError, match="made with others"):
+    with pytest.raises(ValueError, match="made with other signals"):
         vector.update(PARAMS, other, PARAMS)
     chained = optax.chain(lbw_guard(signals={"g": lambda step: 0.0}), optax.sgd(0.1))
     with pytest.raises(ValueError, match="need a guard that governs"):
