@@ -187,8 +187,8 @@ def _require(custom: Custom, state: Watched | tuple[()]) -> Watched:
     if isinstance(state, Watched) and _shapes(state) == _shapes(wanted):
         return state._replace(names=wanted.names)
     raise ValueError(
-        f"This guard has {custom.names}, and this state was made with other signals or constraints: "
-        "make it with tx.init of this optimizer, or keep the optimizer's own, "
+        f"This guard has {custom.names}, and this state was made with other signals or "
+        "constraints: make it with tx.init of this optimizer, or keep the optimizer's own, "
         "lbw_optax.adopt(tx.init(params), lbw_optax.strip(state))."
     )
 
