@@ -13,7 +13,7 @@ from lbw_optax import lbw_guard
 from lbw_optax.law import custom
 from lbw_optax.law.custom import Custom, Step
 
-PARAMS = {"w": jnp.full((4, 4), 2.0), "b": jnp.ones(4)}
+PARAMS = {"w": jnp.full((4, 4), 2.0, jnp.float32), "b": jnp.ones(4, jnp.float32)}
 
 
 @functools.cache
