@@ -158,7 +158,8 @@ class Folder:
 
     def _claim(self) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileIO(self.path / "lock", "a")
         except OSError as error:
             what, advice = self._unwritable
