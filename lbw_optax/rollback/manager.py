@@ -559,16 +559,11 @@ def _checkpointer_of(
     if checkpointer is None and restore is not None:
         raise ValueError("restore says how a checkpointer restores: pass checkpointer=, too.")
     if checkpointer is None and directory is None:
-        raise ValueError(
-            "Pass a directory, for checkpoints that RollbackManager writes, or checkpointer=, a "
-            "manager of Orbax that writes its own."
+        raise TypeError(
+            "directory must be a path, a str or a pathlib.Path, got None. For a checkpoint manager "
+            "of your own pass checkpointer=."
         )
     if checkpointer is None:
-        if directory is None:
-            raise TypeError(
-                "directory must be a path, a str or a pathlib.Path, got None. For a checkpoint "
-                "manager of your own pass checkpointer=."
-            )
         return None
     if directory is not None:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Rollbacks from a team's own Orbax manager, of either API: real objects, real files."""
 
 import contextlib
+import gc
 import json
 import shutil
 import signal
@@ -22,6 +23,16 @@ from team_managers import V0, V1  # noqa: E402
 EVERY_1, EVERY_10 = (policies.FixedIntervalPolicy(n) for n in (1, 10))
 KINDS = pytest.mark.parametrize("kind", [V0, V1])
 nan_moment = in_moment("nu", lambda x: x.at[0, 0].set(jnp.nan))
+
+# When one read of a damaged checkpoint fails, Orbax leaves the others to end after their event
+# loop has: Python says so when it collects them, and it does that in this module.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collected_here():
+    yield
+    gc.collect()
 
 
 @contextlib.contextmanager
@@ -168,8 +179,6 @@ def test_a_kill_right_after_a_rollback_deletes_what_was_to_be_deleted(tmp_path, 
     assert json.loads(journal.read_text())["dropped"] == []
 
 
-# Orbax reads a damaged array in a background thread that outlives the event loop it answers to.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @KINDS
 def test_a_checkpoint_that_cannot_be_restored_is_passed_over_and_left(tmp_path, kind):
     run(kind, tmp_path / "team", 34)
@@ -284,16 +293,17 @@ def test_arguments(tmp_path):
             (theirs | {"snapshot_every": 60}, "max_distance=50 is too small"),
             ({"checkpointer": tmp_path}, "must be an orbax.checkpoint.CheckpointManager, or a"),
             ({"directory": tmp_path, "restore": min}, "pass checkpointer=, too"),
-            ({}, r"Pass a directory, .* or checkpointer="),
         ):
             with pytest.raises(ValueError, match=said):
                 RollbackManager(**options)
+        with pytest.raises(TypeError, match="your own pass checkpointer="):
+            RollbackManager()
         with pytest.raises(OSError, match=r"Another process uses .*team.rollback"):
             RollbackManager(**theirs)
     (tmp_path / "other.rollback").write_text("a file")
     with (
         V0(tmp_path / "other", EVERY_10, None).manager as manager,
-        pytest.raises(OSError, match=r"journal .*other.rollback \(File exists\): it lies beside"),
+        pytest.raises(OSError, match=r"other.rollback \(Not a directory\): it lies beside"),
     ):
         RollbackManager(checkpointer=manager)
 
