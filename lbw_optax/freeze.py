@@ -9,7 +9,7 @@ from lbw_optax import groups
 from lbw_optax.groups import Grouping, Groups
 from lbw_optax.law import freezing
 from lbw_optax.law.freezing import Freezing, Limits
-from lbw_optax.names import decoded
+from lbw_optax.names import decoded, encoded
 from lbw_optax.types import PyTree
 
 
@@ -63,8 +63,8 @@ class Freeze(NamedTuple):
           governing: bool scalar; else nothing is left out.
         """
         found = groups.find(self.grouping, gradients)
-        wanted = jax.eval_shape(lambda: freezing.init(found.names)).names
-        if not isinstance(state, Freezing) or state.names.shape != wanted.shape:
+        wanted = encoded(found.names).shape
+        if not isinstance(state, Freezing) or state.names.shape != wanted:
             raise ValueError(
                 f"The gradients make {len(found.names)} groups{_some(found.names)} and this state "
                 f"was made with {_known(state)}: make it with tx.init of this optimizer and these "

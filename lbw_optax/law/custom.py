@@ -179,7 +179,9 @@ def tell(
         threshold=jnp.float32(1),
     )
     told = Decision(*either(own, named, Decision(*either(begins, shortened, decision))))
-    return told, jnp.where(own, noticed.number, after.broken.size)
+    # The policy's name is the last.
+    number = jnp.where(own, noticed.number, jnp.where(begins, after.broken.size, 0))
+    return told, number.astype(jnp.int32)
 
 
 def _require(custom: Custom, state: Watched | tuple[()]) -> Watched:

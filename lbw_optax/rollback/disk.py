@@ -76,7 +76,6 @@ class Disk:
         self._is_owed = False  # one was due, and it was not known whether the last is written
         self._wants_trial = False  # one that may prove healthy, as soon as nothing is wrong
         self._may_retry = True  # at once, after a trial that failed
-        self._calls = self.journal.calls  # when the run went on here, or was closed
         self._sums: tuple[int, Any] | None = None  # of the newest that was written or read: a step
         self.left_out = 0
         self.write_seconds = float("nan")
@@ -327,11 +326,8 @@ class Disk:
             self._abandon()
         else:
             self.settle()
-        if self.journal.calls == self._calls:
-            return
-        self._calls = self.journal.calls
         try:
-            self._folder.write_alone(self.journal)
+            self._folder.write_calls(self.journal)
         except OSError as error:
             self._warn_of_journal(error)
 

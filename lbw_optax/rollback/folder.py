@@ -33,6 +33,7 @@ class Folder:
         self._journal = self.path / "journal.json"
         self._is_first = jax.process_index() == 0
         self._lock: FileIO | None = None
+        self._calls = 0  # of `step`, when the journal was read, or written by `write_calls`
         try:
             self._on_first(self._claim)
         except OSError:
@@ -58,6 +59,7 @@ class Folder:
         error = first_text(error)
         if error:
             raise ValueError(error)
+        self._calls = content.calls
         return content
 
     def write(self, content: Journal) -> None:
@@ -68,12 +70,17 @@ class Folder:
         """
         self._on_first(lambda: journal.write(self._journal, content))
 
-    def write_alone(self, content: Journal) -> None:
-        """As `write`, at the end of a run: no other process is waited for, or told.
+    def write_calls(self, content: Journal) -> None:
+        """As `write`, at the end of a run, so that the calls of `step` are counted on.
+
+        No other process is waited for, or told. Nothing is written if there were none.
 
         Raises:
           OSError: on the first, if it cannot.
         """
+        if content.calls == self._calls:
+            return
+        self._calls = content.calls
         if self._is_first:
             journal.write(self._journal, content)
 

@@ -43,7 +43,6 @@ class Theirs:
         self._since = self._now = 0  # steps handed in: at the last look at theirs, and now
         self._trials: set[int] = set()
         self._updates: dict[int, int] = {}  # that the guard had seen at a step of a checkpoint
-        self._calls = self.journal.calls
         self._copy_bytes = 0
 
     @property
@@ -245,11 +244,8 @@ class Theirs:
 
     def close(self, *, alone: bool) -> None:
         """Theirs is not closed, nor waited for. The calls of `step` are counted on."""
-        if self.journal.calls == self._calls:
-            return
-        self._calls = self.journal.calls
         try:
-            self._folder.write_alone(self.journal)
+            self._folder.write_calls(self.journal)
         except OSError as error:
             self._warn_of_journal(error)
 
