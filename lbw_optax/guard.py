@@ -58,7 +58,8 @@ def lbw_guard(
     The alarm a_t in [-1, 1] is the mean overshoot in standard deviations, less 1: the cosine of g_t
     with the way from the mean of the parameters over about half of the run. The relative step r_t
     is s |u| / |p|, each leaf of u counted by the side of its matrix, so that one ceiling fits every
-    width; see :mod:`lbw_optax.law.control`. Soft start: the first step is scaled to r = 0.001. A
+    width; it is up to twice as high where steps fall far short of what the run could take; see
+    :mod:`lbw_optax.law.control`. Soft start: the first step is scaled to r = 0.001. A
     step with a non-finite gradient or loss changes neither the parameters nor the state of
     ``inner``; one with a non-finite update, or an update a thousand times as long as the last and
     longer than the parameters, does not change the parameters. A gradient whose norm jumps is
@@ -234,7 +235,7 @@ def govern(
         if freeze:
             looked, proposed = freeze.propose(arrived, proposed, trained, refused)
         scale_before = jnp.exp(state.law.control.log_scale)
-        seen = telemetry.observe_step(seen, proposed, trained, scale_before, refused)
+        seen = telemetry.observe_step(seen, proposed, trained, scale_before, refused, governing)
         new_law, decision = law.step(state.law, seen, bounds, rules, alarm)
         if custom:
             watched, decision = customs.shorten(

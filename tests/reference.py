@@ -223,7 +223,7 @@ class LawReference:
         thresholds = {"gradient_norm": self.gradient_threshold(), "loss": self.loss_threshold()}
         self._absorb(seen, bool(rejected) or limited)
         overshoot = self.overshoot.in_stds
-        ceiling = control.CEILING * math.sqrt(self.age + 1)
+        ceiling = control.CEILING * math.sqrt(self.age + 1) * self._room()
         trouble = bool(rejected) or spike
         self.calm_steps = 0 if trouble else self.calm_steps + 1
         too_long = seen.relative_step is not None and seen.relative_step > ceiling
@@ -458,6 +458,13 @@ class LawReference:
 
     def _is_full(self) -> bool:
         return self.log_scale >= math.log(control.FULL)
+
+    def _room(self) -> float:
+        """By which the ceiling is higher where steps fall far short of what the run could take."""
+        if self.age + 1 <= statistics.LEAST_SPAN:
+            return 1.0
+        short = max(control.SHORT - self.overshoot.mean, 0.0)
+        return min(math.exp(control.ROOM * short), control.MOST_ROOM)
 
     def _move(self, seen: Signals, overshoot: float, ceiling: float, skip: bool) -> float:
         """The scale of this step; that which lasts is `log_scale`."""

@@ -247,6 +247,19 @@ def test_observing_leaves_a_subnormal_gradient_as_it_is():
     assert_same_bits((updates, state[1]), (expected, bare_state))
 
 
+def test_observing_knows_that_its_steps_are_taken_in_full():
+    """Parameters that a large step has lengthened are not broken, whatever scale it would hold."""
+    tx, params = lbw_guard(optax.adam(20.0), mode="observe"), jnp.ones(8)
+    state, update = tx.init(params), jax.jit(tx.update)
+    lengths = [jnp.linalg.norm(params)]
+    for _ in range(12):
+        updates, state = update(params, state, params, value=jnp.sum(params**2))
+        params = optax.apply_updates(params, updates)
+        lengths.append(jnp.linalg.norm(params))
+        assert not lbw_optax.metrics(state)["parameters_broken"]
+    assert max(lengths) > 10 * lengths[0]
+
+
 def test_mode_of_the_factory_is_the_mode_of_the_state():
     states = {m: lbw_guard(optax.sgd(0.1), mode=m).init(jnp.ones(2)) for m in ("govern", "observe")}
     assert int(states["govern"].mode) != int(states["observe"].mode)

@@ -107,6 +107,7 @@ TRAJECTORIES = {
     "healthy": noisy(),
     "overshooting": change(noisy(), range(150, 250), overshoot=0.08, relative_step=0.03),
     "long_steps": change(noisy(), range(100, 400), relative_step=0.05),
+    "short_steps": change(noisy(), range(400), overshoot=-0.35, relative_step=0.05),
     "nan_gradients": change(
         noisy(), [0, 5, *range(100, 110)], nonfinite_gradients=3, gradient_norm=None
     ),

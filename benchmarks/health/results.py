@@ -24,7 +24,7 @@ class Results(NamedTuple):
     def methods(self) -> list[str]:
         """Those of the guard that are there."""
         there = {method for _, method, _ in self.cells}
-        return [name for name in METHODS if name != BARE and name in there]
+        return [name for name, method in METHODS.items() if method.guarded and name in there]
 
     def of(self, method: str, name: str) -> list[Record]:
         """The runs of a task."""

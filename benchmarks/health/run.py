@@ -5,8 +5,9 @@
     python -m benchmarks.pages                                       # HEALTH.md
 
 The tasks are in `benchmarks.health.tasks`: rare classes, heavy tails, moving targets, curricula,
-losses in other units. Each is trained by its own optimizer at its own rate, bare, under the guard,
-and under the guard with a rollback manager at its defaults, with the same data. Every cell is
+losses in other units. Each is trained by its own optimizer at its own rate, bare, bare at a rate
+that differs in its last digits, under the guard, and under the guard with a rollback manager at its
+defaults, with the same data. Every cell is
 appended to the result file as it finishes, and a cell that is there is not run again: a run may be
 killed and started again, split by `--tasks`, `--methods` and `--seeds`, or into two processes that
 write to one file. A cell of the guard is run again when the law has another version.
@@ -52,10 +53,10 @@ def cell_of(name: str, method: str, seed: int) -> Cell:
 
 
 def measure(cell: Cell) -> Record:
-    """Run one cell. A bare run states its metric only."""
+    """Run one cell. Without the guard a run states its metric only."""
     method, began = METHODS[cell["method"]], time.perf_counter()
     task = tasks()[cell["task"]]
-    found = train(task, cell["seed"], guarded=method.guarded, rollback=method.rollback)
+    found = train(task, cell["seed"], method)
     record: Record = {"metric": jsonl.finite(float(f"{found.metric:.6g}"))}
     if method.guarded:
         record |= {"calls": found.calls, "skipped": found.skipped, "ended": found.ended}

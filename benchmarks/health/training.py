@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import lbw_optax
+from benchmarks.health.methods import NUDGE, Method
 from benchmarks.health.task import Now, Task
 from lbw_optax import GuardExhausted, RollbackManager, lbw_guard
 
@@ -47,10 +48,10 @@ class Outcome(NamedTuple):
     scale: float  # the last
 
 
-def train(task: Task, seed: int, *, guarded: bool, rollback: bool = False) -> Outcome:
-    """Train once; with `rollback` under a manager with its defaults, in a temporary directory."""
+def train(task: Task, seed: int, method: Method) -> Outcome:
+    """Train once; with a rollback under a manager with its defaults, in a temporary directory."""
     key = jax.random.key(seed)
-    start, update, metric = _compiled(task, guarded)
+    start, update, metric = _compiled(task, method.guarded, method.nudged)
     run, metrics = start(key), dict.fromkeys(measured_at(task.steps), jnp.float32(jnp.nan))
 
     def advance(batch: int, run: Run) -> Run:
@@ -65,12 +66,12 @@ def train(task: Task, seed: int, *, guarded: bool, rollback: bool = False) -> Ou
     parts: list[Seen] = []
     reasons: list[str] = []
     gave_up = None
-    if rollback:
+    if method.rollback:
         reasons, gave_up = _managed(task, run, advance, measure)
     else:
         _alone(task, run, advance, measure)
     seen = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(parts))
-    if not rollback and seen.exhausted.any():
+    if not method.rollback and seen.exhausted.any():
         gave_up = int(seen.exhausted.argmax()) + 1
     return Outcome(
         metric=float(np.mean(jax.device_get(list(metrics.values())))),
@@ -126,9 +127,10 @@ def _managed(
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(task: Task, guarded: bool) -> tuple[Any, Any, Any]:
+def _compiled(task: Task, guarded: bool, nudged: bool) -> tuple[Any, Any, Any]:
     """The start of a run from its key, an update, and the metric."""
-    tx = optax.with_extra_args_support(task.optimizer(task.rate))
+    rate = task.rate * (1 + NUDGE) if nudged else task.rate
+    tx = optax.with_extra_args_support(task.optimizer(rate))
     tx = lbw_guard(tx) if guarded else tx
 
     def start(key: jax.Array) -> Run:

@@ -12,7 +12,7 @@ def _always_grow(overshoot: jax.Array) -> jax.Array:
     return jnp.full_like(overshoot, -1.0)
 
 
-def _no_ceiling(age: jax.Array) -> jax.Array:
+def _no_ceiling(age: jax.Array, cosine: jax.Array) -> jax.Array:
     return jnp.full_like(age, 100.0, jnp.float32)
 
 

@@ -175,7 +175,7 @@ def inputs(log_norm: Running, view: View) -> tuple[jax.Array, Running]:
 
     has_step = seen.has_step & (seen.relative_step > 0)
     log_step = jnp.log(jnp.where(has_step, seen.relative_step, 1.0))
-    log_step = log_step - control.log_ceiling(age + 1)
+    log_step = log_step - control.log_ceiling(age + 1, jnp.float32(0))
     overshoots = now.overshoot.variance > 0
 
     broken = (seen.nonfinite_loss > 0) | (seen.nonfinite_gradients > 0)

@@ -77,6 +77,10 @@ FIRST_ALARM, SETTLED_FROM = 0.25, 4
 # The longest relative step, over this power of the run's age; with a power of 1 from scratch at 10
 # times the tuned rate 8 to 14 % was lost (docs/research.md, attempt 32).
 CEILING, CEILING_POWER = 0.0015, 0.5
+# Where the mean cosine of the overshoot is below SHORT, steps fall far short of what the run could
+# take, and the ceiling is higher: by e to this power for each 1 below, up to that factor, once the
+# mean is over more than its least number of steps.
+SHORT, ROOM, MOST_ROOM = -0.3, 8.0, 2.0
 # From this scale on the learning rate is the user's own, and has the benefit of the doubt:
 FULL = 0.9
 # overshoot of so many standard deviations more is no reason to cut.
@@ -209,7 +213,7 @@ class Rules(NamedTuple):
     """The two equations that move the scale; others than the law's own are for experiments."""
 
     alarm: Callable[[jax.Array], jax.Array]  # of the mean overshoot in standard deviations
-    log_ceiling: Callable[[jax.Array], jax.Array]  # of the age
+    log_ceiling: Callable[[jax.Array, jax.Array], jax.Array]  # of age and mean cosine
 
 
 def init(bounds: Bounds) -> Control:
@@ -316,7 +320,7 @@ def judge(
     log_step = jnp.log(jnp.maximum(seen.relative_step, 1e-30))
     has_step = seen.has_step & jnp.isfinite(log_step)
     log_step = jnp.where(has_step, log_step, 0.0)
-    log_ceiling = rules.log_ceiling(control.age + 1)
+    log_ceiling = rules.log_ceiling(control.age + 1, after.overshoot.mean)
     by_step = has_step & (log_step > log_ceiling)
     signal = first_of(
         (rejected > 0, rejected),
@@ -359,13 +363,20 @@ def alarm(overshoot: jax.Array) -> jax.Array:
     return jnp.clip(overshoot - SET_POINT, LEAST_ALARM, MOST_ALARM)
 
 
-def log_ceiling(age: jax.Array) -> jax.Array:
-    """Of the longest relative step: log(0.0015 sqrt(t)).
+def log_ceiling(age: jax.Array, cosine: jax.Array) -> jax.Array:
+    r"""Of the longest relative step, by the age t and the mean cosine c of the overshoot.
+
+    .. math::
+      \log(0.0015 \sqrt{t}) + \mathrm{clip}(8 (-0.3 - c),\ 0,\ \log 2)
 
     A tuned run's steps lengthen as it leaves its start, and no overshoot tells a rate that is too
-    high before the damage of the first steps is done.
+    high before the damage of the first steps is done. Where gradients go on pointing along the
+    steps for long, as in a run whose weights must grow far beyond their start, steps are too
+    short: c is above -0.2 in language models at any rate, and below -0.4 in such runs.
     """
-    return math.log(CEILING) + CEILING_POWER * jnp.log(age.astype(jnp.float32))
+    room = jnp.clip(ROOM * (SHORT - cosine), 0.0, math.log(MOST_ROOM))
+    room = jnp.where(age > stats.LEAST_SPAN, room, 0.0)
+    return math.log(CEILING) + CEILING_POWER * jnp.log(age.astype(jnp.float32)) + room
 
 
 RULES = Rules(alarm, log_ceiling)

@@ -179,7 +179,12 @@ def observe_gradients(
 
 
 def observe_step(
-    seen: Telemetry, updates: PyTree, params: PyTree, scale: jax.Array, refused: jax.Array
+    seen: Telemetry,
+    updates: PyTree,
+    params: PyTree,
+    scale: jax.Array,
+    refused: jax.Array,
+    governing: bool | jax.Array = True,
 ) -> Telemetry:
     r"""Measure the step that the inner optimizer proposes, at the scale held so far.
 
@@ -191,7 +196,8 @@ def observe_step(
     goes with it, so the tuned |u| / |p| goes as 1 / sqrt(width), and r does not (the spectral
     condition, arXiv:2310.17813). It is missing where the parameters are, or are or were all zero.
     By the triangle inequality |p_t| <= |p_{t-1}| + |u_{t-1}|; more than twice that is corruption.
-    Where the gradient was `refused` there is no step, whatever the optimizer made of the zeros.
+    Where the guard is not `governing`, the last step was taken at scale 1. Where the gradient was
+    `refused` there is no step, whatever the optimizer made of the zeros.
     """
     squares = _squares(updates)
     norm = scale * jnp.sqrt(jnp.sum(squares))
@@ -201,7 +207,8 @@ def observe_step(
     finite, from_zero = jnp.isfinite(norm), _from_zero(seen, length)
     has_step = finite & jnp.isfinite(length) & (norm > 0) & (length > 0)
     has_step = has_step & ~from_zero & ~refused
-    known, reach = seen.parameter_norm > 0, seen.parameter_norm + REACH * seen.update_norm
+    known, last = seen.parameter_norm > 0, seen.update_norm / jnp.where(governing, 1.0, scale)
+    reach = seen.parameter_norm + REACH * last
     # Nothing is known of a jump from no step at all, as accumulation makes them.
     jumps = (norm > length) & (norm > UPDATE_JUMP * seen.update_norm) & (seen.update_norm > 0)
     return seen._replace(

@@ -65,7 +65,7 @@ def plain(seed):
 
 
 def test_a_bare_run_is_that_of_a_plain_loop():
-    found = training.train(TASK, SOUND, guarded=False)
+    found = training.train(TASK, SOUND, METHODS["bare"])
     assert found.metric == pytest.approx(plain(SOUND), rel=1e-5)
     assert found[1:] == (STEPS, 0, [], None, 1)
 
@@ -78,14 +78,16 @@ def command(out, *arguments):
 def test_every_method_runs_and_a_second_run_runs_what_lacks(short, tmp_path, capsys):
     pytest.importorskip("orbax.checkpoint", reason="needs the extra rollback")
     out, seeds = tmp_path / "health.jsonl", ("--seeds", f"{SOUND}")
-    first = command(out, *seeds, "--methods", "bare", "guard")
+    first = command(out, *seeds, "--methods", "bare", "nudged", "guard")
     found = command(out, *seeds)
-    assert found[:2] == first
-    assert "2 cells are there, 1 to run" in capsys.readouterr().err
+    assert found[:3] == first
+    assert "3 cells are there, 1 to run" in capsys.readouterr().err
     assert [r["method"] for r in found] == list(METHODS)
-    assert [r["law"] for r in found] == [None, LAW, LAW]
-    bare, guard, managed = found
+    assert [r["law"] for r in found] == [None, None, LAW, LAW]
+    bare, nudged, guard, managed = found
     assert "skipped" not in bare
+    assert "skipped" not in nudged
+    assert nudged["metric"] == pytest.approx(bare["metric"], rel=1e-3)
     assert managed["rollbacks"] == []
     # Nothing has happened, so that the manager has changed nothing.
     for record in (guard, managed):
@@ -97,7 +99,8 @@ def test_every_method_runs_and_a_second_run_runs_what_lacks(short, tmp_path, cap
 def test_that_the_guard_gives_up_is_seen(short):
     """With a manager, too, whose last word it is."""
     pytest.importorskip("orbax.checkpoint", reason="needs the extra rollback")
-    bare, guard, managed = (run.measure(run.cell_of("short", m, SICK)) for m in METHODS)
+    methods = ("bare", "guard", "guard-rollback")
+    bare, guard, managed = (run.measure(run.cell_of("short", m, SICK)) for m in methods)
     assert bare["metric"] is None
     assert guard["metric"] is not None  # of the weights that it has kept
     assert managed["metric"] is None  # of a run that did not come to its end

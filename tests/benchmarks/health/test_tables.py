@@ -19,7 +19,7 @@ FACTS = {
 
 def record(name, method, metric, seed=0, **facts):
     own = {"task": name, "method": method, "seed": seed, "steps": tasks()[name].steps}
-    if method == "bare":
+    if method in ("bare", "nudged"):
         return {**FACTS, **own, "law": None, "metric": metric, **facts}
     guarded = {"calls": 1000, "skipped": 0, "ended": None, "scale": 1.0}
     if method == "guard-rollback":
@@ -143,6 +143,13 @@ def test_the_page():
         "| mlp | 0.50 % |  | 2 of 2 (step 700, 700) | 0.25 | 0.00 % | 2 | 0 of 2 | 1.00 |" in text
     )
     assert all(text.count(f"| {name} |") == 3 for name in tasks())
+
+
+def test_what_chance_does_stands_beside_what_the_guard_does():
+    chance = [record(r["task"], "nudged", 1.02, r["seed"]) for r in whole() if r["law"]]
+    text = tables.page([*whole(), *chance])
+    assert "| mlp | held-out loss | 1 | +2.0 ± 0.0 % | +0.0 ± 0.0 % |" in text
+    assert "| runs ended by the guard | none | 0 of" in text
 
 
 def test_without_a_result_the_page_says_so():
