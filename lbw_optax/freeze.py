@@ -9,6 +9,7 @@ from lbw_optax import groups
 from lbw_optax.groups import Grouping, Groups
 from lbw_optax.law import freezing
 from lbw_optax.law.freezing import Freezing, Limits
+from lbw_optax.law.telemetry import Lengths
 from lbw_optax.names import decoded, encoded
 from lbw_optax.types import PyTree
 
@@ -18,6 +19,7 @@ class Arrived(NamedTuple):
 
     groups: Groups
     squares: jax.Array  # float32[G], of the gradients
+    of_leaves: jax.Array  # float32[leaves], of those that are left
     state: Freezing
     frozen: jax.Array  # bool[G], of which the optimizer sees no gradient and keeps the state
     governing: jax.Array  # bool scalar
@@ -72,9 +74,12 @@ class Freeze(NamedTuple):
                 "lbw_optax.adopt(tx.init(params), lbw_optax.strip(state))."
             )
         state = freezing.named(state, found.names)
-        squares, rest = groups.squares(found, gradients)
+        sums = groups.squares(found, gradients)
+        squares, rest = sums.of_groups(len(found.names))
         new = freezing.arrive(state, squares, rest, self.limits)
-        arrived = Arrived(found, squares, new, new.frozen & governing, governing)
+        frozen = new.frozen & governing
+        left = sums.held(frozen).of_leaves()
+        arrived = Arrived(found, squares, left, new, frozen, governing)
         zeroed = [groups.zeroed(found, tree, arrived.frozen) for tree in (gradients, given)]
         return arrived, *zeroed
 
@@ -84,16 +89,19 @@ class Freeze(NamedTuple):
 
     def propose(
         self, arrived: Arrived, updates: PyTree, params: PyTree, refused: jax.Array
-    ) -> tuple[Freezing, PyTree]:
+    ) -> tuple[Freezing, PyTree, Lengths]:
         """Decide by the updates, too, and leave those of frozen groups out."""
-        found = arrived.groups
-        step, _ = groups.squares(found, updates)
-        zero = jnp.zeros_like(step)
-        length = zero if params is None else groups.squares(found, params)[0]
+        found, number = arrived.groups, len(arrived.groups.names)
+        proposed = groups.squares(found, updates)
+        step, _ = proposed.of_groups(number)
+        there = None if params is None else groups.squares(found, params)
+        length = jnp.zeros_like(step) if there is None else there.of_groups(number)[0]
         new = freezing.propose(arrived.state, arrived.squares, step, length, refused, self.limits)
         frozen = new.frozen & arrived.governing
         log_scale = jnp.where(arrived.governing, new.log_thaw, 0.0)
-        return new, groups.held(found, updates, frozen, log_scale)
+        left = proposed.held(frozen, log_scale).of_leaves()
+        lengths = Lengths(left, None if there is None else there.of_leaves())
+        return new, groups.held(found, updates, frozen, log_scale), lengths
 
 
 def _known(state: Freezing | tuple[()]) -> str:

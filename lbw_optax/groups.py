@@ -110,28 +110,65 @@ def find(grouping: Grouping, tree: PyTree) -> Groups:
     return Groups(names, places, {path: i for i, (path, _) in enumerate(leaves)})
 
 
-def squares(groups: Groups, tree: PyTree) -> tuple[jax.Array, jax.Array]:
-    """The sum of squares of each group, float32[G], and of the leaves in none, a scalar.
+class Squares(NamedTuple):
+    """Sums of squares of one pytree, each element read once for all that is made of them.
+
+    A piece is a leaf, or one slice of stacked layers. Leaves that are empty, or of integers, have
+    none.
+    """
+
+    pieces: jax.Array  # float32[P]
+    groups: np.ndarray  # int[P], of each piece; the number of groups where it is in none
+    leaves: np.ndarray  # int[P], which leaf it is of, among those that have one
+
+    def of_groups(self, number: int) -> tuple[jax.Array, jax.Array]:
+        """Of each group, float32[G], and of the leaves in none, a scalar."""
+        total = _summed(self.pieces, self.groups, number + 1)
+        return total[:-1], total[-1]
+
+    def of_leaves(self) -> jax.Array:
+        """Of each leaf, as `telemetry.squares` has them."""
+        if self.pieces.size == len(set(self.leaves)):
+            return self.pieces
+        return _summed(self.pieces, self.leaves, self.leaves[-1] + 1)
+
+    def held(self, frozen: jax.Array, log_scale: jax.Array | None = None) -> "Squares":
+        """Of what `zeroed` or `held` makes of the pytree."""
+        still = jnp.append(frozen, False)[self.groups]
+        pieces = self.pieces
+        if log_scale is not None:
+            pieces = pieces * jnp.exp(2 * jnp.append(log_scale, 0.0)[self.groups])
+        return self._replace(pieces=jnp.where(still, 0.0, pieces))
+
+
+def squares(groups: Groups, tree: PyTree) -> Squares:
+    """The sum of squares of each piece.
 
     Reduced in float32 at least; not finite where an element is none, or its square.
     """
     numbers: list[int] = []
+    leaves: list[int] = []
     sums: list[jax.Array] = []
-    rest = len(groups.names)
     for place, leaf in _placed(groups, tree):
-        if not _counts(leaf):
+        if not _counts(leaf) or not leaf.size:
             continue
         wide = jnp.asarray(leaf).astype(wide_type(leaf.dtype))
         square = jnp.real(wide * jnp.conj(wide))
         axes = tuple(range(1, square.ndim)) if place and place.slices else None
+        own = _numbers(place) or [len(groups.names)]
+        numbers += own
+        leaves += [len(sums)] * len(own)
         sums.append(replicated(jnp.sum(square, axes).astype(jnp.float32).reshape(-1)))
-        numbers += _numbers(place) or [rest]
-    total = jnp.zeros([rest + 1], jnp.float32)
-    if sums:
-        # The barrier: see `telemetry._squares`.
-        each = jax.lax.optimization_barrier(jnp.concatenate(sums))
-        total = total.at[np.array(numbers)].add(each)
-    return total[:-1], total[-1]
+    each = jnp.concatenate(sums) if sums else jnp.zeros([0], jnp.float32)
+    # The barrier: see `telemetry.squares`.
+    each = jax.lax.optimization_barrier(each)
+    return Squares(each, np.array(numbers, int), np.array(leaves, int))
+
+
+def _summed(pieces: jax.Array, numbers: np.ndarray, most: int) -> jax.Array:
+    """The sum of the pieces with each number from 0 on, float32[most]; a NaN stays in its own."""
+    own = numbers == np.arange(most)[:, None]
+    return jnp.sum(jnp.where(own, pieces[None, :], 0.0), axis=1)
 
 
 def held(groups: Groups, tree: PyTree, frozen: jax.Array, log_scale: jax.Array) -> PyTree:

@@ -220,7 +220,13 @@ def govern(
                 state.freezing, gradients, updates, governing
             )
         seen, probe = telemetry.observe_gradients(
-            state.telemetry, state.probe, gradients, trained, value, age
+            state.telemetry,
+            state.probe,
+            gradients,
+            trained,
+            value,
+            age,
+            arrived.of_leaves if freeze else None,
         )
         arrival, alarm = control.arrive(seen, state.law.statistics), None
         if custom:
@@ -233,9 +239,17 @@ def govern(
         limited = scaled(updates, jnp.exp(jnp.where(governing, arrival.log_factor, 0.0)), refused)
         proposed, inner_state = inner.update(limited, state.inner_state, params, **extra_args)
         if freeze:
-            looked, proposed = freeze.propose(arrived, proposed, trained, refused)
+            looked, proposed, lengths = freeze.propose(arrived, proposed, trained, refused)
         scale_before = jnp.exp(state.law.control.log_scale)
-        seen = telemetry.observe_step(seen, proposed, trained, scale_before, refused, governing)
+        seen = telemetry.observe_step(
+            seen,
+            proposed,
+            trained,
+            scale_before,
+            refused,
+            governing,
+            lengths if freeze else None,
+        )
         new_law, decision = law.step(state.law, seen, bounds, rules, alarm)
         if custom:
             watched, decision = customs.shorten(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lbw_optax.apply import either
@@ -285,6 +286,7 @@ def _share(excess: jax.Array) -> jax.Array:
 
 def _first(wanted: jax.Array, urgency: jax.Array, count: int | jax.Array) -> jax.Array:
     """Of those wanted the so many most urgent; of equal ones the first."""
-    order = jnp.argsort(-jnp.where(wanted, urgency, -1.0), stable=True)
-    rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-    return wanted & (rank < count)
+    urgency, place = jnp.where(wanted, urgency, -1.0), np.arange(wanted.size)
+    own, other = urgency[:, None], urgency[None, :]
+    before = (other > own) | ((other == own) & (place[None, :] < place[:, None]))
+    return wanted & (jnp.sum(before, axis=1) < count)

@@ -63,6 +63,13 @@ class Telemetry(NamedTuple):
     from_zero: jax.Array  # bool, all parameters were zero at first: no step is long for them
 
 
+class Lengths(NamedTuple):
+    """What `squares` gives of a step."""
+
+    updates: jax.Array
+    params: jax.Array | None
+
+
 class Probe(NamedTuple):
     """What is remembered of the parameters at a fixed sample of coordinates; float32[n] each.
 
@@ -126,6 +133,7 @@ def observe_gradients(
     params: PyTree,
     value: Loss,
     age: jax.Array,
+    of_leaves: jax.Array | None = None,
 ) -> tuple[Telemetry, Probe]:
     r"""Measure what arrives: gradients, loss, and whether the way of late was worth going.
 
@@ -146,12 +154,13 @@ def observe_gradients(
       params: before the step; None where they are not known.
       value: the loss, or None.
       age: int32, steps taken since the law began, this one not counted.
+      of_leaves: the gradients' `squares`, where they are known.
 
     Returns:
       The telemetry, and the probe with these parameters in its mean.
     """
-    squares = _squares(gradients)
-    norm, nonfinite = jnp.sqrt(jnp.sum(squares)), _nonfinite(squares)
+    of_leaves = squares(gradients) if of_leaves is None else of_leaves
+    norm, nonfinite = jnp.sqrt(jnp.sum(of_leaves)), _nonfinite(of_leaves)
     has_gradient = jnp.isfinite(norm)
     drawn = _draw(gradients)
     gradient = _weighted(drawn)
@@ -185,6 +194,7 @@ def observe_step(
     scale: jax.Array,
     refused: jax.Array,
     governing: bool | jax.Array = True,
+    lengths: Lengths | None = None,
 ) -> Telemetry:
     r"""Measure the step that the inner optimizer proposes, at the scale held so far.
 
@@ -199,11 +209,12 @@ def observe_step(
     Where the guard is not `governing`, the last step was taken at scale 1. Where the gradient was
     `refused` there is no step, whatever the optimizer made of the zeros.
     """
-    squares = _squares(updates)
-    norm = scale * jnp.sqrt(jnp.sum(squares))
+    if lengths is None:
+        lengths = Lengths(squares(updates), None if params is None else squares(params))
+    norm = scale * jnp.sqrt(jnp.sum(lengths.updates))
     sides = jnp.asarray(_sides(updates), jnp.float32)
-    by_side = scale * jnp.sqrt(jnp.sum(squares * sides / SIDE))
-    length = jnp.float32(0) if params is None else jnp.sqrt(jnp.sum(_squares(params)))
+    by_side = scale * jnp.sqrt(jnp.sum(lengths.updates * sides / SIDE))
+    length = jnp.float32(0) if lengths.params is None else jnp.sqrt(jnp.sum(lengths.params))
     finite, from_zero = jnp.isfinite(norm), _from_zero(seen, length)
     has_step = finite & jnp.isfinite(length) & (norm > 0) & (length > 0)
     has_step = has_step & ~from_zero & ~refused
@@ -217,7 +228,7 @@ def observe_step(
         update_norm=jnp.where(finite & ~refused, norm, seen.update_norm),
         parameter_norm=jnp.where(has_step, length, seen.parameter_norm),
         relative_step=_ratio(by_side, length, has_step, seen.relative_step),
-        nonfinite_updates=_nonfinite(squares),
+        nonfinite_updates=_nonfinite(lengths.updates),
         has_step=has_step,
         from_zero=from_zero,
     )
@@ -301,7 +312,7 @@ def _leaves(tree: PyTree, kind: Any) -> list[Any]:
     return [leaf for leaf in leaves if leaf.size]
 
 
-def _squares(tree: PyTree) -> jax.Array:
+def squares(tree: PyTree) -> jax.Array:
     """The sum of squares of each leaf, reduced in float32 at least: float32[leaves]."""
     leaves = [leaf.astype(wide_type(leaf.dtype)) for leaf in _leaves(tree, jnp.inexact)]
     sums = [jnp.sum(jnp.real(leaf * jnp.conj(leaf))).astype(jnp.float32) for leaf in leaves]
