@@ -14,6 +14,8 @@ from lbw_optax.state import find
 
 STEPS = 24
 NAN_GRADIENT, NAN_LOSS, JUMP = 8, 12, 18
+# It decides nothing; in a larger program XLA may fuse its sums, and round them, in another way.
+ADVICE = ".law.classifier"
 
 
 def needs(module: str, package: str) -> Any:
@@ -96,10 +98,12 @@ def decided(state: Any) -> dict[str, np.ndarray]:
 
 
 def assert_same_decisions(state: Any, with_loss: bool = True) -> None:
-    """To the bit as those of the plain loop, which met all three faults."""
+    """To the bit as those of the plain loop, which met all three faults; advice to rounding."""
     _, expected = plain_loop(with_loss)
     found, wanted = decided(state), decided(expected)
     assert int(find(expected).law.control.skips) == 1 + with_loss
     assert found.keys() == wanted.keys()
     different = [name for name in wanted if found[name].tobytes() != wanted[name].tobytes()]
-    assert different == []
+    assert [name for name in different if not name.startswith(ADVICE)] == []
+    for name in different:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-6)

@@ -12,9 +12,10 @@ from lbw_optax.guard import lbw_guard
 def guarded(get_optimizer: Callable[..., Any], **bounds: Any) -> Callable[..., Any]:
     """MaxText's factory of optimizers, whose optimizers are guarded.
 
-    ``optimizers.get_optimizer = guarded(optimizers.get_optimizer)`` reaches every trainer of
-    MaxText. With ``skip_step_on_spikes=True`` it passes the loss on to the optimizer; its own
-    skipping is left out then, for the guard does that.
+    ``optimizers.get_optimizer = guarded(optimizers.get_optimizer)`` reaches its trainers but the
+    one of reinforcement learning, which makes an optimizer of its own. With
+    ``skip_step_on_spikes=True`` pre-training passes the loss on to the optimizer; its own skipping
+    is left out then, for the guard does that.
 
     Args:
       get_optimizer: ``maxtext.optimizers.optimizers.get_optimizer``.
