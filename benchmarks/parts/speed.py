@@ -21,15 +21,16 @@ def overhead() -> str:
     results = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("overhead*.json"))]
     rows = []
     for result in sorted(results, key=lambda result: result["tokens"]):
-        rows.append(
-            [
-                f"{result['tokens']}",
-                f"{result['bare_seconds']:.2f} s",
-                _change(result["time_overhead"], *result["time_overhead_quartiles"]),
-                f"{100 * result['bytes_overhead']:+.2f} %",
-            ]
-        )
+        row = [f"{result['tokens']}", f"{result['bare_seconds']:.2f} s"]
+        for prefix in ("", "everything_"):
+            time, low, high = (
+                result[f"{prefix}time_overhead"],
+                *result[f"{prefix}time_overhead_quartiles"],
+            )
+            row += [_change(time, low, high), f"{100 * result[f'{prefix}bytes_overhead']:+.2f} %"]
+        rows.append(row)
     head = ["tokens a step", "a step of AdamW", "with the guard (middle half)", "optimizer bytes"]
+    head += ["with everything on", "optimizer bytes"]
     note = (
         f"A decoder of {results[0]['parameters'] / 1e6:.0f} M parameters, paired steps "
         f"(`python -m benchmarks.speed.overhead`, {made_at(results)}{law_named(results)})."

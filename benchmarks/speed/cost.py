@@ -30,12 +30,20 @@ LEAVES = (30, 300, 996, 2004)
 LAYER = ((512,), (512, 1536), (512, 512), (512,), (512, 2048), (2048, 512))
 """Shapes of one layer: norm, q k v, out, norm, up, down."""
 BASE = "AdamW"
+
+
+def _layer(path: str) -> str:
+    """The group of a leaf, which its number in the list of them names."""
+    return f"layers/{int(path) // len(LAYER)}"
+
+
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     BASE: lambda: optax.adamw(1e-3),
     "Lion": lambda: optax.lion(1e-3),
     "Muon": lambda: optax.contrib.muon(1e-3),
     "apply_if_finite": lambda: optax.apply_if_finite(optax.adamw(1e-3), 5),
     "guard around AdamW": lambda: lbw_guard(optax.adamw(1e-3)),
+    "guard around AdamW, groups": lambda: lbw_guard(optax.adamw(1e-3), groups=_layer),
     "guard before AdamW": lambda: optax.chain(lbw_guard(), optax.adamw(1e-3)),
 }
 

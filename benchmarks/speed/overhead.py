@@ -1,8 +1,10 @@
 """What the guard costs: guarded against bare AdamW on one decoder, paired in one process.
 
-Run ``python -m benchmarks.speed.overhead``. Both steps are compiled first and then timed in turns,
-A B B A, each to `block_until_ready`; reported are the medians, the spread (the middle half) of the
-paired ratio, and the bytes of the optimizer state.
+Run ``python -m benchmarks.speed.overhead``. A guard at its defaults, and one with all that it can
+be given: groups that it may freeze, the activations of every layer, a signal, a constraint and a
+policy. All steps are compiled first and then timed in turns, A B C C B A, each to
+`block_until_ready`; reported are the medians, the spread (the middle half) of the paired ratio, and
+the bytes of the optimizer state.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from lbw_optax import lbw_guard
+from lbw_optax import by_layer, lbw_guard
 from lbw_optax.law.control import LAW
 from train.model import Config, Decoder, next_token_loss, split
 from train.provenance import provenance
@@ -36,60 +38,74 @@ CONFIG = Config(
 def main() -> None:
     """Measure, print one sentence, and write the result file."""
     parser = argparse.ArgumentParser(description="Time and memory of the guard, above AdamW.")
-    parser.add_argument("--pairs", type=int, default=6, help="timed pairs of steps")
+    parser.add_argument("--pairs", type=int, default=6, help="timed steps of each")
     parser.add_argument("--batch", type=int, default=16, help="sequences a step")
     parser.add_argument("--length", type=int, default=512, help="tokens a sequence")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overhead.json"))
     options = parser.parse_args()
     result = measure(options.pairs, options.batch, options.length)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(
-        f"{result['parameters'] / 1e6:.1f} M parameters, {result['tokens']} tokens a step, "
-        f"{result['device']}: {result['bare_seconds']:.3f} s bare, "
-        f"{100 * result['time_overhead']:+.2f} % guarded (middle half "
-        f"{100 * result['time_overhead_quartiles'][0]:+.2f} to "
-        f"{100 * result['time_overhead_quartiles'][1]:+.2f} %), "
-        f"{100 * result['bytes_overhead']:+.2f} % optimizer bytes."
-    )
+    size = f"{result['parameters'] / 1e6:.1f} M parameters, {result['tokens']} tokens a step"
+    print(f"{size}, {result['device']}: {result['bare_seconds']:.3f} s bare")
+    for name, how in (("", "guarded"), ("everything_", "with everything on")):
+        low, high = result[f"{name}time_overhead_quartiles"]
+        print(
+            f"{100 * result[f'{name}time_overhead']:+.2f} % {how} (middle half {100 * low:+.2f} to "
+            f"{100 * high:+.2f} %), {100 * result[f'{name}bytes_overhead']:+.2f} % optimizer bytes"
+        )
 
 
 def measure(pairs: int, batch: int, length: int) -> dict[str, Any]:
     """Times in seconds, overheads as fractions of the bare step."""
     graph, params, frozen = split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
-    loss_fn = next_token_loss(graph)
     tokens = np.random.default_rng(0).integers(CONFIG.vocab_size, size=(batch, length + 1))
-    bare, guarded = (
-        _runner(loss_fn, tx, params, frozen, np.int32(tokens))
-        for tx in (optax.adamw(1e-3), lbw_guard(optax.adamw(1e-3)))
-    )
-    times = _paired(bare, guarded, pairs)
-    ratios = np.array([b / a - 1 for a, b in times])
-    bytes_bare, bytes_guarded = (
-        _bytes(tx.init(params)) for tx in (optax.adamw(1e-3), lbw_guard(optax.adamw(1e-3)))
-    )
-    return {
+    plain, watched = next_token_loss(graph), next_token_loss(graph, watched=True)
+    kinds = {"bare": (optax.adamw(1e-3), plain), "guarded": (lbw_guard(optax.adamw(1e-3)), plain)}
+    kinds["everything"] = (_everything(optax.adamw(1e-3)), watched)
+    steps = [_runner(loss, tx, params, frozen, np.int32(tokens)) for tx, loss in kinds.values()]
+    seconds = dict(zip(kinds, zip(*_in_turns(steps, pairs), strict=True), strict=True))
+    bare, *others = (np.array(x) for x in seconds.values())
+    sizes = {name: _bytes(tx.init(params)) for name, (tx, _) in kinds.items()}
+    result = {
         **provenance(),
         "law": LAW,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "tokens": batch * length,
         "pairs": pairs,
-        "bare_seconds": statistics.median(a for a, _ in times),
-        "guarded_seconds": statistics.median(b for _, b in times),
-        "time_overhead": float(np.median(ratios)),
-        "time_overhead_quartiles": [float(q) for q in np.quantile(ratios, [0.25, 0.75])],
-        "bytes_bare": bytes_bare,
-        "bytes_guarded": bytes_guarded,
-        "bytes_overhead": bytes_guarded / bytes_bare - 1,
+        **{f"{name}_seconds": statistics.median(times) for name, times in seconds.items()},
+        **{f"bytes_{name}": size for name, size in sizes.items()},
     }
+    for prefix, name, times in zip(("", "everything_"), list(kinds)[1:], others, strict=True):
+        ratios = times / bare - 1
+        quartiles = [float(q) for q in np.quantile(ratios, [0.25, 0.75])]
+        result[f"{prefix}time_overhead"] = float(np.median(ratios))
+        result[f"{prefix}time_overhead_quartiles"] = quartiles
+        result[f"{prefix}bytes_overhead"] = sizes[name] / sizes["bare"] - 1
+    return result
+
+
+def _everything(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    return lbw_guard(
+        inner,
+        groups=by_layer,
+        signals={"excess": lambda step: step.loss - 1.0},
+        constraints={"loss_below_100": lambda step: step.loss < 100},
+        policy=lambda risk, kinds, bounds: 1.0 - 0.5 * risk,
+    )
 
 
 def _runner(loss_fn: Any, tx: Any, params: Any, frozen: Any, tokens: Any) -> Any:
     """A function that takes one step and returns its seconds; compiled and warmed up."""
     tx = optax.with_extra_args_support(tx)
 
+    def both(params: Any) -> Any:
+        found = loss_fn(params, frozen, tokens)
+        return found if isinstance(found, tuple) else (found, None)
+
     def step(params: Any, state: Any) -> Any:
-        loss, grads = jax.value_and_grad(loss_fn)(params, frozen, tokens)
-        updates, state = tx.update(grads, state, params, value=loss)
+        (loss, activations), grads = jax.value_and_grad(both, has_aux=True)(params)
+        given = {} if activations is None else {"activations": activations}
+        updates, state = tx.update(grads, state, params, value=loss, **given)
         return optax.apply_updates(params, updates), state
 
     compiled = jax.jit(step, donate_argnums=(0, 1))
@@ -105,16 +121,13 @@ def _runner(loss_fn: Any, tx: Any, params: Any, frozen: Any, tokens: Any) -> Any
     return timed
 
 
-def _paired(bare: Any, guarded: Any, pairs: int) -> list[tuple[float, float]]:
-    """Pairs of (bare, guarded) seconds; the order turns with every pair."""
+def _in_turns(steps: list[Any], rounds: int) -> list[list[float]]:
+    """The seconds of each step in every round; the order turns with every round."""
     times = []
-    for i in range(pairs):
-        if i % 2:
-            second = guarded()
-            times.append((bare(), second))
-        else:
-            first = bare()
-            times.append((first, guarded()))
+    for i in range(rounds):
+        order = list(enumerate(steps))[:: -1 if i % 2 else 1]
+        found = {number: step() for number, step in order}
+        times.append([found[number] for number in range(len(steps))])
     return times
 
 

@@ -23,6 +23,13 @@ def test_temporaries_and_instructions_of_many_leaves(placement, temporaries, ins
     assert a_leaf < instructions
 
 
+def test_groups_read_nothing_a_second_time():
+    """Three passes more, and not nine: the squares of gradient, step and weights are shared."""
+    names = ("guard around AdamW", "guard around AdamW, groups")
+    plain, grouped = (cost.cost(cost.OPTIMIZERS[name](), 24)["passes"] for name in names)
+    assert grouped < plain + 3
+
+
 def test_one_program_governs_and_observes():
     params = jax.ShapeDtypeStruct((8, 8), jnp.float32)
 
