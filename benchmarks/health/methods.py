@@ -7,16 +7,15 @@ class Method(NamedTuple):
     title: str
     guarded: bool = False
     rollback: bool = False
-    nudged: bool = False
+    warmed_up: bool = False
 
 
-# By how much a nudged run's rate is higher: what comes of that is chance, since rounding amounts to
-# as much.
-NUDGE = 2.0**-20
-BARE, NUDGED = "bare", "nudged"
+WARM_UP = 10
+"""Steps over which the updates of a run that is warmed up grow to their full length."""
+BARE, WARMED_UP = "bare", "warm-up"
 METHODS = {
     BARE: Method("bare"),
-    NUDGED: Method("bare, nudged", nudged=True),
+    WARMED_UP: Method("bare, warmed up", warmed_up=True),
     "guard": Method("guard", guarded=True),
     "guard-rollback": Method("guard + rollback", guarded=True, rollback=True),
 }

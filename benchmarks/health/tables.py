@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.faults.results import spans
-from benchmarks.health.methods import BARE, METHODS, NUDGED
+from benchmarks.health.methods import BARE, METHODS, WARMED_UP
 from benchmarks.health.results import Pair, Results, change, ended, load, skipped_share
 from benchmarks.health.targets import missed, said, targets
 from benchmarks.health.task import Task
@@ -45,9 +45,9 @@ NOT_RUN = (
 _BY_TASK = (
     "The bare metric is the mean over seeds. The change is how much worse the guarded run ends, "
     "over the bare one with the same seed and the same batches, mean over seeds ± its standard "
-    "error: above 0 it is worse, whether a larger metric is better or a smaller. **bare, nudged** "
-    "is a bare run whose rate is a millionth higher: what it changes is chance, and as large a "
-    "change of a guarded run says nothing."
+    "error: above 0 it is worse, whether a larger metric is better or a smaller. **bare, warmed "
+    "up** is a bare run whose first ten updates grow to their full length, as warm-up has it: what "
+    "that changes is no harm that only a guard does."
 )
 _DONE = (
     "Sums over seeds. A skipped step moves no parameter. A run that ends is one in which the guard "
@@ -65,7 +65,7 @@ def _about() -> str:
         f"{len(tasks())} small training runs that are sound as they are and look ill to a watcher: "
         "classes that come rarely, gradients with heavy tails, losses that rise because a target, "
         "a curriculum or a weight moves, losses in other units, parameters that begin at zero. "
-        "Each is trained bare, bare with its rate a millionth higher, under the guard, and under "
+        "Each is trained bare, bare with ten steps of warm-up, under the guard, and under "
         "the guard with a rollback manager at its defaults. Nothing is injected: **whatever the "
         "guard does here costs something and saves nothing.** A step of a GAN is one of each of "
         "its two optimizers. The final metric is the mean of ten, evenly over the last tenth of a "
@@ -105,8 +105,8 @@ def misses(results: Results) -> str:
 
 
 def metric_table(results: Results) -> str:
-    nudged = [NUDGED] if any(method == NUDGED for _, method, _ in results.cells) else []
-    methods = [*nudged, *results.methods()]
+    there = {method for _, method, _ in results.cells}
+    methods = [WARMED_UP] * (WARMED_UP in there) + results.methods()
     rows = []
     for name, task in tasks().items():
         bare = [r["metric"] for r in results.of(BARE, name)]

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import lbw_optax
-from benchmarks.health.methods import NUDGE, Method
+from benchmarks.health.methods import WARM_UP, Method
 from benchmarks.health.task import Now, Task
 from lbw_optax import GuardExhausted, RollbackManager, lbw_guard
 
@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
 def train(task: Task, seed: int, method: Method) -> Outcome:
     """Train once; with a rollback under a manager with its defaults, in a temporary directory."""
     key = jax.random.key(seed)
-    start, update, metric = _compiled(task, method.guarded, method.nudged)
+    start, update, metric = _compiled(task, method.guarded, method.warmed_up)
     run, metrics = start(key), dict.fromkeys(measured_at(task.steps), jnp.float32(jnp.nan))
 
     def advance(batch: int, run: Run) -> Run:
@@ -127,10 +127,13 @@ def _managed(
 
 
 @functools.lru_cache(maxsize=4)
-def _compiled(task: Task, guarded: bool, nudged: bool) -> tuple[Any, Any, Any]:
+def _compiled(task: Task, guarded: bool, warmed_up: bool) -> tuple[Any, Any, Any]:
     """The start of a run from its key, an update, and the metric."""
-    rate = task.rate * (1 + NUDGE) if nudged else task.rate
-    tx = optax.with_extra_args_support(task.optimizer(rate))
+    tx = task.optimizer(task.rate)
+    if warmed_up:
+        share = optax.linear_schedule(1 / WARM_UP, 1.0, WARM_UP - 1)
+        tx = optax.chain(tx, optax.scale_by_schedule(share))
+    tx = optax.with_extra_args_support(tx)
     tx = lbw_guard(tx) if guarded else tx
 
     def start(key: jax.Array) -> Run:
