@@ -47,6 +47,9 @@ sharding = _sharding_tests()
 QUICK = ("'muon'", "_lion")
 LONG = ("test_optimizers", "test_state_shape_dtype_shard_stability")  # 30,000 steps; four types
 
+# Tests that leave a wrapper out, or put it around the guard.
+UNWRAPPED = ("type_annotated", "inject_hyperparams", "shape_dtype_shard_stability")
+
 # What the guard breaks, and the assumption of Optax's that it breaks.
 BROKEN = {
     "test_optimizers-ademamix-parabola": "that swings across the minimum die out by themselves: "
@@ -75,7 +78,7 @@ def _cases(kind):
         long = name.rstrip("0123456789") in LONG
         marks = [] if quick and not long else [pytest.mark.slow]
         reason = BROKEN.get("-".join([name.rstrip("0123456789"), *words[:-1]]))
-        wraps = "wrap=False" not in about and "type_annotated" not in name
+        wraps = "wrap=False" not in about and not any(word in name for word in UNWRAPPED)
         wrapped = "wrapper_name='schedule_free" in about and wraps
         reason = REFUSED if wrapped or "opt_name='schedule_free" in about else reason
         marks += [pytest.mark.xfail(reason=reason)] if reason else []
