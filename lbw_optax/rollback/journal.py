@@ -4,6 +4,7 @@ The file is replaced as a whole, so a kill leaves the old one or the new one; th
 in case that the newest is damaged.
 """
 
+import itertools
 import json
 import os
 import warnings
@@ -44,7 +45,7 @@ class Journal:
       rollbacks: all so far, oldest first.
       calls: of `step` so far.
       dropped: steps whose folders are to be deleted, in case that a kill comes before.
-      unknown: what a newer version wrote, kept as it is.
+      unknown: what a newer version wrote, kept as it is; of rollbacks one dict each.
     """
 
     checkpoints: dict[int, str] = field(default_factory=dict)
@@ -111,7 +112,7 @@ def _parse(path: Path) -> Journal:
             rollbacks,
             calls=max(calls, _whole(content.pop("calls", 0))),
             dropped=[_whole(step) for step in content.pop("dropped", [])],
-            unknown=content,
+            unknown={**content, "rollbacks": [_unknown(entry) for entry in known["rollbacks"]]},
         )
     except KeyError as error:
         raise ValueError(f"{error.args[0]!r} is missing") from error
@@ -126,6 +127,10 @@ def _rollback(entry: dict[str, Any]) -> Rollback:
     texts = {name: str(getattr(read, name)) for name in ("reason", "tier")}
     numbers = {name: _whole(getattr(read, name)) for name in read._fields if name not in texts}
     return Rollback(**numbers, **texts)  # type: ignore[arg-type]
+
+
+def _unknown(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in entry.items() if name not in Rollback._fields}
 
 
 def _standing(x: Any) -> str:
@@ -149,7 +154,11 @@ def _whole(x: Any) -> int:
 def write(path: Path, journal: Journal) -> None:
     """Replace the file, durably, and keep the one before."""
     content = {name: x for name, x in vars(journal).items() if name != "unknown"}
-    content["rollbacks"] = [rollback._asdict() for rollback in journal.rollbacks]
+    others = itertools.chain(journal.unknown.get("rollbacks", []), itertools.repeat({}))
+    content["rollbacks"] = [
+        {**other, **rollback._asdict()}
+        for rollback, other in zip(journal.rollbacks, others, strict=False)
+    ]
     new = path.with_suffix(".new")
     with new.open("w", encoding="utf-8") as file:
         json.dump({**journal.unknown, **content}, file, indent=1)

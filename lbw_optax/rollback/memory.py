@@ -50,10 +50,14 @@ class Memory:
         return [snapshot.step for snapshot in self._proven]
 
     def is_due(self, step: int) -> bool:
-        """Whether a copy should be taken of this step."""
+        """Whether a copy should be taken of this step.
+
+        A multiple of `every` has been reached since the last: a run that was killed and resumed at
+        any step takes the copies that it would have taken.
+        """
         if self.every is None or len(self._trials) >= on_trial(self.every, self._probation):
             return False
-        return step - self._copied_at >= self.every
+        return step // self.every > self._copied_at // self.every
 
     def put(self, snapshot: Snapshot, *, proven: bool = False) -> None:
         """Keep this copy, on trial unless it is known to be good."""

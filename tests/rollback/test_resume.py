@@ -546,7 +546,28 @@ def test_what_a_newer_version_wrote_is_kept(directory):
     tree, manager, _ = run(directory, 60)
     assert [r._asdict() for r in manager.history] == [ENTRY]
     assert_same_bits(tree, plain(60))
-    assert json.loads((directory / "journal.json").read_text())["schema"] == 7
+    written = json.loads((directory / "journal.json").read_text())
+    assert written["schema"] == 7
+    assert written["rollbacks"] == content["rollbacks"]
+
+
+@pytest.mark.parametrize("resumed_at", [21, 23])
+def test_a_later_rollback_goes_where_that_of_an_uninterrupted_run_goes(tmp_path, resumed_at):
+    """Copies in memory are taken at the same steps, wherever the run was resumed."""
+    options, fault = {"snapshot_every": 7, "save_every": 1000}, {43: nan_parameter}
+
+    def save(rollback, step, tree):
+        if step == resumed_at and not rollback.history:
+            rollback.save(step, tree)
+
+    one, other = tmp_path / "one", tmp_path / "other"
+    whole, manager, _ = run(one, 60, dict(fault), on_step=save, **options)
+    run(other, resumed_at, on_step=save, **options)
+    resumed, second, used = run(other, 60, dict(fault), **options)
+    assert used[0] == resumed_at
+    (back,), (back_again,) = manager.history, second.history
+    assert (back_again.from_step, back_again.to_step) == (back.from_step, back.to_step)
+    assert_same_bits(resumed, whole)
 
 
 def test_a_journal_of_an_older_version(directory):
