@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.classifier import judging, tasks, training
 from benchmarks.classifier.examples import Examples, Runs
 from benchmarks.classifier.rules import RULES
-from lbw_optax.law import classifier
+from lbw_optax.law import adapting, classifier
 from lbw_optax.law.classifier import HORIZONS, Kind, Risk, Weights
 
 OURS = "classifier"
@@ -68,6 +68,7 @@ def judged(known: Sequence[Source], unseen: Sequence[Source], weights: Weights) 
             for made in (True, False)
         },
         "kinds": _kinds([x for x in unseen if not x.real], weights),
+        "adapted": _adapted(known, unseen, weights, limits[OURS]),
     }
 
 
@@ -85,26 +86,59 @@ def _sayers(weights: Weights) -> dict[str, Callable[[Source], Said]]:
     return own | {name: functools.partial(rule, name) for name in RULES}
 
 
-def _classifier(weights: Weights, source: Source) -> Said:
-    risk = _risk(weights, source)
+def _adapted(
+    known: Sequence[Source], unseen: Sequence[Source], weights: Weights, shipped: float
+) -> dict[str, Any]:
+    """The classifier that goes on learning in each run: at a threshold of its own, and as shipped.
+
+    The kinds are those of the other one, for what they are read with does not learn.
+    """
+    said = [_classifier(weights, source, adapts=True) for source in unseen]
+    own = _limit([_classifier(weights, source, adapts=True) for source in known])
+    parts = {
+        kind: [x for x in said if x.source.real == real]
+        for kind, real in (("made", False), ("real", True))
+    }
+    horizons = list(enumerate(HORIZONS))
+    return {
+        "rate": adapting.RATE,
+        "radius": adapting.RADIUS,
+        "matched": {kind: _judged(x, own) for kind, x in parts.items()},
+        "shipped": {kind: _judged(x, shipped) for kind, x in parts.items()},
+        "ranking": {
+            kind: [judging.ranking(_pairs(x, i), horizon) for i, horizon in horizons]
+            for kind, x in parts.items()
+        },
+        "calibration": {
+            kind: [_calibration(x, i) for i, _ in horizons] for kind, x in parts.items()
+        },
+    }
+
+
+def _classifier(weights: Weights, source: Source, *, adapts: bool = False) -> Said:
+    risk = _risk(weights, source, adapts=adapts)
     return Said(source, (np.asarray(risk.soon), np.asarray(risk.later)))
 
 
-def _risk(weights: Weights, source: Source) -> Risk:
+def _risk(weights: Weights, source: Source, *, adapts: bool = False) -> Risk:
     """What the classifier says after each step, arrays of [runs, steps]."""
 
     @jax.jit
     @jax.vmap
-    def go(inputs: jax.Array, broken: jax.Array) -> Risk:
-        def one(cells: jax.Array, is_broken: jax.Array) -> Risk:
-            return classifier.risk(weights, cells, is_broken)
+    def go(inputs: jax.Array, excess: jax.Array, broken: jax.Array) -> Risk:
+        def one(adapted: Any, now: tuple[jax.Array, ...]) -> tuple[Any, Risk]:
+            cells, excess, broken = now
+            adapted = classifier.adapt(adapted, weights, cells, excess, broken)
+            return adapted, classifier.risk(weights, cells, broken, adapted)
 
-        return jax.vmap(one)(training.cells(weights, inputs), broken)
+        cells = training.cells(weights, inputs)
+        first = classifier.init(adapts=adapts).adapted
+        return jax.lax.scan(one, first, (cells, excess, broken))[1]
 
-    inputs, broken = source.examples.inputs, source.runs.seen["nonfinite_loss"] > 0
+    given = source.examples.inputs, source.examples.excess, source.runs.seen["nonfinite_loss"] > 0
     parts = [
-        jax.device_get(go(inputs[at : at + ROWS], broken[at : at + ROWS]))
-        for at in range(0, len(inputs), ROWS)
+        jax.device_get(go(*(x[at : at + ROWS] for x in given)))
+        for at in range(0, len(given[0]), ROWS)
     ]
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.classifier import examples, leaderboard, runs, tasks, traces, training
+from benchmarks.classifier import cost, examples, leaderboard, runs, tasks, traces, training
 from benchmarks.classifier.leaderboard import Source, judged
 from benchmarks.classifier.tables import RESULTS
 from benchmarks.command import refuse
@@ -69,7 +69,7 @@ def _judge(directory: Path) -> None:
     unseen = [*_made("unseen"), *_real(directory, seen=False)]
     found = judged(known, unseen, classifier.shipped())
     facts = {"law": LAW, "seconds": round(time.perf_counter() - began, 1), **provenance()}
-    result = {**facts, **found}
+    result = {**facts, **found, "cost": cost.microseconds()}
     RESULTS.write_text(json.dumps(jsonl.finite(result), indent=1, allow_nan=False) + "\n")
     print(f"{RESULTS}: run python -m benchmarks.pages for docs/prediction.md")
 

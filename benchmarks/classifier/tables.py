@@ -11,6 +11,7 @@ from lbw_optax.law.classifier import HORIZONS, Kind
 from train.provenance import made_at
 
 RESULTS = FOLDER / "classifier.json"
+TITLES = {"made": "made runs", "real": "real logs"}
 
 
 def read(path: Path = RESULTS) -> dict[str, Any]:
@@ -117,10 +118,9 @@ def families() -> str:
 def calibration() -> str:
     """How often what was said with a probability came about."""
     result = read()
-    titles = {"made": "made runs", "real": "real logs"}
     rows = [
-        [f"{titles[kind]}, within {horizon}", f"{found['error']:.4f}", _bins(found["bins"])]
-        for kind in titles
+        [f"{TITLES[kind]}, within {horizon}", f"{found['error']:.4f}", _bins(found["bins"])]
+        for kind in TITLES
         for horizon, found in zip(HORIZONS, result["calibration"][kind], strict=True)
     ]
     counts = result["kinds"]["counts"]
@@ -130,6 +130,37 @@ def calibration() -> str:
         f"{numbers(['', 'error', 'said → came about (steps)'], rows)}\n\n"
         f"{numbers(['is ↓, said to be →', *names], kinds)}"
     )
+
+
+def adapted() -> str:
+    """The classifier as it is shipped, and the one that goes on learning in each run."""
+    result = read()
+    ours, own, cost = result["predictors"]["classifier"], result["adapted"], result["cost"]
+    columns = [
+        _column(ours["matched"], ours["ranking"], result["calibration"], cost["shipped"]),
+        _column(own["matched"], own["ranking"], own["calibration"], cost["adapted"]),
+        _column(own["shipped"], own["ranking"], own["calibration"], cost["adapted"]),
+    ]
+    head = ["", "as shipped", "learning", "learning, at the shipped threshold"]
+    return numbers(head, [[title, *(x[title] for x in columns)] for title in columns[0]])
+
+
+def _column(at: Any, ranking: Any, calibration: Any, cost: float) -> dict[str, str]:
+    found = {"threshold": f"{at['made']['threshold']:.3f}"}
+    for kind, title in TITLES.items():
+        found |= {
+            f"{title}: false alarms in 100,000 healthy steps": _plain(at[kind]["false_alarms"]),
+            f"{title}: caught": _share(at[kind]["caught"]),
+            f"{title}: lead": _plain(at[kind]["lead"]),
+        }
+        for i, horizon in enumerate(HORIZONS):
+            auroc, precision = ranking[kind][i]
+            found |= {
+                f"{title}: AUROC {horizon}": f"{auroc:.4f}",
+                f"{title}: AP {horizon}": f"{precision:.4f}",
+                f"{title}: calibration error {horizon}": f"{calibration[kind][i]['error']:.4f}",
+            }
+    return found | {"µs a step of the classifier, compiled": f"{cost:.1f}"}
 
 
 def _bins(rows: list[list[float]]) -> str:
