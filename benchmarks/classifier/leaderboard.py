@@ -68,7 +68,52 @@ def judged(known: Sequence[Source], unseen: Sequence[Source], weights: Weights) 
             for made in (True, False)
         },
         "kinds": _kinds([x for x in unseen if not x.real], weights),
-        "adapted": _adapted(known, unseen, weights, limits[OURS]),
+    }
+
+
+def compared(known: Sequence[Source], unseen: Sequence[Source], weights: Weights) -> dict[str, Any]:
+    """The classifier as it is shipped, and the one that goes on learning in each run.
+
+    Each is judged at the threshold of its own and at that of the other one, which tells what
+    learning changes from what another threshold does. The kinds are the same, for what they are
+    read with does not learn.
+
+    Args:
+      known: real logs on which thresholds are set.
+      unseen: on which both are judged.
+      weights: of the classifier.
+    """
+    says = [functools.partial(_classifier, weights, adapts=adapts) for adapts in (False, True)]
+    limits = [_limit([say(source) for source in known]) for say in says]
+    rows = [
+        _ours([say(source) for source in unseen], *thresholds)
+        for say, thresholds in zip(says, (limits, limits[::-1]), strict=True)
+    ]
+    return {
+        "rate": adapting.RATE,
+        "radius": adapting.RADIUS,
+        "sizes": {"known": _size(known), "unseen": _size(unseen)},
+        "shipped": rows[0],
+        "adapted": rows[1],
+    }
+
+
+def _ours(said: Sequence[Said], own: float, other: float) -> dict[str, Any]:
+    parts = {
+        kind: [x for x in said if x.source.real == real]
+        for kind, real in (("made", False), ("real", True))
+    }
+    horizons = list(enumerate(HORIZONS))
+    return {
+        "matched": {kind: _judged(x, own) for kind, x in parts.items()},
+        "other": {kind: _judged(x, other) for kind, x in parts.items()},
+        "ranking": {
+            kind: [judging.ranking(_pairs(x, i), horizon) for i, horizon in horizons]
+            for kind, x in parts.items()
+        },
+        "calibration": {
+            kind: [_calibration(x, i) for i, _ in horizons] for kind, x in parts.items()
+        },
     }
 
 
@@ -84,35 +129,6 @@ def _sayers(weights: Weights) -> dict[str, Callable[[Source], Said]]:
 
     own = {OURS: functools.partial(_classifier, weights)}
     return own | {name: functools.partial(rule, name) for name in RULES}
-
-
-def _adapted(
-    known: Sequence[Source], unseen: Sequence[Source], weights: Weights, shipped: float
-) -> dict[str, Any]:
-    """The classifier that goes on learning in each run: at a threshold of its own, and as shipped.
-
-    The kinds are those of the other one, for what they are read with does not learn.
-    """
-    said = [_classifier(weights, source, adapts=True) for source in unseen]
-    own = _limit([_classifier(weights, source, adapts=True) for source in known])
-    parts = {
-        kind: [x for x in said if x.source.real == real]
-        for kind, real in (("made", False), ("real", True))
-    }
-    horizons = list(enumerate(HORIZONS))
-    return {
-        "rate": adapting.RATE,
-        "radius": adapting.RADIUS,
-        "matched": {kind: _judged(x, own) for kind, x in parts.items()},
-        "shipped": {kind: _judged(x, shipped) for kind, x in parts.items()},
-        "ranking": {
-            kind: [judging.ranking(_pairs(x, i), horizon) for i, horizon in horizons]
-            for kind, x in parts.items()
-        },
-        "calibration": {
-            kind: [_calibration(x, i) for i, _ in horizons] for kind, x in parts.items()
-        },
-    }
 
 
 def _classifier(weights: Weights, source: Source, *, adapts: bool = False) -> Said:

@@ -10,7 +10,7 @@ from benchmarks.records import FOLDER, law_named
 from lbw_optax.law.classifier import HORIZONS, Kind
 from train.provenance import made_at
 
-RESULTS = FOLDER / "classifier.json"
+RESULTS, ADAPTED = FOLDER / "classifier.json", FOLDER / "classifier_adapted.json"
 TITLES = {"made": "made runs", "real": "real logs"}
 
 
@@ -134,18 +134,22 @@ def calibration() -> str:
 
 def adapted() -> str:
     """The classifier as it is shipped, and the one that goes on learning in each run."""
-    result = read()
-    ours, own, cost = result["predictors"]["classifier"], result["adapted"], result["cost"]
+    result = read(ADAPTED)
+    shipped, learning, cost = result["shipped"], result["adapted"], result["cost"]
     columns = [
-        _column(ours["matched"], ours["ranking"], result["calibration"], cost["shipped"]),
-        _column(own["matched"], own["ranking"], own["calibration"], cost["adapted"]),
-        _column(own["shipped"], own["ranking"], own["calibration"], cost["adapted"]),
+        _column(shipped, "matched", cost["shipped"]),
+        _column(learning, "matched", cost["adapted"]),
+        _column(shipped, "other", cost["shipped"]),
+        _column(learning, "other", cost["adapted"]),
     ]
-    head = ["", "as shipped", "learning", "learning, at the shipped threshold"]
-    return numbers(head, [[title, *(x[title] for x in columns)] for title in columns[0]])
+    head = ["", "as shipped", "learning", "as shipped", "learning"]
+    shown = numbers(head, [[title, *(x[title] for x in columns)] for title in columns[0]])
+    made_by = f"`python -m benchmarks.classifier adapt` at {made_at([result])}{law_named([result])}"
+    return f"{shown}\n\n{made_by}; {result['seconds']:.0f} s."
 
 
-def _column(at: Any, ranking: Any, calibration: Any, cost: float) -> dict[str, str]:
+def _column(judged: dict[str, Any], threshold: str, cost: float) -> dict[str, str]:
+    at = judged[threshold]
     found = {"threshold": f"{at['made']['threshold']:.3f}"}
     for kind, title in TITLES.items():
         found |= {
@@ -154,11 +158,12 @@ def _column(at: Any, ranking: Any, calibration: Any, cost: float) -> dict[str, s
             f"{title}: lead": _plain(at[kind]["lead"]),
         }
         for i, horizon in enumerate(HORIZONS):
-            auroc, precision = ranking[kind][i]
+            auroc, precision = judged["ranking"][kind][i]
+            error = judged["calibration"][kind][i]["error"]
             found |= {
                 f"{title}: AUROC {horizon}": f"{auroc:.4f}",
                 f"{title}: AP {horizon}": f"{precision:.4f}",
-                f"{title}: calibration error {horizon}": f"{calibration[kind][i]['error']:.4f}",
+                f"{title}: calibration error {horizon}": f"{error:.4f}",
             }
     return found | {"µs a step of the classifier, compiled": f"{cost:.1f}"}
 

@@ -82,9 +82,10 @@ def test_a_log_is_read_step_by_step_as_the_law_reads_it(logs, asked):
     cells = training.cells(classifier.shipped(), asked.inputs[run, :260])
     np.testing.assert_allclose(cells[-1], held.classifier.cells, atol=1e-4)
     source = leaderboard.Source("made", False, logs, asked, np.full(6, "none"))
-    for adapts, held in (False, held), (True, learning):
+    assert np.any(learning.classifier.adapted.shift)
+    for adapts, after in (False, held), (True, learning):
         said = leaderboard._risk(classifier.shipped(), source, adapts=adapts)
-        np.testing.assert_allclose(said.soon[run, 259], held.classifier.risk.soon, rtol=1e-3)
+        np.testing.assert_allclose(said.soon[run, 259], after.classifier.risk.soon, rtol=1e-3)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -155,10 +156,6 @@ def test_the_leaderboard_has_all_predictors_and_its_tables_can_be_made(
     assert result["sizes"]["unseen"]["made"] == {"runs": 6, "steps": 1800, "diverge": 2}
     window = result["predictors"]["window"]["published"]["made"]
     assert window["caught"] == 1
-    assert (
-        result["adapted"]["shipped"]["made"]["threshold"]
-        == result["predictors"]["classifier"]["matched"]["made"]["threshold"]
-    )
     assert json.dumps(result)
 
 
@@ -175,6 +172,21 @@ def test_wrong_arguments_get_a_sentence(arguments, told, capsys):
         main(arguments)
     assert stopped.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_learning_in_the_run_is_judged_beside_the_shipped_one(logs, asked):
+    made = leaderboard.Source("decoder", False, logs, asked, np.full(6, "none"))
+    real = made._replace(name="wmt", real=True)
+    result = leaderboard.compared([real], [made, real], classifier.shipped())
+    usual = leaderboard.judged([real], [made, real], classifier.shipped())
+    ours = usual["predictors"]["classifier"]
+    assert result["shipped"]["matched"] == ours["matched"]
+    assert result["shipped"]["calibration"] == usual["calibration"]
+    for one, other in (("shipped", "adapted"), ("adapted", "shipped")):
+        own = result[one]["matched"]["made"]["threshold"]
+        assert result[other]["other"]["made"]["threshold"] == own
+    assert result["adapted"]["ranking"] != result["shipped"]["ranking"]
+    assert json.dumps(result)
 
 
 def test_a_step_takes_time_that_is_told(monkeypatch):
