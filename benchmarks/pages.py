@@ -40,6 +40,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "leaderboard": classifier.leaderboard,
         "families": classifier.families,
         "calibration": classifier.calibration,
+        "adapted": classifier.adapted,
     },
     "docs/rollback.md": {"rollback cost": speed.rollback_cost},
     f"{BENCHMARKS}/THROUGHPUT.md": {"throughput": speed.throughput},

@@ -34,10 +34,16 @@ class ChainedGuard(optax.GradientTransformationExtraArgs):
     mode: str
     freeze: Freeze | None
     custom: Custom | None
+    adapts: bool
 
 
 def watch(
-    bounds: Bounds, mode: str, freeze: Freeze | None = None, custom: Custom | None = None
+    bounds: Bounds,
+    mode: str,
+    freeze: Freeze | None = None,
+    custom: Custom | None = None,
+    *,
+    adapts: bool = False,
 ) -> ChainedGuard:
     """The guard as a transformation of gradients.
 
@@ -60,7 +66,8 @@ def watch(
         nothing = telemetry.sample_of_zeros(params)
         here = nothing if telemetry.is_abstract(params) else telemetry.sample(params)
         probe = Probe(mean_parameters=nothing, parameters=here)
-        return states.init(probe, bounds, mode)._replace(inner_state=optax.EmptyState())
+        own = states.init(probe, bounds, mode, adapts=adapts)
+        return own._replace(inner_state=optax.EmptyState())
 
     def update_fn(
         updates: PyTree,
@@ -101,6 +108,7 @@ def watch(
 
     guard = ChainedGuard(init_fn, update_fn)
     guard.bounds, guard.mode, guard.freeze, guard.custom = bounds, mode, freeze, custom
+    guard.adapts = adapts
     return guard
 
 

@@ -44,6 +44,7 @@ def lbw_guard(
     signals: Mapping[str, Measure] | None = None,
     constraints: Mapping[str, Measure] | None = None,
     policy: Policy | None = None,
+    adapt_risk: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keep a training run alive under stress: scale and skip the updates of ``inner``.
 
@@ -92,6 +93,9 @@ def lbw_guard(
       policy: a function ``(risk, kinds, bounds)`` of the classifier's probability of a divergence
         within ten steps and of the kinds of trouble, to the share of the law's step to take; at
         least a tenth, at most 1.
+      adapt_risk: the classifier goes on learning in the run, within a ball around the weights that
+        it was shipped with; see :mod:`lbw_optax.law.adapting`. Without a policy no decision of the
+        guard is another one.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` takes the optional keyword
@@ -122,13 +126,15 @@ def lbw_guard(
     """
     bounds = Bounds(min_scale, max_skips, max_interventions)
     _validate(inner, bounds, mode)
+    if not isinstance(adapt_risk, bool):
+        raise ValueError(f"adapt_risk must be True or False, got {adapt_risk!r}.")
     if groups is not None:
         _validate_freezing(groups, max_frozen, max_freeze_steps)
     freeze = None if groups is None else Freeze(groups, _limits(max_frozen, max_freeze_steps))
     custom = _custom(signals or {}, constraints or {}, policy)
     if inner is None:
-        return chained.watch(bounds, mode, freeze, custom)
-    return govern(inner, bounds, mode, freeze=freeze, custom=custom)
+        return chained.watch(bounds, mode, freeze, custom, adapts=adapt_risk)
+    return govern(inner, bounds, mode, freeze=freeze, custom=custom, adapts=adapt_risk)
 
 
 def chain(*transformations: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -156,7 +162,14 @@ def chain(*transformations: optax.GradientTransformation) -> optax.GradientTrans
     for tx in (*before, *after):
         _require_optimizer(tx)
     inner = after[0] if len(after) == 1 else optax.chain(*after)
-    governed = govern(inner, guard.bounds, guard.mode, freeze=guard.freeze, custom=guard.custom)
+    governed = govern(
+        inner,
+        guard.bounds,
+        guard.mode,
+        freeze=guard.freeze,
+        custom=guard.custom,
+        adapts=guard.adapts,
+    )
     return optax.chain(*before, governed) if before else governed
 
 
@@ -184,6 +197,8 @@ def govern(
     rules: Rules = RULES,
     freeze: Freeze | None = None,
     custom: Custom | None = None,
+    *,
+    adapts: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The guard around an optimizer; `rules` are the law's own but in experiments."""
     inner = _with_extra_args(inner)
@@ -195,7 +210,8 @@ def govern(
         _refuse_what_goes_around(inner_state)
         _refuse_a_guard(inner_state)
         names = freeze.names(params) if freeze else None
-        return states.init(probe, bounds, mode, names, custom)._replace(inner_state=inner_state)
+        own = states.init(probe, bounds, mode, names, custom, adapts=adapts)
+        return own._replace(inner_state=inner_state)
 
     def update_fn(
         updates: PyTree,

@@ -67,6 +67,8 @@ def init(
     mode: str,
     groups: Sequence[str] | None = None,
     custom: Custom | None = None,
+    *,
+    adapts: bool = False,
 ) -> GuardState:
     """Before the first step, without an inner state; every leaf is an array of its own.
 
@@ -76,6 +78,7 @@ def init(
       mode: one of `MODES`.
       groups: the names of those that may be frozen; None where nothing may.
       custom: the user's own signals.
+      adapts: the classifier goes on learning in the run.
     """
     state = GuardState(
         inner_state=None,
@@ -83,7 +86,7 @@ def init(
         mode=jnp.asarray(MODES.index(mode), jnp.int32),
         telemetry=telemetry.init(),
         probe=probe,
-        law=law.init(bounds),
+        law=law.init(bounds, adapts=adapts),
         events=events.init(),
         layers=layers.init(),
         freezing=() if groups is None else freezing.init(groups),
@@ -248,6 +251,9 @@ def as_arrays(guard: GuardState) -> GuardState:
         types = types._replace(freezing=())
     if not guard.custom:
         types = types._replace(custom=())
+    if not guard.law.classifier.adapted:
+        memory = types.law.classifier._replace(adapted=())
+        types = types._replace(law=types.law._replace(classifier=memory))
     arrays = jax.tree.map(lambda x, kind: jnp.asarray(x, kind.dtype), own, types)
     return arrays._replace(inner_state=guard.inner_state)
 
@@ -280,7 +286,8 @@ def strip(state: PyTree) -> PyTree:
 
 def _is_guard(node: PyTree) -> bool:
     if isinstance(node, Mapping):
-        return set(node) | {"inner_state", *_OPTIONAL} == set(GuardState._fields)
+        missing = {"inner_state", *_OPTIONAL} & set(GuardState._fields)
+        return set(node) | missing == set(GuardState._fields)
     return isinstance(node, GuardState)
 
 
@@ -316,7 +323,7 @@ def _rebuild(skeleton: PyTree, node: PyTree) -> PyTree:
 
 
 # Parts of a guard that nobody may have asked for.
-_OPTIONAL = ("freezing", "custom")
+_OPTIONAL = ("freezing", "custom", "adapted")
 _MAY_BE_EMPTY = ("inner_state", "parameters", *_OPTIONAL)
 
 
@@ -356,5 +363,5 @@ def _skeleton() -> GuardState:
     nothing = jnp.zeros([0], jnp.float32)
     probe = Probe(nothing, nothing)
     return jax.eval_shape(
-        lambda: init(probe, Bounds(), MODES[Mode.GOVERN], [""], Custom({}, {}, None))
+        lambda: init(probe, Bounds(), MODES[Mode.GOVERN], [""], Custom({}, {}, None), adapts=True)
     )

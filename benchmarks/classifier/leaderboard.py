@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.classifier import judging, tasks, training
 from benchmarks.classifier.examples import Examples, Runs
 from benchmarks.classifier.rules import RULES
-from lbw_optax.law import classifier
+from lbw_optax.law import adapting, classifier
 from lbw_optax.law.classifier import HORIZONS, Kind, Risk, Weights
 
 OURS = "classifier"
@@ -71,6 +71,52 @@ def judged(known: Sequence[Source], unseen: Sequence[Source], weights: Weights) 
     }
 
 
+def compared(known: Sequence[Source], unseen: Sequence[Source], weights: Weights) -> dict[str, Any]:
+    """The classifier as it is shipped, and the one that goes on learning in each run.
+
+    Each is judged at the threshold of its own and at that of the other one, which tells what
+    learning changes from what another threshold does. The kinds are the same, for what they are
+    read with does not learn.
+
+    Args:
+      known: real logs on which thresholds are set.
+      unseen: on which both are judged.
+      weights: of the classifier.
+    """
+    says = [functools.partial(_classifier, weights, adapts=adapts) for adapts in (False, True)]
+    limits = [_limit([say(source) for source in known]) for say in says]
+    rows = [
+        _ours([say(source) for source in unseen], *thresholds)
+        for say, thresholds in zip(says, (limits, limits[::-1]), strict=True)
+    ]
+    return {
+        "rate": adapting.RATE,
+        "radius": adapting.RADIUS,
+        "sizes": {"known": _size(known), "unseen": _size(unseen)},
+        "shipped": rows[0],
+        "adapted": rows[1],
+    }
+
+
+def _ours(said: Sequence[Said], own: float, other: float) -> dict[str, Any]:
+    parts = {
+        kind: [x for x in said if x.source.real == real]
+        for kind, real in (("made", False), ("real", True))
+    }
+    horizons = list(enumerate(HORIZONS))
+    return {
+        "matched": {kind: _judged(x, own) for kind, x in parts.items()},
+        "other": {kind: _judged(x, other) for kind, x in parts.items()},
+        "ranking": {
+            kind: [judging.ranking(_pairs(x, i), horizon) for i, horizon in horizons]
+            for kind, x in parts.items()
+        },
+        "calibration": {
+            kind: [_calibration(x, i) for i, _ in horizons] for kind, x in parts.items()
+        },
+    }
+
+
 def alarm(known: Sequence[Source], weights: Weights) -> float:
     """The classifier's threshold with `RATE` false alarms on the real logs of what is known."""
     return _limit([_classifier(weights, source) for source in known])
@@ -85,26 +131,30 @@ def _sayers(weights: Weights) -> dict[str, Callable[[Source], Said]]:
     return own | {name: functools.partial(rule, name) for name in RULES}
 
 
-def _classifier(weights: Weights, source: Source) -> Said:
-    risk = _risk(weights, source)
+def _classifier(weights: Weights, source: Source, *, adapts: bool = False) -> Said:
+    risk = _risk(weights, source, adapts=adapts)
     return Said(source, (np.asarray(risk.soon), np.asarray(risk.later)))
 
 
-def _risk(weights: Weights, source: Source) -> Risk:
+def _risk(weights: Weights, source: Source, *, adapts: bool = False) -> Risk:
     """What the classifier says after each step, arrays of [runs, steps]."""
 
     @jax.jit
     @jax.vmap
-    def go(inputs: jax.Array, broken: jax.Array) -> Risk:
-        def one(cells: jax.Array, is_broken: jax.Array) -> Risk:
-            return classifier.risk(weights, cells, is_broken)
+    def go(inputs: jax.Array, excess: jax.Array, broken: jax.Array) -> Risk:
+        def one(adapted: Any, now: tuple[jax.Array, ...]) -> tuple[Any, Risk]:
+            cells, excess, broken = now
+            adapted = classifier.adapt(adapted, weights, cells, excess, broken)
+            return adapted, classifier.risk(weights, cells, broken, adapted)
 
-        return jax.vmap(one)(training.cells(weights, inputs), broken)
+        cells = training.cells(weights, inputs)
+        first = classifier.init(adapts=adapts).adapted
+        return jax.lax.scan(one, first, (cells, excess, broken))[1]
 
-    inputs, broken = source.examples.inputs, source.runs.seen["nonfinite_loss"] > 0
+    given = source.examples.inputs, source.examples.excess, source.runs.seen["nonfinite_loss"] > 0
     parts = [
-        jax.device_get(go(inputs[at : at + ROWS], broken[at : at + ROWS]))
-        for at in range(0, len(inputs), ROWS)
+        jax.device_get(go(*(x[at : at + ROWS] for x in given)))
+        for at in range(0, len(given[0]), ROWS)
     ]
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 

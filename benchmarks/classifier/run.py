@@ -3,7 +3,9 @@
 ``train --traces DIR`` makes runs, reads the half of the real logs that is for training, and writes
 the weights into the package. ``judge --traces DIR`` makes runs of families and optimizers that the
 classifier has never seen, reads the other half of the logs, and writes the result file of
-docs/prediction.md. Runs that were made once are kept in ``runs/classifier``.
+docs/prediction.md. ``adapt --traces DIR`` judges the one that goes on learning in each run beside
+the one that does not, on the same runs and logs. Runs that were made once are kept in
+``runs/classifier``.
 """
 
 import argparse
@@ -17,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.classifier import examples, leaderboard, runs, tasks, traces, training
+from benchmarks.classifier import cost, examples, leaderboard, runs, tasks, traces, training
 from benchmarks.classifier.leaderboard import Source, judged
-from benchmarks.classifier.tables import RESULTS
+from benchmarks.classifier.tables import ADAPTED, RESULTS
 from benchmarks.command import refuse
 from benchmarks.records import RUNS
 from lbw_optax.law import classifier
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.classifier", description="The classifier of the law."
     )
-    parser.add_argument("what", choices=("train", "judge"))
+    parser.add_argument("what", choices=("train", "judge", "adapt"))
     parser.add_argument(
         "--traces",
         type=Path,
@@ -51,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(f"{options.traces} holds no {' and no '.join(missing)}: pass the directory of both.")
     if options.what == "train":
         _train(options.traces, options.seed)
-    else:
+    elif options.what == "judge":
         _judge(options.traces)
+    else:
+        _adapt(options.traces)
 
 
 def _train(directory: Path, seed: int) -> None:
@@ -68,10 +72,22 @@ def _judge(directory: Path) -> None:
     known = [*_made("valid"), *_real(directory, seen=True)]
     unseen = [*_made("unseen"), *_real(directory, seen=False)]
     found = judged(known, unseen, classifier.shipped())
+    _write(RESULTS, found, began)
+
+
+def _adapt(directory: Path) -> None:
+    began = time.perf_counter()
+    known = list(_real(directory, seen=True))
+    unseen = [*_made("unseen"), *_real(directory, seen=False)]
+    found = leaderboard.compared(known, unseen, classifier.shipped())
+    _write(ADAPTED, {**found, "cost": cost.microseconds()}, began)
+
+
+def _write(path: Path, found: dict[str, Any], began: float) -> None:
     facts = {"law": LAW, "seconds": round(time.perf_counter() - began, 1), **provenance()}
     result = {**facts, **found}
-    RESULTS.write_text(json.dumps(jsonl.finite(result), indent=1, allow_nan=False) + "\n")
-    print(f"{RESULTS}: run python -m benchmarks.pages for docs/prediction.md")
+    path.write_text(json.dumps(jsonl.finite(result), indent=1, allow_nan=False) + "\n")
+    print(f"{path}: run python -m benchmarks.pages for docs/prediction.md")
 
 
 def _made(split: str) -> list[Source]:

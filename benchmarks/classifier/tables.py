@@ -10,7 +10,8 @@ from benchmarks.records import FOLDER, law_named
 from lbw_optax.law.classifier import HORIZONS, Kind
 from train.provenance import made_at
 
-RESULTS = FOLDER / "classifier.json"
+RESULTS, ADAPTED = FOLDER / "classifier.json", FOLDER / "classifier_adapted.json"
+TITLES = {"made": "made runs", "real": "real logs"}
 
 
 def read(path: Path = RESULTS) -> dict[str, Any]:
@@ -117,10 +118,9 @@ def families() -> str:
 def calibration() -> str:
     """How often what was said with a probability came about."""
     result = read()
-    titles = {"made": "made runs", "real": "real logs"}
     rows = [
-        [f"{titles[kind]}, within {horizon}", f"{found['error']:.4f}", _bins(found["bins"])]
-        for kind in titles
+        [f"{TITLES[kind]}, within {horizon}", f"{found['error']:.4f}", _bins(found["bins"])]
+        for kind in TITLES
         for horizon, found in zip(HORIZONS, result["calibration"][kind], strict=True)
     ]
     counts = result["kinds"]["counts"]
@@ -130,6 +130,42 @@ def calibration() -> str:
         f"{numbers(['', 'error', 'said → came about (steps)'], rows)}\n\n"
         f"{numbers(['is ↓, said to be →', *names], kinds)}"
     )
+
+
+def adapted() -> str:
+    """The classifier as it is shipped, and the one that goes on learning in each run."""
+    result = read(ADAPTED)
+    shipped, learning, cost = result["shipped"], result["adapted"], result["cost"]
+    columns = [
+        _column(shipped, "matched", cost["shipped"]),
+        _column(learning, "matched", cost["adapted"]),
+        _column(shipped, "other", cost["shipped"]),
+        _column(learning, "other", cost["adapted"]),
+    ]
+    head = ["", "as shipped", "learning", "as shipped", "learning"]
+    shown = numbers(head, [[title, *(x[title] for x in columns)] for title in columns[0]])
+    made_by = f"`python -m benchmarks.classifier adapt` at {made_at([result])}{law_named([result])}"
+    return f"{shown}\n\n{made_by}; {result['seconds']:.0f} s."
+
+
+def _column(judged: dict[str, Any], threshold: str, cost: float) -> dict[str, str]:
+    at = judged[threshold]
+    found = {"threshold": f"{at['made']['threshold']:.3f}"}
+    for kind, title in TITLES.items():
+        found |= {
+            f"{title}: false alarms in 100,000 healthy steps": _plain(at[kind]["false_alarms"]),
+            f"{title}: caught": _share(at[kind]["caught"]),
+            f"{title}: lead": _plain(at[kind]["lead"]),
+        }
+        for i, horizon in enumerate(HORIZONS):
+            auroc, precision = judged["ranking"][kind][i]
+            error = judged["calibration"][kind][i]["error"]
+            found |= {
+                f"{title}: AUROC {horizon}": f"{auroc:.4f}",
+                f"{title}: AP {horizon}": f"{precision:.4f}",
+                f"{title}: calibration error {horizon}": f"{error:.4f}",
+            }
+    return found | {"µs a step of the classifier, compiled": f"{cost:.1f}"}
 
 
 def _bins(rows: list[list[float]]) -> str:

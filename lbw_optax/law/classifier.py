@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax.apply import either
-from lbw_optax.law import control, divergence, events, statistics
+from lbw_optax.law import adapting, control, divergence, events, statistics
+from lbw_optax.law.adapting import Adapted
 from lbw_optax.law.control import Action, Decision
 from lbw_optax.law.divergence import Divergence
 from lbw_optax.law.statistics import Running, Statistics
@@ -72,6 +73,7 @@ class Memory(NamedTuple):
     log_norm: Running  # of log |g|, slow
     risk: Risk  # of the newest step
     alarmed: jax.Array  # bool, since the risk was above `Weights.alarm`, until it is below half
+    adapted: Adapted | tuple[()] = ()  # what it has learned in this run; () where it does not learn
 
 
 class Weights(NamedTuple):
@@ -85,14 +87,15 @@ class Weights(NamedTuple):
     alarm: jax.Array  # scalar, the probability within 10 steps from which a person should look
 
 
-def init() -> Memory:
-    """Before the first step."""
+def init(*, adapts: bool = False) -> Memory:
+    """Before the first step; `adapts`: it goes on learning in the run."""
     zero = jnp.zeros([], jnp.float32)
     return Memory(
         cells=jnp.zeros([CELLS], jnp.float32),
         log_norm=Running(zero, zero, zero),
         risk=Risk(zero, zero, jnp.full([len(Kind)], 1 / len(Kind), jnp.float32)),
         alarmed=jnp.zeros([], bool),
+        adapted=adapting.init(CELLS, len(HORIZONS)) if adapts else (),
     )
 
 
@@ -109,9 +112,37 @@ def step(memory: Memory, view: View, weights: Weights | None = None) -> Memory:
     cells = advance(weights, memory.cells, found)
     broken = view.seen.nonfinite_loss > 0
     shown = view.seen.has_loss | view.seen.has_gradient | broken
-    told = either(shown, risk(weights, cells, broken), memory.risk)
+    adapted = adapt(memory.adapted, weights, cells, view.diverging.loss_excess, broken)
+    told = either(shown, risk(weights, cells, broken, adapted), memory.risk)
     limit = jnp.where(memory.alarmed, CALM * weights.alarm, weights.alarm)
-    return Memory(cells, log_norm, told, told.soon > limit)
+    return Memory(cells, log_norm, told, told.soon > limit, adapted)
+
+
+def adapt(
+    adapted: Adapted | tuple[()],
+    weights: Weights,
+    cells: jax.Array,
+    loss_excess: jax.Array,
+    broken: jax.Array,
+) -> Adapted | tuple[()]:
+    """Learn from what is settled by this step, and remember it; see :mod:`lbw_optax.law.adapting`.
+
+    The run has diverged where the law's own evidence of a lasting rise of the loss is full. A loss
+    that is not finite teaches nothing, for mostly nothing has announced it.
+    """
+    if not isinstance(adapted, Adapted):
+        return ()
+    diverged = loss_excess >= divergence.ENOUGH_EVIDENCE
+    adapted = adapting.settle(adapted, _of_risk(weights), jnp.array(HORIZONS), diverged)
+    return adapting.keep(adapted, cells, ~(diverged | broken))
+
+
+def after_rollback(memory: Memory, left: Memory) -> Memory:
+    """What was learned in the run that is left stays learned; its predictions are of no run now."""
+    if not (isinstance(memory.adapted, Adapted) and isinstance(left.adapted, Adapted)):
+        return memory
+    fresh = adapting.init(CELLS, len(HORIZONS))
+    return memory._replace(adapted=fresh._replace(shift=left.adapted.shift))
 
 
 def reported(decision: Decision, before: Memory, after: Memory) -> Decision:
@@ -135,7 +166,12 @@ def reported(decision: Decision, before: Memory, after: Memory) -> Decision:
     return Decision(*either(begins, alarm, decision))
 
 
-def risk(weights: Weights, cells: jax.Array, broken: jax.Array) -> Risk:
+def risk(
+    weights: Weights,
+    cells: jax.Array,
+    broken: jax.Array,
+    adapted: Adapted | tuple[()] = (),
+) -> Risk:
     """What the steps up to now say of the next ones.
 
     What diverges within 10 steps does so within 50, and a loss that is not finite has diverged.
@@ -144,8 +180,11 @@ def risk(weights: Weights, cells: jax.Array, broken: jax.Array) -> Risk:
       weights: of the classifier.
       cells: float32[16], after the newest step.
       broken: bool scalar, whether its loss was not finite.
+      adapted: what was learned in the run.
     """
     logits = read_out(weights, cells)
+    if isinstance(adapted, Adapted):
+        logits = logits.at[: len(HORIZONS)].add(adapting.extended(cells) @ adapted.shift)
     soon, later = (jnp.where(broken, 1.0, jax.nn.sigmoid(logits[i])) for i in range(2))
     return Risk(soon, jnp.maximum(soon, later), jax.nn.softmax(logits[2:]))
 
@@ -229,6 +268,12 @@ def read_out(weights: Weights, cells: jax.Array) -> jax.Array:
     """Logits, float32[..., 5], of cells, float32[..., 16]."""
     read = cells @ weights.outputs
     return read + jnp.broadcast_to(weights.output_bias, read.shape)
+
+
+def _of_risk(weights: Weights) -> jax.Array:
+    """What the two probabilities are read with, float32[16 + 1, 2]; the bias is the last row."""
+    rows = jnp.concatenate([jnp.asarray(weights.outputs), weights.output_bias[None]])
+    return rows[:, : len(HORIZONS)]
 
 
 @functools.cache

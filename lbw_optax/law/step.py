@@ -20,9 +20,14 @@ class Law(NamedTuple):
     classifier: classifier.Memory
 
 
-def init(bounds: Bounds) -> Law:
-    """Before the first step."""
-    return Law(statistics.init(), control.init(bounds), divergence.init(), classifier.init())
+def init(bounds: Bounds, *, adapts: bool = False) -> Law:
+    """Before the first step; `adapts`: the classifier goes on learning in the run."""
+    return Law(
+        statistics.init(),
+        control.init(bounds),
+        divergence.init(),
+        classifier.init(adapts=adapts),
+    )
 
 
 def step(

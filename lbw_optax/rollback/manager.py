@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax.audit import GuardExhausted, check
-from lbw_optax.law import divergence
+from lbw_optax.law import classifier, divergence
 from lbw_optax.law import events as ring
 from lbw_optax.law.divergence import UNCERTAIN, Reason
 from lbw_optax.paths import path_of
@@ -669,7 +669,11 @@ def _back(
     return guard._replace(
         inner_state=None,
         mode=left.mode,
-        law=guard.law._replace(control=held, divergence=quiet),
+        law=guard.law._replace(
+            control=held,
+            divergence=quiet,
+            classifier=classifier.after_rollback(guard.law.classifier, left.law.classifier),
+        ),
         events=ring.record_rollback(
             left.events,
             guard.guard_steps,

@@ -1,18 +1,21 @@
 """The classifier of the law: its arithmetic, what it may not do, and what it says of plain runs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trajectories import BOUNDS, DIVERGING, TRAJECTORIES, batch, change, noisy, scan
 
 import lbw_optax
 from lbw_optax import law
-from lbw_optax.law import classifier, events
-from lbw_optax.law.classifier import CELLS, INPUTS, Kind, Weights
+from lbw_optax.law import adapting, classifier, events
+from lbw_optax.law.classifier import CELLS, HORIZONS, INPUTS, Kind, Weights
 from lbw_optax.law.control import Action
 
 
@@ -56,20 +59,23 @@ def test_the_unit_is_a_gated_recurrent_unit():
 def decided():
     """The law over a run, with these weights in the place of the shipped ones; compiled once."""
 
-    @jax.jit
-    def run(weights, seen):
+    @functools.partial(jax.jit, static_argnames="adapts")
+    def run(weights, seen, adapts=False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(classifier, "shipped", lambda: weights)
             state, decision = jax.lax.scan(
-                lambda state, one: law.step(state, one, BOUNDS), law.init(BOUNDS), seen
+                lambda state, one: law.step(state, one, BOUNDS),
+                law.init(BOUNDS, adapts=adapts),
+                seen,
             )
         return state.classifier.cells, state._replace(classifier=()), decision
 
     return run
 
 
+@pytest.mark.parametrize("adapts", [False, True])
 @pytest.mark.parametrize("says", ["nothing", "everything", "noise", "nan"])
-def test_it_advises_and_decides_nothing(says, decided):
+def test_it_advises_and_decides_nothing(says, adapts, decided):
     shipped = classifier.shipped()
     other = {
         "nothing": jax.tree.map(np.zeros_like, shipped),
@@ -80,7 +86,7 @@ def test_it_advises_and_decides_nothing(says, decided):
     for name in ("healthy", "stormy_0", "gradient_spikes", "loss_up_3"):
         run = batch(DIVERGING[name])
         _, *expected = decided(shipped, run)
-        cells, *found = decided(other, run)
+        cells, *found = decided(other, run, adapts=adapts)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert says == "everything" or not np.array_equal(cells, decided(shipped, run)[0])
 
@@ -184,3 +190,153 @@ def test_an_alarm_is_one_event_until_the_risk_has_fallen():
     np.testing.assert_array_equal(rows, begins & free)
     np.testing.assert_allclose(np.asarray(told.value)[rows], soon[rows], rtol=1e-6)
     np.testing.assert_array_equal(told.action[~rows], decision.action[~rows])
+
+
+# --- learning in the run ------------------------------------------------------------------------
+
+
+def learned(cells, diverged, broken, weights=None) -> adapting.Adapted:
+    """What has been learned after each step."""
+    weights = classifier.shipped() if weights is None else weights
+
+    def one(adapted, now):
+        cells, diverged, broken = now
+        excess = jnp.where(diverged, classifier.divergence.ENOUGH_EVIDENCE, 0.0)
+        adapted = classifier.adapt(adapted, weights, cells, excess, broken)
+        return adapted, adapted
+
+    first = classifier.init(adapts=True).adapted
+    given = jnp.float32(cells), jnp.array(diverged), jnp.array(broken)
+    return jax.device_get(jax.jit(lambda x: jax.lax.scan(one, first, x)[1])(given))
+
+
+def shifts(cells, diverged, broken, weights) -> np.ndarray:
+    """The same from a list of predictions, each with the step in which it was made; float64."""
+    shipped = np.append(weights.outputs, weights.output_bias[None], axis=0)[:, :2].astype(float)
+    shift, waiting, found = np.zeros((CELLS + 1, 2)), [], []
+    for t, here in enumerate(cells):
+        change = np.zeros_like(shift)
+        for made, x in waiting:
+            if not (diverged[t] or t - made == 50):
+                continue
+            for column, horizon in enumerate(HORIZONS):
+                y = diverged[t] and t - made <= horizon
+                said = 1 / (1 + np.exp(-x @ (shipped + shift)[:, column]))
+                change[:, column] += x * (said - y) / (x @ x)
+        shift = shift - adapting.RATE * change
+        for column in range(2):
+            far = np.linalg.norm(shift[:, column])
+            shift[:, column] *= min(1, adapting.RADIUS / far) if far else 1
+        waiting = [] if diverged[t] else [(made, x) for made, x in waiting if t - made < 50]
+        if t % 5 == 0:
+            waiting.append((t, np.append(here, 1)))
+        if diverged[t] or broken[t]:
+            waiting = []
+        found.append(shift.copy())
+    return np.array(found)
+
+
+@pytest.mark.parametrize("size", [0.3, 3.0])
+def test_it_learns_from_predictions_that_are_settled(size):
+    rng = np.random.default_rng(0)
+    cells, weights = rng.uniform(-1, 1, (400, CELLS)), random_weights(size=size)
+    diverged, broken = np.zeros((2, 400), bool)
+    diverged[[120, 121, 122, 300]] = broken[200] = True
+    expected = shifts(cells, diverged, broken, weights)
+    got = learned(cells, diverged, broken, weights).shift
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    far = np.linalg.norm(got, axis=1)
+    assert (far < adapting.RADIUS * (1 + 1e-5)).all()
+    assert far.max() == pytest.approx(adapting.RADIUS, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_gradient_that_is_not_finite_teaches_nothing(bad):
+    rng, nothing = np.random.default_rng(0), np.zeros(200, bool)
+    cells = rng.uniform(-1, 1, (200, CELLS))
+    cells[20, 3] = bad
+    shift = learned(cells, nothing, nothing).shift
+    np.testing.assert_array_equal(shift[70], shift[69])
+    assert np.isfinite(shift).all()
+    assert (shift[75] != shift[74]).all()
+
+
+def test_alarms_that_come_to_nothing_lower_the_next_ones_and_divergences_raise_them():
+    """Of one pattern of cells, again and again; down as far as the ball lets it go."""
+    shipped = classifier.shipped()
+    toward = 3 * shipped.outputs[:, 0] / np.linalg.norm(shipped.outputs[:, 0])
+    cells, nothing = np.tile(np.tanh(toward), (400, 1)), np.zeros(400, bool)
+    diverged = np.arange(400) % 20 == 19
+    x = np.append(cells[0], 1)
+    for came in (nothing, diverged):
+        after = jax.tree.map(lambda leaf: leaf[-1], learned(cells, came, nothing))
+        before, now = (
+            classifier.risk(shipped, jnp.float32(cells[0]), jnp.array(False), learnt)
+            for learnt in ((), after)
+        )
+        if came.any():
+            assert now.later > before.later
+        else:
+            most = -adapting.RADIUS * np.linalg.norm(x)
+            np.testing.assert_allclose(x @ after.shift, most, rtol=1e-4)
+            assert now.later < before.later
+
+
+def test_what_was_learned_outlives_a_rollback():
+    rng, nothing = np.random.default_rng(0), np.zeros(100, bool)
+    after = learned(rng.uniform(-1, 1, (100, CELLS)), nothing, nothing)
+    early = classifier.init()._replace(adapted=jax.tree.map(lambda x: x[40], after))
+    left = classifier.init()._replace(adapted=jax.tree.map(lambda x: x[99], after))
+    gone_on = classifier.after_rollback(early, left).adapted
+    np.testing.assert_array_equal(gone_on.shift, left.adapted.shift)
+    assert np.any(early.adapted.shift != gone_on.shift)
+    assert not np.any(gone_on.kept)
+    plain = classifier.init()
+    assert classifier.after_rollback(plain, plain) is plain
+
+
+PLACES = {
+    "around": lambda **on: lbw_optax.lbw_guard(optax.adam(0.1), **on),
+    "before": lambda **on: optax.chain(lbw_optax.lbw_guard(**on), optax.adam(0.1)),
+    "chain": lambda **on: lbw_optax.chain(lbw_optax.lbw_guard(**on), optax.adam(0.1)),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_it_learns_where_a_user_asks_for_it_and_no_update_is_another_one(place):
+    """And its state is read in the forms that frameworks and files give it."""
+
+    def run(**on):
+        tx = PLACES[place](**on)
+        params = jnp.ones(8)
+        state, update = tx.init(params), jax.jit(tx.update)
+        for step in range(60):
+            updates, state = update(params + jnp.sin(step), state, params, value=jnp.sum(params**2))
+            params = optax.apply_updates(params, updates)
+        return params, state, update
+
+    (plain, unadapted, _), (params, state, update) = run(), run(adapt_risk=True)
+    np.testing.assert_array_equal(plain, params)
+    assert optax.tree.get(unadapted, "shift") is None
+    assert np.any(optax.tree.get(state, "shift"))
+    loaded = jax.tree.map(np.asarray, state)
+    expected = update(params, state, params, value=1.0)
+    got = jax.jit(PLACES[place](adapt_risk=True).update)(params, loaded, params, value=1.0)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    before = lbw_optax.metrics(state)
+    jax.tree.map(np.testing.assert_array_equal, lbw_optax.metrics(loaded), before)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_it_is_read_out_of_nnx_whether_it_learns_or_not(on):
+    tx = lbw_optax.lbw_guard(optax.adam(0.1), adapt_risk=on)
+    optimizer = nnx.Optimizer(nnx.Linear(8, 1, rngs=nnx.Rngs(0)), tx, wrt=nnx.Param)
+    pure = nnx.to_pure_dict(nnx.split(optimizer)[1])["opt_state"]
+    assert ("adapted" in pure["law"]["classifier"]) == on
+    assert float(lbw_optax.metrics(pure)["risk_10"]) == 0
+    assert lbw_optax.override(pure, scale=0.5).keys() == pure.keys()
+
+
+def test_the_switch_is_a_bool():
+    with pytest.raises(ValueError, match=r"adapt_risk must be True or False, got 0\.5"):
+        lbw_optax.lbw_guard(optax.adam(0.1), adapt_risk=0.5)

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.classifier import examples, judging, leaderboard, rules, tables, tasks, training
+from benchmarks.classifier import (
+    cost,
+    examples,
+    judging,
+    leaderboard,
+    rules,
+    tables,
+    tasks,
+    training,
+)
 from benchmarks.classifier.run import main
 from lbw_optax import law
 from lbw_optax.law import classifier, telemetry
@@ -66,11 +75,17 @@ def test_a_log_is_read_step_by_step_as_the_law_reads_it(logs, asked):
     """The tiles against the law itself, one step after the other."""
     run, bounds = 2, Bounds(min_scale=1.0)
     held, advance = law.init(bounds), jax.jit(lambda x, seen: law.step(x, seen, bounds)[0])
+    learning = law.init(bounds, adapts=True)
     for t in range(260):
         seen = telemetry.init()._replace(**{name: x[run, t] for name, x in logs.seen.items()})
-        held = advance(held, seen)
+        held, learning = advance(held, seen), advance(learning, seen)
     cells = training.cells(classifier.shipped(), asked.inputs[run, :260])
     np.testing.assert_allclose(cells[-1], held.classifier.cells, atol=1e-4)
+    source = leaderboard.Source("made", False, logs, asked, np.full(6, "none"))
+    assert np.any(learning.classifier.adapted.shift)
+    for adapts, after in (False, held), (True, learning):
+        said = leaderboard._risk(classifier.shipped(), source, adapts=adapts)
+        np.testing.assert_allclose(said.soon[run, 259], after.classifier.risk.soon, rtol=1e-3)
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -159,6 +174,28 @@ def test_wrong_arguments_get_a_sentence(arguments, told, capsys):
     assert told in capsys.readouterr().err
 
 
+def test_learning_in_the_run_is_judged_beside_the_shipped_one(logs, asked):
+    made = leaderboard.Source("decoder", False, logs, asked, np.full(6, "none"))
+    real = made._replace(name="wmt", real=True)
+    result = leaderboard.compared([real], [made, real], classifier.shipped())
+    usual = leaderboard.judged([real], [made, real], classifier.shipped())
+    ours = usual["predictors"]["classifier"]
+    assert result["shipped"]["matched"] == ours["matched"]
+    assert result["shipped"]["calibration"] == usual["calibration"]
+    for one, other in (("shipped", "adapted"), ("adapted", "shipped")):
+        own = result[one]["matched"]["made"]["threshold"]
+        assert result[other]["other"]["made"]["threshold"] == own
+    assert result["adapted"]["ranking"] != result["shipped"]["ranking"]
+    assert json.dumps(result)
+
+
+def test_a_step_takes_time_that_is_told(monkeypatch):
+    monkeypatch.setattr(cost, "STEPS", 100)
+    monkeypatch.setattr(cost, "TIMES", 1)
+    assert min(cost.microseconds().values()) > 0
+
+
 def test_every_part_of_the_page_can_be_made():
-    for make in (tables.targets, tables.leaderboard, tables.families, tables.calibration):
+    parts = tables.targets, tables.leaderboard, tables.families, tables.calibration, tables.adapted
+    for make in parts:
         assert "| ---" in make()
