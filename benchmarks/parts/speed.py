@@ -23,11 +23,9 @@ def overhead() -> str:
     for result in sorted(results, key=lambda result: result["tokens"]):
         row = [f"{result['tokens']}", f"{result['bare_seconds']:.2f} s"]
         for prefix in ("", "everything_"):
-            time, low, high = (
-                result[f"{prefix}time_overhead"],
-                *result[f"{prefix}time_overhead_quartiles"],
-            )
-            row += [_change(time, low, high), f"{100 * result[f'{prefix}bytes_overhead']:+.2f} %"]
+            spread = result[f"{prefix}time_overhead_quartiles"]
+            row.append(_change(result[f"{prefix}time_overhead"], *spread))
+            row.append(f"{100 * result[f'{prefix}bytes_overhead']:+.2f} %")
         rows.append(row)
     head = ["tokens a step", "a step of AdamW", "with the guard (middle half)", "optimizer bytes"]
     head += ["with everything on", "optimizer bytes"]
