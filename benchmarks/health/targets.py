@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from benchmarks.health.methods import WARMED_UP
 from benchmarks.health.results import Change, Results, change, ended, skipped_share
 from benchmarks.health.tasks import tasks
 from benchmarks.records import Record
@@ -65,10 +66,15 @@ def _metric(results: Results, method: str, allowed: float) -> tuple[str, str, st
 
 
 def missed(results: Results, method: str) -> list[str]:
-    """Every task in which this method misses a target, with what it misses."""
+    """Every task in which this method misses a target, with what it misses.
+
+    And what a warm-up alone does to that task, where it was run.
+    """
     lines = []
     for name, task in tasks().items():
         parts = [f"{task.unit} {said(c)}"] if (c := _too_bad(results, name, method)) else []
+        if parts and (alone := change(task, results.pairs(name, WARMED_UP))):
+            parts[0] += f" (warm-up without a guard: {said(alone)})"
         parts += _too_often(results.of(method, name))
         if parts:
             lines.append(f"{name}: {', '.join(parts)}")

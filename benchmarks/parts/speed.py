@@ -23,6 +23,9 @@ def overhead() -> str:
     for result in sorted(results, key=lambda result: result["tokens"]):
         row = [f"{result['tokens']}", f"{result['bare_seconds']:.2f} s"]
         for prefix in ("", "everything_"):
+            if f"{prefix}time_overhead" not in result:  # measured before there was so much
+                row += ["–", "–"]
+                continue
             spread = result[f"{prefix}time_overhead_quartiles"]
             row.append(_change(result[f"{prefix}time_overhead"], *spread))
             row.append(f"{100 * result[f'{prefix}bytes_overhead']:+.2f} %")
