@@ -477,6 +477,12 @@ def _advice(
         what = f"From step {step:,} on the guard asked to go back, and nobody did: {why}."
         began = _led_to(run, troubles, step, reason)
         since = f" That begins at about step {began:,}." if began < step else ""
+        if reason == Reason.PARAMETERS and watches(run) and "not finite" not in why:
+            # Earlier versions expected steps as long as they would have let them be.
+            return (
+                f"{what} What to do: lower the learning rate, for the steps were taken in full and "
+                f"look too long. If that is not it, restore a state from before step {began:,}."
+            )
         if rose is not None and reason == Reason.LOSS:
             back = f"What to do: restore a checkpoint from before step {began:,}, and lower"
             return f"{what}{since} {_rate(rose)} {back} the learning rate {_to_before(rose)}."
