@@ -99,7 +99,7 @@ def train_step(
     return params, opt_state, _guard_metrics(opt_state) | seen
 
 
-def _with_activations(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, Any]]:
+def with_activations(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, Any]]:
     """The loss and its activations, None where it has none."""
 
     def both(*arguments: Any) -> tuple[jax.Array, Any]:
@@ -120,7 +120,7 @@ def _gradient(
     overshoot is that of a step that was really taken, and no half-filled accumulator has to be
     saved or rolled back.
     """
-    gradient = jax.value_and_grad(_with_activations(loss_fn), has_aux=True)
+    gradient = jax.value_and_grad(with_activations(loss_fn), has_aux=True)
     if microbatches == 1:
         (loss, activations), grads = gradient(params, frozen, batch)
         return loss, grads, activations

@@ -23,8 +23,11 @@ class Results(NamedTuple):
 
     def methods(self) -> list[str]:
         """Those of the guard that are there."""
-        there = {method for _, method, _ in self.cells}
-        return [name for name, method in METHODS.items() if method.guarded and name in there]
+        return [name for name, method in METHODS.items() if method.guarded and self.has(name)]
+
+    def has(self, method: str) -> bool:
+        """Whether any task was run by it."""
+        return any(name == method for _, name, _ in self.cells)
 
     def of(self, method: str, name: str) -> list[Record]:
         """The runs of a task."""

@@ -7,10 +7,10 @@
 The tasks are in `benchmarks.health.tasks`: rare classes, heavy tails, moving targets, curricula,
 losses in other units. Each is trained by its own optimizer at its own rate, bare, bare with ten
 steps of warm-up, under the guard, and under the guard with a rollback manager at its defaults, with
-the same data. Every cell is
-appended to the result file as it finishes, and a cell that is there is not run again: a run may be
-killed and started again, split by `--tasks`, `--methods` and `--seeds`, or into two processes that
-write to one file. A cell of the guard is run again when the law has another version.
+the same data. Every cell is appended to the result file as it finishes, and a cell that is there is
+not run again: a run may be killed and started again, split by `--tasks`, `--methods` and `--seeds`,
+or into two processes that write to one file. A cell of the guard is run again when the law has
+another version.
 """
 
 import argparse

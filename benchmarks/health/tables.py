@@ -105,8 +105,7 @@ def misses(results: Results) -> str:
 
 
 def metric_table(results: Results) -> str:
-    there = {method for _, method, _ in results.cells}
-    methods = [WARMED_UP] * (WARMED_UP in there) + results.methods()
+    methods = [WARMED_UP] * results.has(WARMED_UP) + results.methods()
     rows = []
     for name, task in tasks().items():
         bare = [r["metric"] for r in results.of(BARE, name)]

@@ -21,6 +21,7 @@ from flax import nnx
 
 from lbw_optax import by_layer, lbw_guard
 from lbw_optax.law.control import LAW
+from train.loop import with_activations
 from train.model import Config, Decoder, next_token_loss, split
 from train.provenance import provenance
 
@@ -98,12 +99,10 @@ def _runner(loss_fn: Any, tx: Any, params: Any, frozen: Any, tokens: Any) -> Any
     """A function that takes one step and returns its seconds; compiled and warmed up."""
     tx = optax.with_extra_args_support(tx)
 
-    def both(params: Any) -> Any:
-        found = loss_fn(params, frozen, tokens)
-        return found if isinstance(found, tuple) else (found, None)
+    gradient = jax.value_and_grad(with_activations(loss_fn), has_aux=True)
 
     def step(params: Any, state: Any) -> Any:
-        (loss, activations), grads = jax.value_and_grad(both, has_aux=True)(params)
+        (loss, activations), grads = gradient(params, frozen, tokens)
         given = {} if activations is None else {"activations": activations}
         updates, state = tx.update(grads, state, params, value=loss, **given)
         return optax.apply_updates(params, updates), state
