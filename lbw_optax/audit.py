@@ -17,6 +17,7 @@ import numpy as np
 
 from lbw_optax import lock, sentences
 from lbw_optax.alerts import Alert, Listeners, OnEvent, tell
+from lbw_optax.appending import Appender, append
 from lbw_optax.law import classifier
 from lbw_optax.law import events as ring
 from lbw_optax.law.custom import Watched
@@ -314,9 +315,10 @@ class AuditLog:
     that, and nothing that the restored state still has. The same is said in a sentence at once, to
     the logger ``"lbw_optax"``.
 
-    What a call of :meth:`record` adds is in the file as a whole or not at all: after a disk was
-    full, the next call writes what is missing. A last line that a kill has torn is cut off when the
-    log is opened again; no other byte of it is changed, and lines that are none of ours stay.
+    What a call of :meth:`record` adds is in the file as a whole or not at all. Where the disk is
+    full, training goes on with one warning, and the next call that can writes what is missing. A
+    last line that a kill has torn is cut off when the log is opened again; no other byte of it is
+    changed, and lines that are none of ours stay.
 
     Args:
       path: the file; its folder must exist. One log at a time may be open on it: with several
@@ -326,7 +328,7 @@ class AuditLog:
         earlier process wrote is no news. An error in it is a warning.
 
     Raises:
-      OSError: if the file cannot be written, or another log is open on it.
+      OSError: if the file cannot be opened, or another log is open on it.
       ValueError: if the file is something else than a log, or this log is closed.
       TypeError: if a step is no whole number, or a line of your own holds what JSON cannot.
 
@@ -342,6 +344,7 @@ class AuditLog:
         self._path = path_of(path, "path")
         self._listeners: Listeners[[Alert]] = Listeners("on_event", on_event)
         self._file = _open_log(self._path)
+        self._lines = Appender(self._file, "audit log")
         self._next, self._known = _last_numbers(self._file)
         self._open_rows: dict[str, dict[str, Any]] = {}  # of each guard, what may go on
 
@@ -374,12 +377,12 @@ class AuditLog:
                 open_rows[path] = lines.pop()
             said += [line for line in lines[: len(before)] if "count" in line]
             written += lines
-        self._write(written)
         self._open_rows = open_rows
         for path, guard in zip(paths, guards.values(), strict=True):
             self._next[path] = recorded = int(guard.events.recorded)
             in_ring = range(recorded - ring.SIZE, recorded)
             self._known[path] = {n: line for n, line in known[path].items() if n in in_ring}
+        self._write(written)
         for line in said:
             told = sentences.logged(line, acts=act[line.get("guard", "")])
             tell(self._listeners, *told, step, as_json(line))
@@ -424,15 +427,8 @@ class AuditLog:
         return [{k: x for k, x in line.items() if x not in (None, "")} | read_at for line in lines]
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(as_json(line), allow_nan=False) + "\n" for line in lines)
-        try:
-            _append(self._file, text.encode())
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"The audit log {self._path} cannot be written ({error.strerror}): free space "
-                "there; the next call writes what is missing",
-            ) from error
+        text = [json.dumps(as_json(line), allow_nan=False) + "\n" for line in lines]
+        self._lines.add("".join(text))
 
     def close(self) -> None:
         """Write what was kept back, and close the file."""
@@ -443,6 +439,7 @@ class AuditLog:
             self._write(rows)
         finally:
             lock.release(self._file)
+        self._lines.close()
 
     def __enter__(self) -> Self:
         return self
@@ -592,7 +589,7 @@ def _end_with_a_line(file: FileIO) -> None:
     if torn and is_ours:
         file.truncate(len(whole))
     elif torn:
-        _append(file, b"\n")
+        append(file, b"\n")
 
 
 def _last_numbers(
@@ -641,14 +638,3 @@ def _objects(content: bytes) -> Iterator[dict[str, Any]]:
 def _read(file: FileIO) -> bytes:
     file.seek(0)
     return file.readall() or b""
-
-
-def _append(file: FileIO, content: bytes) -> None:
-    """All of it, or nothing: what a full disk has cut short is taken back."""
-    size, rest = os.fstat(file.fileno()).st_size, memoryview(content)
-    try:
-        while rest:
-            rest = rest[file.write(rest) :]
-    except BaseException:
-        file.truncate(size)
-        raise

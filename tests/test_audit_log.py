@@ -5,9 +5,7 @@ import json
 import logging
 import os
 import pickle
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -17,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import small_params, storm
+from support import no_room, small_params, storm
 
 import lbw_optax
 from lbw_optax import AuditLog, lbw_guard
@@ -299,42 +297,39 @@ def test_a_file_that_is_no_log_is_refused_and_left(tmp_path, content):
     assert path.read_bytes() == content
 
 
-@pytest.fixture
-def no_room():
-    """No file of this process may grow, as on a full disk."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    @contextlib.contextmanager
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-    yield limit
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 def assert_nothing_is_half_written(path, fails):
     """Full for a while: whole lines before, none meanwhile, and all of them after."""
-    states = [state for _, state in storm(80, every=2)]
-    with AuditLog(path) as audit:
+    states = [state for _, state in storm(160, every=2)]
+    told = []
+    with AuditLog(path, on_event=told.append) as audit:
         audit.record(19, states[19])
-        before = path.read_bytes()
+        before, heard = path.read_bytes(), len(told)
         with fails(len(before) + 700):  # there is room for two lines and a half
-            for step in (39, 59):
-                with pytest.raises(OSError, match=r"audit\.jsonl cannot be written .*free space"):
-                    audit.record(step, states[step])
+            with pytest.warns(RuntimeWarning, match=r"audit\.jsonl cannot be written .*free space"):
+                assert audit.record(39, states[39]) == 10
+            assert len(told) > heard  # who listens hears it all the same
+            for step in (79, 119, 159):  # longer than the state remembers; nothing is said twice
+                audit.record(step, states[step])
+                audit.note(step, action="order")
                 assert path.read_bytes() == before
-        assert audit.record(79, states[79]) == 30
-    assert numbers(path) == list(range(40))
+        assert audit.record(159, states[159]) == 0
+    assert numbers(path) == list(range(80))
+    assert path.read_text().count('"order"') == 3
     with AuditLog(path) as audit:
-        assert audit.record(79, states[79]) == 0
+        assert audit.record(159, states[159]) == 0
+
+    audit = AuditLog(path)
+    written = path.read_bytes()
+    with fails(len(written)):
+        with pytest.warns(RuntimeWarning, match="the next call that can writes what is missing"):
+            audit.note(160, action="order", why="x" * 5000)  # more than a page has left
+        audit.note(161, action="order")
+        with pytest.warns(RuntimeWarning, match="its last lines are lost, 2 of them"):
+            audit.close()
+    assert path.read_bytes() == written
 
 
-def test_a_write_that_is_cut_short(tmp_path, no_room):
+def test_a_write_that_is_cut_short(tmp_path):
     assert_nothing_is_half_written(tmp_path / "audit.jsonl", no_room)
 
 
@@ -357,7 +352,7 @@ def test_a_full_disk(tmp_path):
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-def test_a_torn_line_that_cannot_be_cut_off_costs_nothing(tmp_path, no_room):
+def test_a_torn_line_that_cannot_be_cut_off_costs_nothing(tmp_path):
     path = tmp_path / "audit.jsonl"
     path.write_bytes(WHOLE + TORN["half_a_line"])
     with no_room(0):

@@ -4,9 +4,11 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
+from lbw_optax.appending import Appender
 from lbw_optax.audit import as_json
 from lbw_optax.exporters.names import parts, plain
 from lbw_optax.law.control import REGIMES
@@ -18,13 +20,14 @@ class MetricsLog:
 
     The buckets of a histogram become one list, ``gradient_log2``, in the order of k. After a resume
     or a rollback some steps come again; readers take the newest line of each. What is not finite is
-    null, as JSON has it.
+    null, as JSON has it. Where the disk is full, training goes on with one warning, and lines wait
+    in memory for room.
 
     Args:
       path: the file, ``log.jsonl`` in the run's directory. With several processes, on the first.
 
     Raises:
-      OSError: if it cannot be written.
+      OSError: if it cannot be opened.
 
     Example:
       >>> import tempfile
@@ -36,11 +39,10 @@ class MetricsLog:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        place = Path(path)
-        with place.open("ab+") as file:
-            file.write(b"\n" * is_torn(file))
-        # Line by line: a kill loses no step that a checkpoint holds.
-        self._file = place.open("a", encoding="utf-8", buffering=1)
+        self._file = FileIO(Path(path), "a+")
+        self._lines = Appender(self._file, "log")
+        if is_torn(self._file):
+            self._lines.add("\n")
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the scalars of one step; `step` counts the updates made, from 1."""
@@ -48,11 +50,12 @@ class MetricsLog:
         values.setdefault("time", round(time.time(), 3))
         if "regime" in values:
             values["regime"] = REGIMES[values["regime"]]
-        self._file.write(json.dumps(as_json(values), allow_nan=False) + "\n")
+        self._lines.add(json.dumps(as_json(values), allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+        self._lines.close()
 
     def __enter__(self) -> Self:
         return self

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import no_room
 
 import lbw_optax
 from lbw_optax.exporters import NAMES, MetricsLog, grouped, tag
@@ -61,3 +62,16 @@ def test_a_line_after_a_torn_one_is_whole(tmp_path):
     found = logs.history(tmp_path)
     assert found["step"].tolist() == [1, 3]
     np.testing.assert_array_equal(found["loss"], [2.0, np.nan])
+
+
+def test_lines_wait_for_room(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with MetricsLog(path) as log:
+        log(1, {"loss": 3.0})
+        with no_room(path.stat().st_size + 9):
+            with pytest.warns(RuntimeWarning, match=r"log\.jsonl cannot be written .*free space"):
+                log(2, {"loss": 2.0})
+            log(3, {"loss": 1.0})
+            assert logs.history(tmp_path)["step"].tolist() == [1]
+        log(4, {"loss": 0.5})
+    assert logs.history(tmp_path)["loss"].tolist() == [3.0, 2.0, 1.0, 0.5]

@@ -1,10 +1,8 @@
 """Files on disk: round trips to the bit, and every way in which a directory can be wrong."""
 
-import contextlib
 import dataclasses
 import json
 import os
-import resource
 import shutil
 import tracemalloc
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 from flax import nnx
+from support import no_room
 
 from train import files, generation, lora, model, sharding, weights
 
@@ -300,7 +299,7 @@ def test_a_save_that_fails_half_way_leaves_no_mixture(which, tmp_path):
 def test_no_room_leaves_the_old_model(tmp_path):
     weights.save(shifted(1), tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with limited_files(2000), pytest.raises(weights.WeightsError, match="cannot write to"):
+    with no_room(2000), pytest.raises(weights.WeightsError, match="cannot write to"):
         weights.save(shifted(2), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -576,20 +575,9 @@ def tokenizer_of(ids, added):
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
-@contextlib.contextmanager
-def limited_files(size):
-    """A real limit of the operating system on the size of a file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_no_room_to_write(tmp_path):
     with (
-        limited_files(2000),
+        no_room(2000),
         pytest.raises(weights.WeightsError, match=f"cannot write to {tmp_path}.*make room"),
     ):
         weights.save(decoder_of(), tmp_path)

@@ -1,0 +1,58 @@
+"""Lines added to the end of a file, so that a full disk costs neither the run nor a line."""
+
+import os
+import warnings
+from io import FileIO
+
+
+class Appender:
+    """Adds lines to a file, each call's as a whole or not at all; what finds no room waits.
+
+    Of a disk that is full it warns once, and writes all that has waited when there is room again.
+
+    Args:
+      file: open for appending.
+      what: it is, in the warning.
+    """
+
+    def __init__(self, file: FileIO, what: str):
+        self._file, self._what = file, what
+        self._waiting, self._why = b"", ""
+
+    def add(self, text: str) -> None:
+        """Write this after what waits."""
+        is_first = not self._waiting
+        self._waiting += text.encode()
+        try:
+            append(self._file, self._waiting)
+        except OSError as error:
+            self._why = str(error.strerror)
+            if is_first:
+                self._warn("training goes on, and the next call that can writes what is missing")
+        else:
+            self._waiting = b""
+
+    def close(self) -> None:
+        """Say what is lost, if anything waits; the file is the caller's to close."""
+        lost, self._waiting = self._waiting.count(b"\n"), b""
+        if lost:
+            self._warn(f"its last lines are lost, {lost} of them")
+
+    def _warn(self, so: str) -> None:
+        where = f"The {self._what} {self._file.name} cannot be written ({self._why})"
+        warnings.warn(f"{where}: free space there; {so}.", RuntimeWarning, stacklevel=4)
+
+
+def append(file: FileIO, content: bytes) -> None:
+    """All of it, or nothing: what a full disk has cut short is taken back.
+
+    Raises:
+      OSError: if there is no room.
+    """
+    size, rest = os.fstat(file.fileno()).st_size, memoryview(content)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except BaseException:
+        file.truncate(size)
+        raise
