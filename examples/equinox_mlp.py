@@ -9,7 +9,7 @@ import lbw_optax
 
 x = jax.random.normal(jax.random.key(0), (256, 8))
 y = jnp.sin(x.sum(axis=-1, keepdims=True))
-tx = lbw_optax.lbw_guard(optax.adamw(1.0))
+tx = lbw_optax.lbw_guard(optax.adamw(10.0))
 
 
 @eqx.filter_value_and_grad

@@ -34,7 +34,7 @@ def train_step(state: TrainState, x: jax.Array, y: jax.Array) -> tuple[TrainStat
 
 model = Model()
 params = model.init(jax.random.key(1), x)["params"]
-tx = lbw_optax.lbw_guard(optax.adamw(1.0))
+tx = lbw_optax.lbw_guard(optax.adamw(10.0))
 state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 for step in range(300):
     state, loss = train_step(state, x, y)

@@ -32,7 +32,7 @@ def train_step(model: Model, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Arra
 
 
 model = Model(nnx.Rngs(0))
-tx = lbw_optax.lbw_guard(optax.adamw(1.0))
+tx = lbw_optax.lbw_guard(optax.adamw(10.0))
 optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 for step in range(300):
     loss = train_step(model, optimizer, x, y)

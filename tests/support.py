@@ -5,6 +5,7 @@ import functools
 import os
 import resource
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -29,6 +30,21 @@ PLACEMENTS = {
     "wrapped": lambda inner: lbw_guard(inner),
     "chained": lambda inner: optax.chain(lbw_guard(), inner),
 }
+
+
+# As a user's program is compiled, whatever is quicker for tests: what `jax.jit` takes as
+# `compiler_options` where two programs must round alike.
+AS_USUAL: dict[str, Any] = {}
+if sys.version_info < (3, 12):
+    AS_USUAL = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+
+
+def slowly(*cases: Any) -> list[Any]:
+    """Cases of a test that `make test-slow` runs; the others of the test are of their kind."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else [case]), marks=pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -22,7 +22,7 @@ NEEDS = {
     "own_checkpoints": ["orbax"],
     "several_hosts": ["orbax"],
 }
-# What the bare optimizer, at a rate this far above its tuned one, ends above.
+# A third of what the bare optimizer ends at, at such a rate.
 HELD = 0.1
 
 

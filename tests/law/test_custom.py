@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import AS_USUAL
 
 import lbw_optax
 from lbw_optax import lbw_guard
@@ -17,13 +18,13 @@ PARAMS = {"w": jnp.full((4, 4), 2.0, jnp.float32), "b": jnp.ones(4, jnp.float32)
 
 
 @functools.cache
-def stepper(tx):
+def stepper(tx, usual):
     """A step on a quadratic, compiled once for each optimizer."""
 
     def loss(params):
         return sum(jnp.sum(x**2) for x in params.values())
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=AS_USUAL if usual else None)
     def step(params, state, **given):
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = tx.update(grads, state, params, value=value, **given)
@@ -32,9 +33,9 @@ def stepper(tx):
     return step
 
 
-def run(tx, steps=60, **extra):
+def run(tx, steps=60, usual=False, **extra):
     """So many steps; `extra` are sequences of keywords."""
-    params, state, step_fn = PARAMS, tx.init(PARAMS), stepper(tx)
+    params, state, step_fn = PARAMS, tx.init(PARAMS), stepper(tx, usual)
     states, applied = [], []
     for step in range(steps):
         given = {name: x[step] for name, x in extra.items()}
@@ -108,14 +109,14 @@ def test_a_policy_is_given_the_risk_and_told_once():
 
 def test_without_any_the_state_and_the_decisions_are_those_of_a_guard_without():
     """And with some that say nothing, the decisions too."""
-    bare, a = run(lbw_guard(optax.adamw(1e-2)))
+    bare, a = run(lbw_guard(optax.adamw(1e-2)), usual=True)
     quiet = lbw_guard(
         optax.adamw(1e-2),
         signals={"none": lambda step: jnp.float32(0)},
         constraints={"true": lambda step: True},
         policy=lambda risk, kinds, bounds: 1.0,
     )
-    _, b = run(quiet)
+    _, b = run(quiet, usual=True)
     assert bare[-1].custom == ()
     jax.tree.map(np.testing.assert_array_equal, a, b)
 

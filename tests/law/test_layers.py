@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from support import (
+    AS_USUAL,
     PLACEMENTS,
     assert_all_finite,
     assert_same_bits,
@@ -107,7 +108,7 @@ def trajectory(placement, watched):
     factors = np.ones(STEPS, np.float32)
     factors[10], factors[15] = np.nan, 1e6
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=AS_USUAL)
     def step(params, state, gradients, peaks):
         more = {"activations": given(peaks, logits=peaks)} if watched else {}
         updates, state = tx.update(gradients, state, params, value=jnp.float32(1), **more)

@@ -200,7 +200,7 @@ def check_agreement(directory: Path, count: int, mode: str) -> None:
     assert np.isfinite(ended["w"]).all()
 
 
-@pytest.mark.parametrize("mode", ["data", "fsdp"])
+@pytest.mark.parametrize("mode", ["fsdp", *support.slowly("data")])
 def test_two_processes_agree(tmp_path, mode):
     check_agreement(tmp_path, 2, mode)
 
@@ -248,7 +248,7 @@ def test_a_directory_that_cannot_be_made_is_an_error_on_all(tmp_path):
         assert "run (Not a directory): pass a directory that this user may write to" in error
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, *support.slowly(1)])
 def test_a_process_without_room_for_a_while(tmp_path, rank):
     """All warn, none waits for another, and when there is room again they save."""
     faults = {"full": [rank, 12], "room": [rank, 28], "save": 1}
@@ -267,7 +267,7 @@ def test_a_process_without_room_for_a_while(tmp_path, rank):
     [
         {"save_alone": [0, 12], "save_after": [1, 20]},
         # The last step has no training step after it that the others could wait in.
-        {"save_after": [0, 26], "request_after": [1, 14]},
+        *support.slowly({"save_after": [0, 26], "request_after": [1, 14]}),
     ],
 )
 def test_a_process_that_saves_alone_is_told_and_the_run_goes_on(tmp_path, calls):
@@ -284,7 +284,7 @@ def test_a_process_that_saves_alone_is_told_and_the_run_goes_on(tmp_path, calls)
     assert [r["reason"] for r in history] == asked
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, *support.slowly(0)])
 def test_a_loss_of_its_own_on_each_process_is_told(tmp_path, rank):
     ends = end(launch(2, tmp_path, "data", 10**6, own_loss=rank))
     for code, out, error in ends:

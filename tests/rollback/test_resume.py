@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from rollback_loop import QUICK, Patient, batch, nan_parameter, plain, run, start, update
-from support import assert_same_bits
+from support import assert_same_bits, slowly
 
 from lbw_optax import AuditLog, RollbackManager, lbw_guard
 
@@ -116,7 +116,7 @@ def test_what_is_saved_by_hand_is_where_it_goes_on(tmp_path):
     assert_same_bits(found, tree)
 
 
-@pytest.mark.parametrize("every", [4, 15])
+@pytest.mark.parametrize("every", [15, *slowly(4)])
 def test_saves_by_hand_prove_themselves_and_do_not_pile_up(tmp_path, every):
     """Also when they come before the one before has proven healthy, after six steps."""
     with Patient(tmp_path, snapshot_every=None, probation=6) as rollback:
@@ -151,9 +151,9 @@ def test_the_audit_log_goes_on(tmp_path):
 
 
 def test_the_budget_counts_calls_over_restarts(tmp_path):
-    """One rollback in every four sessions of 150 calls: never two in a thousand."""
+    """One rollback in each session of 1100 calls: never two in a thousand."""
     options = {"max_rollbacks": 1, "save_every": 40, "max_distance": 100}
-    for session in range(3):
+    for session in range(2):
         with Patient(tmp_path, **(QUICK | options)) as rollback:
             step, tree = rollback.resume(start())
             for call in range(1100):
@@ -216,7 +216,7 @@ def resume_and_listen(directory: Path):
     return step, tree, "; ".join(str(warning.message) for warning in caught)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", *slowly("missing", "empty")])
 def test_every_file_of_a_checkpoint_may_be_damaged(directory, damage):
     step = newest(directory)
     whole = directory / "checkpoints" / str(step)
@@ -849,6 +849,7 @@ def kill_again_and_again(directory: Path, kills: int, seed: int) -> None:
         assert killed_at - found <= 2 * QUICK["save_every"]
 
 
+@pytest.mark.slow
 def test_killed_at_random_steps(tmp_path):
     kill_again_and_again(tmp_path, 3, seed=0)
 
@@ -858,7 +859,7 @@ def test_killed_two_hundred_times(tmp_path):
     kill_again_and_again(tmp_path, 200, seed=1)
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.005, 0.02])
+@pytest.mark.parametrize("delay", [0.005, *slowly(0.0, 0.02)])
 def test_killed_while_saving(tmp_path, delay):
     """The step that is printed last has just begun a save."""
     killed_at = train_and_kill(tmp_path, 3 * QUICK["save_every"], delay)
@@ -868,9 +869,16 @@ def test_killed_while_saving(tmp_path, delay):
     assert not list(tmp_path.glob("checkpoints/*tmp*"))  # the unfinished one is gone
 
 
-@pytest.mark.parametrize("options", [{}, {"snapshot_every": None}], ids=["memory", "disk"])
-@pytest.mark.parametrize("after", range(0, 12, 3))
-def test_killed_after_a_rollback_is_the_uninterrupted_run(tmp_path, options, after):
+@pytest.mark.parametrize(
+    ("tier", "after"),
+    [
+        ("memory", 0),
+        ("disk", 3),
+        *slowly(*(("memory", after) for after in (3, 6, 9))),
+        *slowly(*(("disk", after) for after in (0, 6, 9))),
+    ],
+)
+def test_killed_after_a_rollback_is_the_uninterrupted_run(tmp_path, tier, after):
     """To the bit, ceiling and events too, however soon the kill comes."""
 
     class Killed(Exception):
@@ -880,8 +888,9 @@ def test_killed_after_a_rollback_is_the_uninterrupted_run(tmp_path, options, aft
         if rollback.history and rollback._journal.calls >= rollback.history[0].at_call + after:
             raise Killed
 
+    options = {"memory": {}, "disk": {"snapshot_every": None}}[tier]
     whole, manager, _ = run(tmp_path / "whole", 70, {30: nan_parameter}, **options)
-    assert [r.tier for r in manager.history] == ["disk" if options else "memory"]
+    assert [r.tier for r in manager.history] == [tier]
     with pytest.raises(Killed):
         run(tmp_path / "parts", 70, {30: nan_parameter}, on_step=die, **options)
     tree, resumed, _ = run(tmp_path / "parts", 70, **options)
@@ -903,7 +912,7 @@ def test_what_the_guard_knew_is_lost_with_a_warning(tmp_path):
     assert np.isfinite(np.asarray(tree[0]["w"])).all()
 
 
-@pytest.mark.parametrize("die_at", ["journal", "delete", "arrived"])
+@pytest.mark.parametrize("die_at", ["journal", *slowly("delete", "arrived")])
 def test_killed_during_a_rollback(tmp_path, die_at):
     """Before the journal knows of it, before the newer checkpoints are gone, and just after."""
     fault_at = 0 if die_at == "delete" else 33

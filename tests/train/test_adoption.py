@@ -15,6 +15,7 @@ pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_op
 
 from orbax.checkpoint import v1 as ocp
 from small_model import SMALL
+from support import slowly
 
 import lbw_optax
 from train import adoption, data, logs, loop, model, recipes, run
@@ -94,7 +95,9 @@ def batch(options, corpus, index):
 
 
 @pytest.mark.parametrize(
-    ("old_run", "schedule"), [(by_hand, "cosine"), (by_script, "constant")], ids=["orbax", "run"]
+    ("old_run", "schedule"),
+    [(by_hand, "cosine"), *slowly((by_script, "constant"))],
+    ids=["orbax", "run"],
 )
 def test_steps_batches_and_rate_go_on_where_the_old_run_was(
     old_run, schedule, options, corpus, tmp_path

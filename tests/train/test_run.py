@@ -16,6 +16,7 @@ pytest.importorskip("orbax.checkpoint", reason="needs Orbax: pip install 'lbw_op
 from jax.sharding import AxisType
 from receiver import SECRET, Receiver
 from small_model import SMALL
+from support import assert_same_bits
 
 import lbw_optax
 from lbw_optax import orders
@@ -229,14 +230,14 @@ def test_the_whole_of_each_split_is_measured_or_so_much_of_it_as_is_asked_for(op
     graphdef, _, _ = model.split(build())
     for split in ("valid", "test"):
         tokens, total, count = getattr(corpus, split), 0.0, 0
-        for start in range(0, len(tokens) - 1, 16):
-            window = tokens[start : start + 17]
-            logits = np.asarray(nnx.merge(graphdef, params, frozen)(window[None, :-1]), np.float64)[
-                0
-            ]
-            wanted = logits[np.arange(len(window) - 1), window[1:]]
+        full = len(tokens) // 16
+        rows = np.stack([tokens[16 * i : 16 * i + 17] for i in range(full)])
+        for windows in (rows, tokens[None, 16 * full :]):
+            found = nnx.merge(graphdef, params, frozen)(windows[:, :-1])
+            logits, targets = np.asarray(found, np.float64), windows[:, 1:, None]
+            wanted = np.take_along_axis(logits, targets, axis=-1)[..., 0]
             total += (np.log(np.exp(logits).sum(-1)) - wanted).sum()
-            count += len(window) - 1
+            count += targets.size
         assert count == 599
         assert result.perplexity[split] == pytest.approx(np.exp(total / count), rel=1e-4)
 
@@ -270,6 +271,32 @@ def test_a_run_goes_on_with_other_microbatches_and_more_steps(options, corpus, c
     assert found["step"].tolist() == list(range(1, 17))
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-4)
     assert np.isfinite(found["valid_perplexity"]).nonzero()[0].tolist() == [7, 11, 15]
+
+
+def test_stopped_and_run_again_it_ends_bitwise_as_the_uninterrupted_run(
+    options, corpus, monkeypatch
+):
+    whole = dataclasses.replace(options, steps=20, out=options.out.parent / "whole")
+    expected = trained(whole, corpus)
+    step, made = loop.train_step, []
+
+    def interrupted(*arguments):
+        made.append(None)
+        if len(made) == 13:
+            signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    interrupted.eval_shape = step.eval_shape
+    parts = dataclasses.replace(whole, out=options.out)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", interrupted)
+        assert trained(parts, corpus).step == 13
+    found = trained(parts, corpus)
+    assert_same_bits(nnx.state(found.decoder), nnx.state(expected.decoder))
+    assert found.perplexity == expected.perplexity
+    logged, wanted = logs.history(parts.out), logs.history(whole.out)
+    for metric in ("step", "loss", "scale", "gradient_norm", "regime"):
+        np.testing.assert_array_equal(logged[metric], wanted[metric], err_msg=metric)
 
 
 def test_ctrl_c_while_the_result_is_saved_waits_for_it(options, corpus, capfd):
