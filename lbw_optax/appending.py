@@ -3,6 +3,19 @@
 import os
 import warnings
 from io import FileIO
+from pathlib import Path
+
+
+def opened(path: Path) -> FileIO:
+    """The file for reading and appending, made if there is none.
+
+    Raises:
+      OSError: if it cannot be opened.
+      ValueError: if it is a pipe or a device.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is a pipe or a device: pass the path of a file.")
+    return FileIO(path, "a+")
 
 
 class Appender:
@@ -33,7 +46,9 @@ class Appender:
             self._waiting = b""
 
     def close(self) -> None:
-        """Say what is lost, if anything waits; the file is the caller's to close."""
+        """Write what waits, or say what is lost; then the caller closes the file."""
+        if self._waiting:
+            self.add("")
         lost, self._waiting = self._waiting.count(b"\n"), b""
         if lost:
             self._warn(f"its last lines are lost, {lost} of them")

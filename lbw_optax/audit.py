@@ -17,7 +17,7 @@ import numpy as np
 
 from lbw_optax import lock, sentences
 from lbw_optax.alerts import Alert, Listeners, OnEvent, tell
-from lbw_optax.appending import Appender, append
+from lbw_optax.appending import Appender, append, opened
 from lbw_optax.law import classifier
 from lbw_optax.law import events as ring
 from lbw_optax.law.custom import Watched
@@ -355,7 +355,7 @@ class AuditLog:
         """
         if self._file.closed:
             raise ValueError(f"This AuditLog of {self._path} is closed: open a new one.")
-        step = _whole(step)
+        step = whole_step(step)
         guards = find_named(state)
         paths = [""] if len(guards) == 1 else list(guards)
         written: list[dict[str, Any]] = []
@@ -400,7 +400,7 @@ class AuditLog:
             raise ValueError(f"This AuditLog of {self._path} is closed: open a new one.")
         now = datetime.now(UTC).isoformat(timespec="seconds")
         # The name that nobody else's line begins with comes first: see `_BEGINNINGS`.
-        self._write([{"recorded_at": _whole(recorded_at), "time": now, **facts}])
+        self._write([{"recorded_at": whole_step(recorded_at), "time": now, **facts}])
 
     def _news(self, path: str, guard: GuardState, step: int) -> list[dict[str, Any]]:
         """What one guard did since the last call."""
@@ -437,9 +437,9 @@ class AuditLog:
         rows, self._open_rows = list(self._open_rows.values()), {}
         try:
             self._write(rows)
+            self._lines.close()
         finally:
             lock.release(self._file)
-        self._lines.close()
 
     def __enter__(self) -> Self:
         return self
@@ -528,13 +528,13 @@ def _reset(guard: GuardState) -> GuardState:
     return guard._replace(law=guard.law._replace(control=control, divergence=fresh))
 
 
-def _whole(step: Any) -> int:
+def whole_step(step: Any) -> int:
     """The step as a Python integer, whatever holds it: any later line may have to be written."""
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         number = int(step)
-        if number == step:
+        if number == step and not isinstance(step, bool):
             return number
-    raise TypeError(f"The step of a line in the audit log is an integer, got {step!r}.")
+    raise TypeError(f"The step of a line in a log is an integer, got {step!r}.")
 
 
 def as_json(x: Any) -> Any:
@@ -563,7 +563,7 @@ _BEGINNINGS = (b'{"number":', b'{"action":', b'{"recorded_at":')
 
 def _open_log(path: Path) -> FileIO:
     """The file, for this log alone, and made to end with a whole line."""
-    file = FileIO(path, "a+")
+    file = opened(path)
     try:
         if not lock.claim(file):
             raise OSError(

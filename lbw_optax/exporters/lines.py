@@ -4,12 +4,11 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
-from lbw_optax.appending import Appender
-from lbw_optax.audit import as_json
+from lbw_optax.appending import Appender, opened
+from lbw_optax.audit import as_json, whole_step
 from lbw_optax.exporters.names import parts, plain
 from lbw_optax.law.control import REGIMES
 from lbw_optax.lines import is_torn
@@ -28,6 +27,8 @@ class MetricsLog:
 
     Raises:
       OSError: if it cannot be opened.
+      ValueError: if it is a pipe or a device.
+      TypeError: if a step is no integer, or a metric no number.
 
     Example:
       >>> import tempfile
@@ -39,23 +40,24 @@ class MetricsLog:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self._file = FileIO(Path(path), "a+")
+        self._file = opened(Path(path))
         self._lines = Appender(self._file, "log")
         if is_torn(self._file):
             self._lines.add("\n")
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the scalars of one step; `step` counts the updates made, from 1."""
-        values: dict[str, Any] = {"step": int(step), **_with_lists(plain(metrics))}
+        values: dict[str, Any] = {"step": whole_step(step), **_with_lists(plain(metrics))}
         values.setdefault("time", round(time.time(), 3))
         if "regime" in values:
-            values["regime"] = REGIMES[values["regime"]]
+            values["regime"] = dict(enumerate(REGIMES)).get(values["regime"])
         self._lines.add(json.dumps(as_json(values), allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
-        self._lines.close()
+        if not self._file.closed:
+            self._lines.close()
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -235,7 +235,14 @@ class RollbackManager:
     def step(self, step: int, tree: PyTree) -> tuple[int, PyTree]:
         """Hand in the state after `step` updates; get it back, or an earlier one."""
         self._require_open()
-        step = self._last = self._follow(step)
+        last, self._last = self._last, self._follow(step)
+        try:
+            return self._take(self._last, tree)
+        except BaseException:
+            self._last = last  # whoever goes on hands in the same step again
+            raise
+
+    def _take(self, step: int, tree: PyTree) -> tuple[int, PyTree]:
         before = self._report
         self._report = verdict.begin(
             step,

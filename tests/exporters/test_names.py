@@ -1,5 +1,8 @@
 """The names of dashboards: every metric has one, and it stays as it is."""
 
+import json
+import os
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -74,4 +77,32 @@ def test_lines_wait_for_room(tmp_path):
             log(3, {"loss": 1.0})
             assert logs.history(tmp_path)["step"].tolist() == [1]
         log(4, {"loss": 0.5})
-    assert logs.history(tmp_path)["loss"].tolist() == [3.0, 2.0, 1.0, 0.5]
+        with no_room(path.stat().st_size), pytest.warns(RuntimeWarning, match="free space"):
+            log(5, {"loss": 0.25})
+    assert logs.history(tmp_path)["loss"].tolist() == [3.0, 2.0, 1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("regime", "name"), [(3.0, "recovering"), (np.nan, None), (-1, None), (99, None)]
+)
+def test_a_regime_of_any_number_is_a_name_or_null(tmp_path, regime, name):
+    with MetricsLog(tmp_path / "log.jsonl") as log:
+        log(1, {"regime": regime})
+    assert json.loads((tmp_path / "log.jsonl").read_text())["regime"] == name
+
+
+@pytest.mark.parametrize("step", [None, 1.5, np.nan, "4", True])
+def test_a_step_is_an_integer(tmp_path, step):
+    with (
+        MetricsLog(tmp_path / "log.jsonl") as log,
+        pytest.raises(TypeError, match="step of a line in a log is an integer"),
+    ):
+        log(step, {"loss": 1.0})
+
+
+@pytest.mark.parametrize("kind", [MetricsLog, lbw_optax.AuditLog])
+def test_a_log_is_a_file(tmp_path, kind):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/full"):
+        with pytest.raises(ValueError, match="is a pipe or a device: pass the path of a file"):
+            kind(path)

@@ -150,7 +150,9 @@ def test_data_that_stays_broken_ends_the_run_with_an_error(tmp_path):
     assert_same_bits(tree[0], plain(rollback.history[0].to_step)[0])
 
 
-def test_a_person_may_go_on_from_an_exhausted_guard(tmp_path):
+@pytest.mark.parametrize("again", [True, *slowly(False)])
+def test_a_person_may_go_on_from_an_exhausted_guard(tmp_path, again):
+    """With the step after the one that raised, or with that one."""
     bad = dict.fromkeys(range(40, 100), NAN_BATCH)
     tree, raised = start(), []
     with Patient(tmp_path, **(QUICK | {"max_distance": 40})) as rollback:
@@ -162,7 +164,8 @@ def test_a_person_may_go_on_from_an_exhausted_guard(tmp_path):
                 step, tree = rollback.step(step + 1, tree)
             except GuardExhausted:
                 raised.append(step + 1)
-                step, tree = step + 1, (tree[0], lbw_optax.reset(tree[1]))
+                tree = tree[0], lbw_optax.reset(tree[1])
+                step, tree = rollback.step(step + 1, tree) if again else (step + 1, tree)
     assert len(raised) == 1
     assert mean_loss(tree) < 1.05 * healthy_loss()
 
