@@ -1,12 +1,13 @@
 """Going back to the last good state, around any training loop."""
 
+import functools
 import itertools
 import logging
 import math
 import operator
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import Any, Literal, Self
 
@@ -398,7 +399,7 @@ class RollbackManager:
         """What was asked for an uncertain reason, or one that is switched off, is dropped."""
         self._report = None
         kept = np.array([r not in UNCERTAIN and _name(r) in self._reasons for r in Reason])
-        return map_guards(lambda guard: _place(_calm_down(guard, kept), guard), tree)
+        return map_guards(lambda guard: _place(_each(_calm_down, _own(guard), kept), guard), tree)
 
     def _require_strength(self, said: Verdict | None, tree: PyTree) -> None:
         """The guard must be able to do something, and be one and the same everywhere."""
@@ -650,10 +651,22 @@ def _rejoin(
     lefts = iter(find_all(left))
     steps = (np.int32(min(x, np.iinfo(np.int32).max)) for x in (step, to_step))  # as counters end
     numbers = np.int32(reason), *steps, np.float32(share)
-    return map_guards(lambda guard: _place(_back(guard, _own(next(lefts)), *numbers), guard), good)
+
+    def joined(guard: GuardState) -> GuardState:
+        return _place(_each(_back, _own(guard), _own(next(lefts)), *numbers), guard)
+
+    return map_guards(joined, good)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=0)
+def _each(function: Callable[..., GuardState], guard: GuardState, *arguments: Any) -> GuardState:
+    """Of several runs in one state, as `vmap` and `pmap` make it, what a function makes of each."""
+    axes = [0 if isinstance(x, GuardState) else None for x in (guard, *arguments)]
+    for _ in range(jnp.ndim(guard.guard_steps)):
+        function = jax.vmap(function, axes)
+    return function(guard, *arguments)
+
+
 def _back(
     guard: GuardState,
     left: GuardState,
@@ -699,7 +712,6 @@ def _own(guard: GuardState) -> GuardState:
     return guard._replace(inner_state=None)
 
 
-@jax.jit
 def _calm_down(guard: GuardState, kept: jax.Array) -> GuardState:
     """Nothing asked, but for the reasons that are kept."""
     asking = guard.law.divergence

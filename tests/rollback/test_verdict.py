@@ -10,9 +10,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rollback_loop import QUICK, start
+from support import guard_in
 
 from lbw_optax import RollbackManager, lbw_guard
-from lbw_optax.law.divergence import Reason
+from lbw_optax.law.divergence import CEILING, Reason
 from lbw_optax.rollback import agreement, verdict
 from lbw_optax.rollback.verdict import Verdict
 
@@ -212,6 +213,36 @@ def test_replicas_that_each_have_their_own(tmp_path, shares):
 @pytest.mark.filterwarnings("error")
 def test_replicas_that_agree_and_runs_of_their_own_are_left_alone(tmp_path, over, shares, same):
     assert (go(tmp_path, over, shares, same) == 0) == (len(shares) == 2)
+
+
+@pytest.mark.parametrize("over", [jax.vmap, jax.pmap])
+def test_runs_in_one_state_go_back_together_and_on(tmp_path, over):
+    """To where each of them was, and each under a ceiling and with the event of its own."""
+    step_of = jax.jit(over(functools.partial(update_one, shares=()), axis_name="replicas"))
+    noise = np.random.default_rng(0).normal(size=(30, COUNT, SIZE)).astype("f")
+    seen = {}
+    with RollbackManager(tmp_path, snapshot_every=4, probation=3) as rollback:
+        step, tree = rollback.resume(stacked(False))
+        while step < 20:
+            seen[step] = jax.device_get(tree)
+            step, tree = rollback.step(step + 1, step_of(*tree, noise[step]))
+        rollback.request("by hand")
+        left = step_of(*tree, noise[20])
+        known = guard_in(left[1]).events.recorded.tolist()
+        step, tree = rollback.step(21, left)
+        np.testing.assert_array_equal(tree[0], seen[step][0])
+        found, before = guard_in(tree[1]), guard_in(seen[step][1])
+        assert found.events.recorded.tolist() == [n + 1 for n in known]
+        expected = before.law.control.log_scale + np.log(CEILING)
+        np.testing.assert_allclose(found.law.control.log_ceiling, expected, rtol=1e-6)
+        while step < 25:
+            step, tree = rollback.step(step + 1, step_of(*tree, noise[step]))
+        # What was asked for an uncertain reason is dropped in each.
+        asking = optax.tree.set(
+            tree[1], rollback_asked=jnp.full(COUNT, int(Reason.LOSS), jnp.int32)
+        )
+        quiet = rollback._go_on((tree[0], asking))
+        assert guard_in(quiet[1]).law.divergence.rollback_asked.tolist() == [0] * COUNT
 
 
 def test_keys_of_their_own_do_not_make_replicas_runs():
