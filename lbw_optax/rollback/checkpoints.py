@@ -98,6 +98,14 @@ def load(path: Path, step: int, like: PyTree) -> PyTree:
     return snapshots.place(leaves, like)
 
 
+def is_one(path: Path) -> bool:
+    """Whether a checkpoint as `save` writes it lies here, by its description."""
+    try:
+        return "sums" in ocp.metadata(path).metadata
+    except Exception:  # whatever Orbax raises for something else
+        return False
+
+
 def delete(path: Path) -> None:
     """Remove a checkpoint, whole or half-written; a link or a file in its place is none of ours."""
     if path.is_dir() and not path.is_symlink():

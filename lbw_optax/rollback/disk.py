@@ -131,6 +131,13 @@ class Disk:
                 f"{step} that lies there. It takes the batches from {self.journal.data_step(step)} "
                 "on: whether an earlier rollback has left some out is not known."
             )
+        elif unknown := [x for x in self._unnamed() if x > step and self._is_checkpoint(x)]:
+            warn(
+                f"{self._folder.path} also holds checkpoints of later steps that its journal does "
+                f"not name ({', '.join(map(str, unknown))}), which are passed over: if the journal "
+                "is an older one, as out of a backup, take journal.json and journal.before.json "
+                "away before the run begins, and the newest of them is taken."
+            )
         self.journal.drop([s for s in self.journal.checkpoints if s > step])
         try:
             self._folder.write(self.journal)
@@ -189,8 +196,14 @@ class Disk:
         """
         own = self.journal.checkpoints
         yield from sorted(own, reverse=True)
-        others = {*self._folder.found()} - {*own, *self.journal.dropped}
-        yield from sorted(others, reverse=True)
+        yield from reversed(self._unnamed())
+
+    def _unnamed(self) -> list[int]:
+        """Steps of folders that lie there and that the journal has never named."""
+        return sorted({*self._folder.found()} - {*self.journal.checkpoints, *self.journal.dropped})
+
+    def _is_checkpoint(self, step: int) -> bool:
+        return checkpoints.is_one(self._folder.checkpoint(step))
 
     def load(self, step: int, like: PyTree) -> PyTree:
         """The state of a checkpoint.

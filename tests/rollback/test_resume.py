@@ -406,6 +406,19 @@ def test_where_an_older_journal_names_what_is_gone_the_others_are_used(directory
     assert steps_in(directory) == before
 
 
+def test_where_an_older_journal_names_what_still_lies_there_the_others_are_told_of(directory):
+    before = steps_in(directory)
+    oldest, *newer = sorted(before, key=int)
+    for name in ("journal.json", "journal.before.json"):
+        content = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps(content | {"checkpoints": {oldest: "good"}}))
+    with pytest.warns(RuntimeWarning, match=rf"does not name \({', '.join(newer)}\).*passed over"):
+        step, tree = resume(directory)
+    assert step == int(oldest)
+    assert_same_bits(tree, plain(step))
+    assert steps_in(directory) == before
+
+
 @pytest.mark.parametrize("make", ["link", "file"])
 def test_what_has_taken_the_place_of_a_checkpoint_is_left(directory, make):
     path, elsewhere = directory / "checkpoints" / "24", directory / "elsewhere"
