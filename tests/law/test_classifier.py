@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import AS_USUAL
+from support import AS_USUAL, slowly
 from trajectories import BOUNDS, DIVERGING, TRAJECTORIES, batch, change, noisy, scan
 
 import lbw_optax
@@ -303,7 +303,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["around", *slowly("before", "chain")])
 def test_it_learns_where_a_user_asks_for_it_and_no_update_is_another_one(place):
     """And its state is read in the forms that frameworks and files give it."""
 

@@ -294,6 +294,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_compilation(compiling):
     assert list(json.loads((out / "journal.json").read_text())["checkpoints"]) == ["0"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_run_of_the_base_says_one_thing(place, environment, tmp_path):
     out = tmp_path / "run"
     arguments = command("qwen_lora", place, out, "--steps", "12", "--base-steps", "4000", "--scan")

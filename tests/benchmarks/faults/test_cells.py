@@ -275,6 +275,7 @@ def short(monkeypatch):
     monkeypatch.setattr(cells, "TUNING_SEEDS", (1000,))
 
 
+@pytest.mark.slow
 def test_resumes_where_it_was_killed(short, tmp_path, capsys):
     out = tmp_path / "faults.jsonl"
     cells.main([*COMMAND, "--out", str(out)])
