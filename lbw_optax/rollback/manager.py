@@ -687,7 +687,6 @@ def _back(
     known = divergence.leave(left.law.divergence, left.law.statistics.loss_unit)
     quiet = divergence.after_rollback(guard.law.divergence, known)
     return guard._replace(
-        inner_state=None,
         mode=left.mode,
         law=guard.law._replace(
             control=held,
@@ -718,7 +717,7 @@ def _calm_down(guard: GuardState, kept: jax.Array) -> GuardState:
     quiet = divergence.after_rollback(asking)
     stays = kept[asking.rollback_asked]
     quiet = jax.tree.map(lambda new, old: jnp.where(stays, old, new), quiet, asking)
-    return guard._replace(inner_state=None, law=guard.law._replace(divergence=quiet))
+    return guard._replace(law=guard.law._replace(divergence=quiet))
 
 
 def _place(guard: GuardState, like: GuardState) -> GuardState:

@@ -345,13 +345,14 @@ def test_trouble_again_goes_further_back(tmp_path):
     assert steps == sorted(set(steps), reverse=True)
 
 
-def test_distance_is_bounded_always(tmp_path):
+@pytest.mark.parametrize("every", [9, *slowly(5)])
+def test_distance_is_bounded_always(tmp_path, every):
     """A fault at any step: never further than max_distance, and normally about half of it."""
     distances = []
-    for at in range(10, 50, 9):
+    for at in range(10, 50, every):
         _, rollback, _ = run(tmp_path / str(at), at + 5, {at: nan_parameter}, max_distance=12)
         distances += [r.from_step - r.to_step for r in rollback.history]
-    assert len(distances) == 5
+    assert len(distances) == len(range(10, 50, every))
     assert max(distances) <= 12
     assert np.median(distances) <= 8
 
