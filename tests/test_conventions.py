@@ -20,6 +20,7 @@ from support import (
     guarded,
     loss_of,
     run_of,
+    slowly,
     small_params,
     train,
     types,
@@ -59,9 +60,7 @@ over_table_compiled = pytest.mark.parametrize(
     ],
 )
 over_placements = pytest.mark.parametrize("placement", PLACEMENTS)
-over_placements_compiled = pytest.mark.parametrize(
-    "placement", ["wrapped", pytest.param("chained", marks=pytest.mark.slow)]
-)
+over_placements_compiled = pytest.mark.parametrize("placement", ["wrapped", *slowly("chained")])
 
 
 def run_for(inner: str, placement: str) -> Run:

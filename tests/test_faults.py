@@ -23,6 +23,7 @@ from support import (
     guarded,
     loss_of,
     run_of,
+    slowly,
     small_params,
     train,
 )
@@ -41,7 +42,7 @@ over_governed_in_both_types = pytest.mark.parametrize(
         ("adamw", "f32"),
         ("adamw", "bf16"),
         ("sgd_momentum", "f32"),
-        pytest.param("sgd_momentum", "bf16", marks=pytest.mark.slow),
+        *slowly(("sgd_momentum", "bf16")),
     ],
 )
 
@@ -424,8 +425,7 @@ def _accumulating(placement: str, inner: str):
     ("inner", "dtype"),
     [
         ("adamw", "f32"),
-        pytest.param("adamw", "bf16", marks=pytest.mark.slow),
-        pytest.param("sgd_momentum", "bf16", marks=pytest.mark.slow),
+        *slowly(("adamw", "bf16"), ("sgd_momentum", "bf16")),
     ],
 )
 @pytest.mark.parametrize("micro_step", [0, 1, 6, 7])
@@ -439,7 +439,7 @@ def test_guard_around_multi_steps_drops_the_bad_micro_batch(micro_step, inner, d
     assert_converges(run, params, state, steps=800, share=0.02 if dtype == "f32" else 0.1)
 
 
-@pytest.mark.parametrize("inner", ["adamw", pytest.param("sgd_momentum", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inner", ["adamw", *slowly("sgd_momentum")])
 @pytest.mark.parametrize("micro_step", [0, 1, 6, 7])
 def test_guard_inside_multi_steps_skips_the_accumulated_step(micro_step, inner):
     """Nothing changes at the step that the bad micro-batch belongs to.

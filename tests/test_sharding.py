@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import INNER, PLACEMENTS, assert_same_bits, guard_in, types
+from support import INNER, PLACEMENTS, assert_same_bits, guard_in, slowly, types
 
 import lbw_optax
 
@@ -18,9 +18,7 @@ FSDP = {"bias": P(), "kernel": P("data"), "stacked": P(None, "data", "model")}
 SHAPES = {"bias": (16,), "kernel": (64, 96), "stacked": (2, 32, 48)}
 EXPLICIT = ["adamw", "sgd_momentum", "lion", "adam"]
 over_placements = pytest.mark.parametrize("placement", PLACEMENTS)
-over_placements_compiled = pytest.mark.parametrize(
-    "placement", ["wrapped", pytest.param("chained", marks=pytest.mark.slow)]
-)
+over_placements_compiled = pytest.mark.parametrize("placement", ["wrapped", *slowly("chained")])
 
 
 def mesh_of(kind: AxisType):

@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import assert_same_bits, guard_in, types
+from support import assert_same_bits, guard_in, slowly, types
 
 import lbw_optax
 from lbw_optax import by_layer, lbw_guard
@@ -346,9 +346,7 @@ def of_layer(tree, number):
     return {p: x for p, x in named if f"layers/{number}/" in p}
 
 
-@pytest.mark.parametrize(
-    "optimizer", ["adamw", *(pytest.param(x, marks=pytest.mark.slow) for x in [*OPTIMIZERS][1:])]
-)
+@pytest.mark.parametrize("optimizer", ["adamw", *slowly(*[*OPTIMIZERS][1:])])
 def test_nan_in_one_layer_for_twenty_steps(optimizer):
     """It stays to the bit, moments and all, while every other layer trains; nothing is skipped."""
     history = histories(*stepping(optimizer), 40, bad=range(10, 30))
@@ -471,9 +469,7 @@ def test_multi_steps_around_the_guard():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize(
-    "kind", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", [AxisType.Explicit, *slowly(AxisType.Auto)])
 def test_slices_of_sharded_layers(kind):
     """One axis of the mesh over the layers, the other over their rows."""
     mesh = jax.make_mesh((2, 2), ("layer", "row"), axis_types=(kind, kind))

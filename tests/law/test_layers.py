@@ -14,6 +14,7 @@ from support import (
     assert_same_bits,
     gradients_of,
     guard_in,
+    slowly,
     small_params,
 )
 
@@ -124,7 +125,7 @@ def trajectory(placement, watched):
     return found
 
 
-@pytest.mark.parametrize("placement", ["wrapped", pytest.param("chained", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("placement", ["wrapped", *slowly("chained")])
 def test_decisions_are_the_same_to_the_bit_with_and_without(placement):
     for with_it, without in zip(
         trajectory(placement, True), trajectory(placement, False), strict=True

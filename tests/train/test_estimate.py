@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from support import slowly
 
 from train import estimate, loop, lora
 from train.model import PRESETS, Decoder, next_token_loss, split
@@ -48,10 +49,8 @@ def compiled(adapters, **kinds):
     return step.compile()
 
 
-@pytest.mark.parametrize(
-    "adapters", [pytest.param(False, marks=pytest.mark.slow), True], ids=["full", "lora"]
-)
-@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("adapters", [*slowly(False), True], ids=["full", "lora"])
+@pytest.mark.parametrize("remat", [False, *slowly(True)])
 def test_memory_and_arithmetic_are_near_those_of_the_compiled_step(adapters, remat):
     options = dataclasses.replace(OPTIONS, remat=remat)
     expected = found(options, adapters=adapters)
