@@ -22,6 +22,7 @@ class Appender:
     """Adds lines to a file, each call's as a whole or not at all; what finds no room waits.
 
     Of a disk that is full it warns once, and writes all that has waited when there is room again.
+    Of a file that somebody has deleted it warns once, too, and from there on nothing is written.
 
     Args:
       file: open for appending.
@@ -31,9 +32,12 @@ class Appender:
     def __init__(self, file: FileIO, what: str):
         self._file, self._what = file, what
         self._waiting, self._why = b"", ""
+        self._is_deleted = False
 
     def add(self, text: str) -> None:
         """Write this after what waits."""
+        if self._is_deleted or self._look_for_it():
+            return
         is_first = not self._waiting
         self._waiting += text.encode()
         try:
@@ -52,6 +56,19 @@ class Appender:
         lost, self._waiting = self._waiting.count(b"\n"), b""
         if lost:
             self._warn(f"its last lines are lost, {lost} of them")
+
+    def _look_for_it(self) -> bool:
+        """Whether the file has been deleted, which is said; a file that is moved is written on."""
+        self._is_deleted = os.fstat(self._file.fileno()).st_nlink == 0
+        if self._is_deleted:
+            warnings.warn(
+                f"The {self._what} {self._file.name} has been deleted, and what comes is not "
+                "written: training goes on; to have the rest, close this one and open another.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            self._waiting = b""
+        return self._is_deleted
 
     def _warn(self, so: str) -> None:
         where = f"The {self._what} {self._file.name} cannot be written ({self._why})"

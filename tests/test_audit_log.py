@@ -19,6 +19,7 @@ from support import no_room, small_params, storm
 
 import lbw_optax
 from lbw_optax import AuditLog, lbw_guard
+from lbw_optax.exporters import MetricsLog
 from lbw_optax.law import control
 from lbw_optax.law.events import SIZE
 
@@ -350,6 +351,23 @@ def test_a_full_disk(tmp_path):
         assert_nothing_is_half_written(tmp_path / "audit.jsonl", fill)
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("make", [AuditLog, MetricsLog])
+def test_a_log_that_is_deleted_says_so_once(tmp_path, make):
+    path = tmp_path / "run" / "log.jsonl"
+    path.parent.mkdir()
+
+    def write(log, step):
+        log(step, {"loss": 1.0}) if make is MetricsLog else log.note(step, action="seen")
+
+    with make(path) as log:
+        write(log, 1)
+        shutil.rmtree(path.parent)
+        with pytest.warns(RuntimeWarning, match=r"log\.jsonl has been deleted.*open another"):
+            write(log, 2)
+        write(log, 3)  # a warning would be an error
+    assert not path.exists()
 
 
 def test_a_torn_line_that_cannot_be_cut_off_costs_nothing(tmp_path):

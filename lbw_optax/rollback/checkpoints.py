@@ -27,8 +27,8 @@ except ImportError as error:
     ) from error
 
 
-# What Orbax calls a checkpoint that it has not finished.
-_UNFINISHED = re.compile(r"\d+\.orbax-checkpoint-tmp.*")
+# What Orbax calls a checkpoint of a step that it has not finished.
+_UNFINISHED = re.compile(r"(\d+)\.orbax-checkpoint-tmp.*")
 
 
 class Unreadable(Exception):
@@ -112,11 +112,16 @@ def delete(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def unfinished(directory: Path) -> dict[int, Path]:
+    """What killed saves have left, by step."""
+    found = ((_UNFINISHED.fullmatch(path.name), path) for path in directory.glob("*"))
+    return {int(name[1]): path for name, path in found if name}
+
+
 def clear_unfinished(directory: Path) -> None:
     """Remove what killed saves have left."""
-    for path in directory.glob("*"):
-        if _UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in unfinished(directory).values():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _can_hold(dtype: np.dtype) -> bool:

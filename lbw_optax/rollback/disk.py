@@ -163,7 +163,9 @@ class Disk:
                 break  # the run's own are of another model: those of nobody do not count
             is_candidate = self.journal.checkpoints.get(step) == CANDIDATE
             if is_candidate and not self._folder.checkpoint(step).exists():
-                continue  # a kill came before it was complete
+                if step not in self._folder.unfinished():  # or a kill came before it was complete
+                    damaged.append(f"step {step}: its folder is gone")
+                continue
             try:
                 tree = self.load(step, like)
             except OtherModel as error:

@@ -90,6 +90,10 @@ class Folder:
         wait_for_all("listed")
         return sorted(int(x) for x in names if x.isascii() and x.isdecimal() and str(int(x)) == x)
 
+    def unfinished(self) -> set[int]:
+        """Steps of checkpoints that a kill has left unfinished."""
+        return {*checkpoints.unfinished(self.path / "checkpoints")}
+
     def make_room(self, step: int) -> None:
         """What lies where this checkpoint is to be, and is none of ours, gets another name."""
 

@@ -309,6 +309,16 @@ def test_loss_must_be_a_scalar(value):
 
 
 @pytest.mark.parametrize(
+    ("value", "loss"), [(1e39, float(np.finfo(np.float32).max)), (np.inf, None), (np.nan, None)]
+)
+def test_a_finite_loss_beyond_float32_is_the_largest(value, loss):
+    with jax.enable_x64(True):
+        seen, has_loss, nonfinite = telemetry._loss(jnp.float64(value))
+    assert (has_loss, nonfinite) == ((True, 0) if loss else (False, 1))
+    assert seen == loss if loss else not np.isfinite(seen)
+
+
+@pytest.mark.parametrize(
     ("given", "hint"),
     [
         ({}, "given no loss:"),

@@ -281,19 +281,23 @@ def test_many_flipped_bits(directory):
     assert assert_flips_are_harmless(directory, 1500, seed=1) >= 750
 
 
-def test_a_checkpoint_that_is_gone(directory):
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_checkpoint_that_is_gone(directory, killed):
     for step in (40, 32):  # a candidate, whose save a kill may have cut short, and a good one
         shutil.rmtree(directory / "checkpoints" / str(step))
+    if killed:
+        (directory / "checkpoints" / "40.orbax-checkpoint-tmp-7").mkdir()
     step, tree, said = resume_and_listen(directory)
     assert step == 24
     assert "Resumed from step 24 " in said
     assert "step 32: " in said
+    assert ("step 40: its folder is gone" in said) is not killed
     assert_same_bits(tree, plain(24))
 
 
 def test_nothing_can_be_read(directory):
     shutil.rmtree(directory / "checkpoints")
-    with pytest.raises(ValueError, match=r"No checkpoint in .* can be read \(step 32: .*anew"):
+    with pytest.raises(ValueError, match=r"No checkpoint in .* can be read \(step 40: .*anew"):
         resume(directory)
 
 
