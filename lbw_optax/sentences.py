@@ -177,7 +177,7 @@ def cause(action: str, signal: str) -> str:
     return CAUSES.get(signal, signal)
 
 
-_CALM_ACTIONS = ("recover", "hold", "cut", "restored", "thaw")
+_CALM_ACTIONS = ("recover", "cut", "restored", "thaw")
 
 
 def logged(line: dict[str, Any], *, acts: bool = True) -> tuple[int, str]:
@@ -206,7 +206,6 @@ def _say(line: dict[str, Any], acts: bool) -> str:
     return {
         "skip": f"skipped{rows}, because {why}",
         "clip": f"gradient scaled back{rows}, because {why}",
-        "hold": f"no growth of the updates for a while, at {share} %: {why}",
         "cut": f"updates cut to {share} %: {why}",
         "recover": f"updates grow again, at {share} %",
         "held": f"holding updates at {share} %: {too_high(line['rate_multiple'], acts=acts)}",

@@ -219,12 +219,12 @@ class LawReference:
         self._remember(seen)
         rejected = self._reject(seen)
         spike = self._loss_spikes(seen)
-        jumped, limited = self._arrives(seen, spike)
+        jumped, startled, limited = self._arrives(seen, spike)
         thresholds = {"gradient_norm": self.gradient_threshold(), "loss": self.loss_threshold()}
         self._absorb(seen, bool(rejected) or limited)
         overshoot = self.overshoot.in_stds
         ceiling = control.CEILING * math.sqrt(self.age + 1) * self._room()
-        trouble = bool(rejected) or spike
+        trouble = bool(rejected) or startled
         self.calm_steps = 0 if trouble else self.calm_steps + 1
         too_long = seen.relative_step is not None and seen.relative_step > ceiling
         signal = "relative_step" if too_long else "overshoot"
@@ -399,8 +399,11 @@ class LawReference:
         in_row = self.in_a_jump and self.row < statistics.LONGEST_ROW and not again
         return min(self.loss_bound, now) if in_row else now
 
-    def _arrives(self, seen: Signals, spike: bool) -> tuple[bool, bool]:
-        """Whether a sound gradient jumps, and whether anything is taken from it."""
+    def _arrives(self, seen: Signals, spike: bool) -> tuple[bool, bool, bool]:
+        """Whether a sound gradient jumps, whether the loss does and had not done so before.
+
+        And whether anything is taken from the gradient.
+        """
         bad = seen.nonfinite_gradients or seen.nonfinite_loss or seen.gradient_norm is None
         norm = _log(seen.gradient_norm) if seen.gradient_norm else -math.inf
         jumped = bool(not bad and self.gradient.entered and norm > self.gradient_threshold())
@@ -409,7 +412,8 @@ class LawReference:
             usual = self.gradient.mean
             grown = 0.0 if self.in_a_jump else math.log(statistics.AGAIN)
             given = min(max(usual, self.longest_given + grown) if again else usual, given)
-        if spike and not bad and not again:
+        startled = spike and not bad and not again
+        if startled:
             given = min(given, norm - math.log(statistics.SPIKE_FACTOR))
         if seen.gradient_norm:
             self.longest_given = max(self.longest_given, given)
@@ -420,7 +424,7 @@ class LawReference:
                 self.row = 0
             self.row += 1
             self.in_a_jump = either
-        return jumped, given < norm
+        return jumped, startled, given < norm
 
     def _reject(self, seen: Signals) -> str | None:
         if seen.nonfinite_gradients or seen.gradient_norm is None:
@@ -574,7 +578,7 @@ class LawReference:
             self.turning_point = min(self.turning_point, self.log_scale)
         else:
             self.turning_point = max(self.turning_point, self.log_scale)
-        reported = {"unstable": "hold", "stressed": "cut", "recovering": "recover"}
+        reported = {"stressed": "cut", "recovering": "recover"}
         return reported.get(self.regime, "none") if changed else "none"
 
     def _held(self, action: str) -> str:
@@ -605,7 +609,7 @@ class LawReference:
         return action, None
 
     def _account(self, skip: bool, action: str) -> None:
-        spends = skip or action in ("cut", "hold")
+        spends = skip or action == "cut"
         self.outstanding += 1 if spends else -control.EARNED
         self.skips_in_a_row = self.skips_in_a_row + 1 if skip else 0
         self.skips += skip

@@ -78,7 +78,6 @@ def figure(panels: Mapping[str, Sequence[Curve]], path: str | os.PathLike[str]) 
 SMOOTHED = 10
 MARKS = {
     "skip": ("X", "skipped step"),
-    "hold": ("s", "hold"),
     "cut": ("v", "cut"),
     "rollback": ("<", "rollback"),
 }

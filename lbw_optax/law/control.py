@@ -28,7 +28,7 @@ class Regime(enum.IntEnum):
 
     NOMINAL = 0  # the scale is near 1
     STRESSED = 1  # it was cut by a fifth or more
-    UNSTABLE = 2  # a skip or a loss spike in the last steps: no growth
+    UNSTABLE = 2  # a skip or the first loss spikes in the last steps: no growth
     RECOVERING = 3  # it grows again
 
 
@@ -50,7 +50,7 @@ class Action(enum.IntEnum):
 
     NONE = 0
     SKIP = 1  # the step changes nothing
-    HOLD = 2  # no growth of the scale
+    # 2 was a law's before this one
     CUT = 3  # the scale fell by a fifth
     RECOVER = 4  # it grows again
     ROLLBACK = 5  # the host's
@@ -173,6 +173,7 @@ class Arrival(NamedTuple):
     rejected: jax.Array  # int32, a `Signal`: why it must be skipped, or NONE
     jumps: jax.Array  # bool, its gradient is far longer than the run has shown
     spikes: jax.Array  # bool, its loss is far higher than the run has shown
+    startles: jax.Array  # bool, and such losses have not come again: not the data's own
     log_factor: jax.Array  # float32, by which the gradient is scaled back, at most 0
 
     @property
@@ -275,8 +276,9 @@ def arrive(seen: Telemetry, before: Statistics) -> Arrival:
     longest = jnp.where(again, before.jumps.log_longest + grown, gradient.mean)
     allowed = jnp.maximum(gradient.mean, longest)
     log_factor = jnp.where(jumps, jnp.minimum(allowed - log_norm, 0.0), 0.0)
-    tenth = jnp.where(spikes & ~again, -math.log(stats.SPIKE_FACTOR), 0.0)
-    return Arrival(rejected, jumps, spikes, jnp.minimum(log_factor, tenth))
+    startles = spikes & ~again
+    tenth = jnp.where(startles, -math.log(stats.SPIKE_FACTOR), 0.0)
+    return Arrival(rejected, jumps, spikes, startles, jnp.minimum(log_factor, tenth))
 
 
 def heed(arrival: Arrival, alarm: jax.Array) -> Arrival:
@@ -287,7 +289,9 @@ def heed(arrival: Arrival, alarm: jax.Array) -> Arrival:
     sound = alarm & (arrival.rejected == Signal.NONE)
     tenth = jnp.where(sound, -math.log(stats.SPIKE_FACTOR), 0.0)
     return arrival._replace(
-        spikes=arrival.spikes | sound, log_factor=jnp.minimum(arrival.log_factor, tenth)
+        spikes=arrival.spikes | sound,
+        startles=arrival.startles | sound,
+        log_factor=jnp.minimum(arrival.log_factor, tenth),
     )
 
 
@@ -347,7 +351,7 @@ def judge(
     return Evidence(
         rejected=rejected,
         limited=arrival.limited,
-        spike=arrival.spikes,
+        spike=arrival.startles,
         alarm=alarm,
         log_step=log_step,
         log_ceiling=log_ceiling,
@@ -411,7 +415,7 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
     action, rest = _report_rest(control, log_scale, calm, action)
     left_out = jnp.where(skip | evidence.limited, evidence.signal, Signal.NONE)
     action, rejections = _report_rejections(control.rejections, left_out, action)
-    intervened = (action == Action.SKIP) | (action == Action.CUT) | (action == Action.HOLD)
+    intervened = (action == Action.SKIP) | (action == Action.CUT)
     outstanding = control.outstanding + jnp.where(intervened, 1.0, -EARNED)
     in_a_row = jnp.where(skip, optax.safe_increment(control.skips_in_a_row), 0)
     spent = (in_a_row >= bounds.max_skips) | (outstanding > bounds.max_interventions)
@@ -583,7 +587,6 @@ def _action(was: jax.Array, regime: jax.Array, skip: jax.Array, limited: jax.Arr
     return first_of(
         (skip, Action.SKIP),
         (limited, Action.CLIP),
-        (entered & (regime == Regime.UNSTABLE), Action.HOLD),
         (entered & (regime == Regime.STRESSED), Action.CUT),
         (entered & (regime == Regime.RECOVERING), Action.RECOVER),
         otherwise=Action.NONE,

@@ -165,8 +165,7 @@ def tell(
     What a user's own signal or constraint did is told under its name, where the law itself had no
     other reason; and so is a policy that begins to shorten steps, where nothing else is told.
     """
-    own = (decision.action == Action.CLIP) | (decision.action == Action.HOLD)
-    own = own & noticed.acts & (decision.signal == Signal.LOSS)
+    own = (decision.action == Action.CLIP) & noticed.acts & (decision.signal == Signal.LOSS)
     assert isinstance(before, Watched)
     begins = (after.share < 1) & (before.share == 1) & (decision.action == Action.NONE)
     named = decision._replace(

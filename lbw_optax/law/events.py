@@ -50,7 +50,7 @@ class Event(NamedTuple):
       signal: the signal that decided, a user's own by its name; of a rollback, the reason.
       value: of that signal; of a rollback None.
       threshold: for that signal; of a rollback None.
-      action: "skip", "clip" (of a gradient), "cut", "hold" (no growth of the scale), "recover",
+      action: "skip", "clip" (of a gradient), "cut", "recover",
         "held" (the scale has come to rest well below 1: the learning rate looks 1 / scale_after
         times too high, if the guard governs; one that observes cannot tell), "rejecting" (the share
         of rejected steps is high in the long run: value), "alarm" (a divergence within ten steps

@@ -469,7 +469,7 @@ def _loss(value: Loss) -> tuple[jax.Array, jax.Array, jax.Array]:
     finite = jnp.isfinite(given)
     if given.dtype == jnp.float64:  # may be beyond float32, and finite all the same
         given = jnp.where(finite, jnp.clip(given, -most, most), given)
-    return given.astype(jnp.float32), finite, (~finite).astype(jnp.int32)
+    return jnp.asarray(given, jnp.float32), finite, (~finite).astype(jnp.int32)
 
 
 def _histogram(drawn: list[tuple[jax.Array, float]]) -> jax.Array:

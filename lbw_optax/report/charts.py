@@ -426,7 +426,6 @@ LANES = {
     "skip": ("skipped", "M{0:.1f} {1}m-4-4l8 8m0-8l-8 8"),
     "clip": ("gradient scaled back", "M{0:.1f} {1}m-4 0h8m-4-4v8"),
     "cut": ("updates cut", "M{0:.1f} {1}m-5-4h10l-5 9z"),
-    "hold": ("growth held back", "M{0:.1f} {1}m-4-4h8v8h-8z"),
     "held": ("scale rests, low", "M{0:.1f} {1}m0-5l5 5l-5 5l-5-5z"),
     "rejecting": ("many rejected", "M{0:.1f} {1}m-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0m2 0h6"),
     "alarm": ("divergence looks likely", "M{0:.1f} {1}m0-5l5 9h-10z"),

@@ -24,7 +24,6 @@ _MARKERS = {
     "skip": "x",
     "clip": "+",
     "cut": "v",
-    "hold": "s",
     "held": "D",
     "rejecting": "o",
     "alarm": "*",

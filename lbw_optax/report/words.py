@@ -46,7 +46,6 @@ _DONE = {
     "skip": "skipped {steps}",
     "clip": "scaled a gradient back {times}",
     "cut": "cut the updates {times}",
-    "hold": "held their growth back {times}",
 }
 # What told of a jump that the loss has not come back from, and the loss before it and at the end.
 _Risen = tuple[dict[str, Any], float, float]
@@ -67,7 +66,7 @@ def paragraph(run: Run) -> str:
         # What the reader must know stands first; what came before it and was got over, later.
         sentences += [what_to_do, _done(run.audit)]
     elif troubles:
-        calm = {line["action"] for line in troubles} <= {"cut", "hold"}
+        calm = {line["action"] for line in troubles} <= {"cut"}
         what = "intervention" if calm else "trouble"
         if froze and froze[0].start < troubles[0]["step"]:
             what = f"other {what}"
@@ -512,7 +511,7 @@ def _advice(
         rate = f"What to do: lower the learning rate{', ' if how[:2] == 'or' else ' '}{how}."
     weight = Counter[str]()
     for line in troubles:
-        if line["action"] in ("skip", "clip") or (line["action"] == "hold" and not rate):
+        if line["action"] in ("skip", "clip"):
             weight[str(line.get("signal", ""))] += multiplicity(line)
     if not weight:
         return rate or _of_layer(run) or ("There is nothing to do." if run.guarded else "")

@@ -148,7 +148,7 @@ def quiet_evidence() -> Evidence:
     """Nothing seen: as the law makes it of telemetry before the first step."""
     seen, nothing = telemetry.init(), statistics.init()
     no = jnp.array(False)
-    arrival = control.Arrival(jnp.int32(0), no, no, jnp.float32(0))
+    arrival = control.Arrival(jnp.int32(0), no, no, no, jnp.float32(0))
     start = control.init(BOUNDS)
     return control.judge(start, seen, nothing, nothing, arrival, control.RULES)
 
@@ -316,13 +316,14 @@ def test_cool_down(trouble):
     length, at = 60, 5
     happened = np.zeros(length, np.int32)
     happened[at] = 1
-    state, decision = decide_all(alarm=[CALM] * length, **{trouble: happened})
+    limited = happened if trouble == "spike" else 0 * happened
+    state, decision = decide_all(alarm=[CALM] * length, limited=limited, **{trouble: happened})
     calm_again = at + control.COOL_DOWN
     assert set(regimes(state)[at:calm_again]) == {"unstable"}
     assert regimes(state)[calm_again] == "recovering"
     assert (decision.scale[at:calm_again] == decision.scale[at - 1]).all()
     assert decision.scale[calm_again] > decision.scale[at]
-    first = "skip" if trouble == "rejected" else "hold"
+    first = "skip" if trouble == "rejected" else "clip"
     assert names_of(Action, decision.action[at:]) == [
         first, *["none"] * (control.COOL_DOWN - 1), "recover", *["none"] * (length - calm_again - 1)
     ]  # fmt: skip
@@ -437,7 +438,7 @@ def test_the_gradient_of_a_loss_that_jumps_is_scaled_to_a_tenth():
     steps = change(noisy(), [*range(100, 103), *range(200, 203)], loss=60.0)
     _, decision = run_law(batch(steps))
     told = [names_of(Action, decision.action[i : i + 3]) for i in (100, 200)]
-    assert told == [["clip"] * 3, ["hold", "none", "none"]]
+    assert told == [["clip"] * 3, ["none"] * 3]
     seen, remembered = batch(steps), statistics.init()
     remembered = remembered._replace(
         loss=statistics.Running(jnp.float32(1), jnp.float32(0), jnp.float32(1)),
@@ -445,6 +446,18 @@ def test_the_gradient_of_a_loss_that_jumps_is_scaled_to_a_tenth():
     )
     arrival = control.arrive(jax.tree.map(lambda x: jnp.asarray(x[100]), seen), remembered)
     np.testing.assert_allclose(np.exp(arrival.log_factor), 0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("every", [2, 6, 8, 10])
+def test_a_second_source_in_turn_does_not_hold_the_scale(every):
+    """Its losses are far above the others': spikes, the first of which alone is unexpected."""
+    alone, _ = run_law(batch(change(noisy(), range(400), overshoot=-0.3)))
+    steps = change(noisy(), range(400), overshoot=-0.3)
+    state, decision = run_law(batch(change(steps, range(20, 400, every), loss=60.0)))
+    assert alone.log_scale[-1] == state.log_scale[-1] == 0
+    grown = [np.argmax(x.log_scale > -0.1) for x in (alone, state)]
+    assert grown[1] - grown[0] <= 3 * control.COOL_DOWN
+    assert names_of(Action, decision.action).count("clip") == 1
 
 
 def test_first_step_is_judged_by_nothing():
