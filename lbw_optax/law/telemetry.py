@@ -465,11 +465,12 @@ def _loss(value: Loss) -> tuple[jax.Array, jax.Array, jax.Array]:
             f"value must be the scalar loss of this step, got shape {jnp.shape(value)}: "
             "reduce it, for example with jnp.mean, before calling update."
         )
-    given, most = jnp.asarray(value), jnp.finfo(jnp.float32).max
-    finite = jnp.isfinite(given)
-    if given.dtype == jnp.float64:  # may be beyond float32, and finite all the same
-        given = jnp.where(finite, jnp.clip(given, -most, most), given)
-    return jnp.asarray(given, jnp.float32), finite, (~finite).astype(jnp.int32)
+    loss = jnp.asarray(value, jnp.float32)
+    finite = jnp.isfinite(loss)
+    if jnp.result_type(value) == jnp.float64:  # beyond float32, it may be finite all the same
+        most, finite = jnp.finfo(jnp.float32).max, jnp.isfinite(jnp.asarray(value, jnp.float64))
+        loss = jnp.where(finite, jnp.clip(loss, -most, most), loss)
+    return loss, finite, (~finite).astype(jnp.int32)
 
 
 def _histogram(drawn: list[tuple[jax.Array, float]]) -> jax.Array:
