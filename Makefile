@@ -15,7 +15,7 @@ LOWEST = $(shell $(PYTHON) -c "import tomllib; project = tomllib.load(open('pypr
 CORE := tests/law tests/test_guard.py tests/test_activations.py tests/test_audit.py tests/test_audit_log.py tests/test_callback.py tests/test_orders.py tests/test_state.py tests/test_frozen.py tests/test_testing.py tests/exporters \
   lbw_optax --ignore=lbw_optax/rollback
 # And of the rollback, likewise.
-ROLLBACK := tests/rollback/test_manager.py tests/rollback/test_verdict.py
+ROLLBACK := tests/rollback/test_tiers.py tests/rollback/test_verdict.py
 
 .PHONY: install test test-slow test-oldest lint docs demo clean
 

@@ -299,9 +299,11 @@ def test_four_processes_agree(tmp_path, mode):
     check_agreement(tmp_path, 4, mode)
 
 
-def check_a_kill(directory: Path, count: int) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_killing_one_ends_the_job_and_it_can_be_resumed(tmp_path, count):
     """The others end with an error that says so; checkpoint and history can be resumed."""
-    processes = launch(count, directory, "fsdp", 10**6, corrupt=16)
+    processes = launch(count, tmp_path, "fsdp", 10**6, corrupt=16)
     try:
         for process in processes:
             while process.stdout.readline() != "24\n":
@@ -315,17 +317,8 @@ def check_a_kill(directory: Path, count: int) -> None:
         for process in processes:
             process.kill()
             process.communicate()
-    said = finish(launch(count, directory, "fsdp", 40))
+    said = finish(launch(count, tmp_path, "fsdp", 40))
     assert int(said[0][0].removeprefix("from ")) >= 8
     ended = agree(said)
     assert [rollback["reason"] for rollback in ended["history"]] == ["parameters"]
     assert np.isfinite(ended["w"]).all()
-
-
-def test_killing_one_of_two_ends_the_job_and_it_can_be_resumed(tmp_path):
-    check_a_kill(tmp_path, 2)
-
-
-@pytest.mark.slow
-def test_killing_one_of_four_ends_the_job_and_it_can_be_resumed(tmp_path):
-    check_a_kill(tmp_path, 4)

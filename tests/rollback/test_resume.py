@@ -152,7 +152,7 @@ def test_the_audit_log_goes_on(tmp_path):
 
 def test_the_budget_counts_calls_over_restarts(tmp_path):
     """One rollback in a session of 1100 calls, and one in the next: never two in a thousand."""
-    options = {"max_rollbacks": 1, "save_every": 40, "max_distance": 100}
+    options = {"max_rollbacks": 1, "save_every": 200, "max_distance": 400, "snapshot_every": None}
     for session, calls in enumerate((1100, 40)):
         with Patient(tmp_path, **(QUICK | options)) as rollback:
             step, tree = rollback.resume(start())

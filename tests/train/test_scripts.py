@@ -283,6 +283,7 @@ def test_ctrl_c_is_answered_while_the_step_is_compiled(compiling):
     assert "1" in json.loads((out / "journal.json").read_text())["checkpoints"]
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait_for_the_compilation(compiling):
     process, out = compiling
     process.send_signal(signal.SIGINT)
