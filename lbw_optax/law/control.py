@@ -503,7 +503,7 @@ def _limit(
     floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
     limit = jnp.maximum(jnp.minimum(allowed, _by_host(control, bounds)), floor)
     limit = jnp.where(control.pinned, moved, limit)
-    # Steps are long, and short again, in the wake of a long gradient, which no rate is to blame for.
+    # In the wake of a long gradient steps are long, and short again, whatever the rate.
     since_outlier = jnp.where(
         evidence.outlier, 0, jnp.minimum(control.since_outlier + 1, COOL_DOWN)
     )
