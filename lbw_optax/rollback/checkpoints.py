@@ -98,12 +98,14 @@ def load(path: Path, step: int, like: PyTree) -> PyTree:
         leaves = wanted | packing.unpack(read["leaves"], names, wanted)
     except Exception as error:
         raise Unreadable(f"{type(error).__name__} while reading") from error
-    if not np.array_equal(np.asarray(snapshots.checksums(leaves)), read["sums"]):
+    # As the state is placed: what is bound to no device may be beside what is spread over many.
+    tree = snapshots.place(leaves, like)
+    if not np.array_equal(snapshots.checksums(snapshots.flatten(tree)), read["sums"]):
         raise Unreadable("its checksums do not match")
     (is_of,) = read.get("step", [step])
     if is_of != step:
         raise Unreadable(f"it is a copy of step {is_of}")
-    return snapshots.place(leaves, like)
+    return tree
 
 
 def is_one(path: Path) -> bool:

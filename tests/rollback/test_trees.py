@@ -92,6 +92,12 @@ def sharded(kind: AxisType = AxisType.Auto) -> Any:
     return jax.tree.map(place, w), jax.tree.map(place, TX.init(w))
 
 
+def partly_sharded() -> Any:
+    """As `init` outside of jit makes it: the guard is bound to no device."""
+    w, _ = sharded()
+    return w, TX.init(jax.tree.map(np.asarray, w))
+
+
 TREES = {
     "raw_params": lambda: (params(), TX.init(params())),
     "keys": lambda: (params(), TX.init(params()), jax.random.split(jax.random.key(7), 3)),
@@ -103,6 +109,7 @@ TREES = {
     "lora_only": lora_only,
     "train_state": train_state,
     "sharded": sharded,
+    "partly_sharded": partly_sharded,
     "explicitly_sharded": lambda: sharded(AxisType.Explicit),
 }
 
