@@ -543,10 +543,10 @@ class LawReference:
             alone = grown if self.since_jump >= control.APART else faded
             self.longest = alone if self.jumping else max(faded, slowly)
         self.since_jump = 0 if self.jumping else self.since_jump + 1
-        is_other = (self.jumping or self.falling) and self.since_outlier >= control.COOL_DOWN
-        self.others_in_a_row = self.others_in_a_row + 1 if is_other else 0
+        self.others_in_a_row = self.others_in_a_row + 1 if self.jumping or self.falling else 0
         self.age = t
-        if self.others_in_a_row >= control.OTHER_STEPS:
+        more = control.COOL_DOWN if self.since_outlier < control.COOL_DOWN else 0
+        if self.others_in_a_row >= control.OTHER_STEPS + more:
             self.age, self.longest, self.shortest, self.others_in_a_row = 0, None, None, 0
 
     def _least(self, before: float) -> float:

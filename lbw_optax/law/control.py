@@ -486,8 +486,7 @@ def _limit(
     By the ceiling, by the longest step of late, and for a while after a rollback by what the host
     set. A rate that has jumped for good is found by several steps in a row that are cut for it, one
     that has fallen by several that are far shorter: the run is another one from there, and the law
-    begins anew. None of them counts within ten steps of a gradient or a loss that jumped. Where the
-    scale is full, a fall leaves nothing to mend.
+    begins anew. Where the scale is full, a fall leaves nothing to mend.
     """
     skip, age = evidence.rejected > 0, (control.age + 1).astype(jnp.float32)
     measured = evidence.has_step & ~skip
@@ -503,19 +502,15 @@ def _limit(
     floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
     limit = jnp.maximum(jnp.minimum(allowed, _by_host(control, bounds)), floor)
     limit = jnp.where(control.pinned, moved, limit)
-    # In the wake of a long gradient steps are long, and short again, whatever the rate.
-    since_outlier = jnp.where(
-        evidence.outlier, 0, jnp.minimum(control.since_outlier + 1, COOL_DOWN)
-    )
-    is_other = (jumps | falls) & (since_outlier == COOL_DOWN)
-    others = jnp.where(is_other, control.others_in_a_row + 1, 0)
+    others = jnp.where(jumps | falls, control.others_in_a_row + 1, 0)
+    since_outlier = jnp.minimum(control.since_outlier + 1, COOL_DOWN)
     control = control._replace(
         age=jnp.where(skip, control.age, optax.safe_increment(control.age)),
         log_longest=_longest(control, limit + at_full, measured, jumps),
         log_shortest=_shortest(control, at_full, measured, falls),
         others_in_a_row=jnp.where(measured, others, control.others_in_a_row),
         since_jump=jnp.where(jumps, 0, jnp.minimum(control.since_jump + measured, APART)),
-        since_outlier=since_outlier,
+        since_outlier=jnp.where(evidence.outlier, 0, since_outlier),
     )
     return limit, _begin_anew(control)
 
@@ -556,8 +551,13 @@ def _shortest(
 
 
 def _begin_anew(control: Control) -> Control:
-    """The state as in the law's first step, if the last steps were those of another run."""
-    anew = control.others_in_a_row >= OTHER_STEPS
+    """The state as in the law's first step, if the last steps were those of another run.
+
+    In the wake of a long gradient steps are long, and short again, whatever the rate: there it
+    takes ten more of them.
+    """
+    in_wake = control.since_outlier < COOL_DOWN
+    anew = control.others_in_a_row >= OTHER_STEPS + jnp.where(in_wake, COOL_DOWN, 0)
     return control._replace(
         age=jnp.where(anew, 0, control.age),
         log_longest=jnp.where(anew, stats.UNKNOWN, control.log_longest),

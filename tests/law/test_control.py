@@ -217,12 +217,12 @@ def test_no_step_is_above_the_ceiling():
 
 @pytest.mark.parametrize(
     ("long", "in_wake", "anew"),
-    [(1, False, False), (2, False, False), (3, False, True), (5, True, False)],
+    [(1, False, False), (2, False, False), (3, False, True), (10, True, False), (11, True, True)],
 )
 def test_steps_that_jump_are_limited_and_after_three_the_law_begins_anew(long, in_wake, anew):
     """To twice the longest of late, as after a jump of the rate; one alone changes nothing.
 
-    Nor do those in the wake of a gradient that jumped, which no rate is to blame for.
+    In the wake of a gradient that jumped, ten steps, it takes ten more of them.
     """
     usual = [Signals(relative_step=0.002, overshoot=-0.1)] * 40
     jump = [Signals(relative_step=0.2, overshoot=-0.1) for _ in range(long)]
