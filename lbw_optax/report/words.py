@@ -368,9 +368,9 @@ def _risen(run: Run, troubles: list[dict[str, Any]]) -> _Risen | None:
     line = _began(jumps)
     good = np.isfinite(loss) & kept(step)
     before, after = loss[good & (step <= line["step"])], loss[good & (step > line["step"])]
-    if len(before) < 10 or len(after) < 2 * NEAR:
+    if len(before) < 10 or len(after) < 20:
         return None
-    was, ends = float(np.median(before[-10:])), after[-NEAR:]
+    was, ends = float(np.median(before[-10:])), after[len(after) // 2 :][-NEAR:]
     stays = ends.min() > was and np.median(ends) - was > 0.25 * (before[0] - was)
     return (line, was, float(np.median(ends[-10:]))) if stays else None
 
