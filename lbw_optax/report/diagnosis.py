@@ -304,13 +304,17 @@ def _has_risen(loss: np.ndarray) -> bool:
 
 
 def _has_come_back(asked: Finding, step: np.ndarray, loss: np.ndarray) -> bool:
-    """Whether the loss ends near the lowest level that it had before the guard would have asked."""
-    before = levels(loss[step < asked.step])
-    after = loss[(step >= asked.step) & np.isfinite(loss)]
+    """Whether the loss ends near the lowest level that it had before the guard would have asked.
+
+    A tenth of how far it has been above that is near, if no more than it had been at before.
+    """
+    finite = np.isfinite(loss)
+    before, after = loss[(step < asked.step) & finite], loss[(step >= asked.step) & finite]
     if not (len(before) and len(after)):
         return False
-    lowest, end = before.min(), np.median(after[-LEVEL:])
-    return bool(end - lowest <= LEFT_OF_RISE * max(after.max() - lowest, 0.0))
+    lowest, end = levels(before).min(), np.median(after[-LEVEL:])
+    is_near = end - lowest <= LEFT_OF_RISE * max(after.max() - lowest, 0.0)
+    return bool(is_near and end <= before.max())
 
 
 def _sentence(
