@@ -52,7 +52,7 @@ LOST = ("diverged", "loss", 200)
         ({"loss": (slice(200, 230), plus(4))}, "recovered", "loss", 200),
         ({"loss": (slice(200, None), plus(4))}, "diverged", "loss", 200),
         # A hundredth of the highest, and far above all that came before.
-        ({"loss": (slice(200, None), lambda x: 4 + 400 * (np.arange(len(x)) < 30))}, *LOST),
+        ({"loss": (slice(200, None), lambda x: 40 + 4000 * (np.arange(len(x)) < 30))}, *LOST),
         ({"loss": (slice(200, None), LOSE)}, "diverged", "nonfinite_loss", 200),
         ({"loss": (slice(200, None), plus(0, 4))}, "diverged", "rollback", None),
         ({"loss": (slice(100, None), plus(0, 1))}, "risen", None, None),
