@@ -24,6 +24,8 @@ from lbw_optax.sentences import ASKS, CAUSES
 PIECE = 4096
 # Differences between neighbouring levels of the loss that a slow rise must exceed.
 MANY = 10
+# A last loss of so many times the level at the end is told of.
+FAR = 10
 
 
 class Finding(NamedTuple):
@@ -308,13 +310,13 @@ def _has_come_back(asked: Finding, step: np.ndarray, loss: np.ndarray) -> bool:
 
     A tenth of how far it has been above that is near, if no more than it had been at before.
     """
-    finite = np.isfinite(loss)
-    before, after = loss[(step < asked.step) & finite], loss[(step >= asked.step) & finite]
+    before = levels(loss[step < asked.step])
+    after = loss[(step >= asked.step) & np.isfinite(loss)]
     if not (len(before) and len(after)):
         return False
-    lowest, end = levels(before).min(), np.median(after[-LEVEL:])
+    lowest, end = before.min(), np.median(after[-LEVEL:])
     is_near = end - lowest <= LEFT_OF_RISE * max(after.max() - lowest, 0.0)
-    return bool(is_near and end <= before.max())
+    return bool(is_near and (end <= before.max() or len(before) == 1))
 
 
 def _sentence(
@@ -419,5 +421,8 @@ def _end(loss: np.ndarray) -> str:
     given = loss[~np.isnan(loss)]
     if not np.isfinite(given[-LEVEL:]).any():
         return f"The loss ends not finite; its lowest level was {number(found.min())}."
-    end = np.median(given[np.isfinite(given)][-LEVEL:])
-    return f"The loss ends at {number(end)}; its lowest level was {number(min(found.min(), end))}."
+    finite = given[np.isfinite(given)]
+    end, last = np.median(finite[-LEVEL:]), finite[-1]
+    more = f", the last one is {number(last)}" if last > FAR * abs(end) else ""
+    lowest = number(min(found.min(), end))
+    return f"The loss ends at {number(end)}{more}; its lowest level was {lowest}."

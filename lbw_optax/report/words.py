@@ -12,7 +12,7 @@ import numpy as np
 
 from lbw_optax.law.control import LOW
 from lbw_optax.law.divergence import SKIP_STEPS, Reason
-from lbw_optax.report.levels import LEFT_OF_RISE, last_low, levels, lowest_at
+from lbw_optax.report.levels import LEFT_OF_RISE, last_low, levels, lowest_at, rises_from
 from lbw_optax.report.reading import Freeze, Run, freezes, kept, steps, watches
 from lbw_optax.sentences import ASKS, OWN_CAUSES, cause, too_high
 from lbw_optax.state import Mode
@@ -64,14 +64,14 @@ def paragraph(run: Run) -> str:
     is_urgent = asks is not None or (last is not None and last is not troubles[0])
     if is_urgent:
         # What the reader must know stands first; what came before it and was got over, later.
-        sentences += [what_to_do, _done(run.audit)]
+        sentences += [what_to_do, _done(run)]
     elif troubles:
         calm = {line["action"] for line in troubles} <= {"cut"}
         what = "intervention" if calm else "trouble"
         if froze and froze[0].start < troubles[0]["step"]:
             what = f"other {what}"
             sentences.append(_frozen(froze))
-        sentences += [_first(troubles[0], what), _done(run.audit)]
+        sentences += [_first(troubles[0], what), _done(run)]
     elif froze:
         sentences.append(_frozen(froze))
     elif any(line["action"] not in ("order", "alarm") for line in run.audit):
@@ -81,7 +81,9 @@ def paragraph(run: Run) -> str:
         sentences.append("The guard had nothing to do." if run.guarded else "")
     if froze and _frozen(froze) not in sentences:
         sentences.append(_frozen(froze))
-    sentences += [_alarms(run), _ordered(run), _scale(run), _end(run)]
+    # A jump of the data's is no matter of the rate, whatever the scale came to after it.
+    scale = "" if risen is not None and asks is None else _scale(run)
+    sentences += [_alarms(run), _ordered(run), scale, _end(run)]
     sentences.append("" if _rate(rose) in what_to_do else _rate(rose))
     sentences.append("" if is_urgent else what_to_do)
     return " ".join(x for x in sentences if x)
@@ -237,7 +239,8 @@ def _of_layer(run: Run) -> str:
     return f"What to do: look at {first.group} and at the batch of step {first.start:,}."
 
 
-def _done(audit: list[dict[str, Any]]) -> str:
+def _done(run: Run) -> str:
+    audit = run.audit
     total = counts(audit)
     done = [
         said.format(steps=plural(total[x], "step"), times=_times(total[x]))
@@ -255,7 +258,7 @@ def _done(audit: list[dict[str, Any]]) -> str:
     if not done:
         return ""
     listed = done[0] if len(done) == 1 else ", ".join(done[:-1]) + " and " + done[-1]
-    return f"The guard {listed}."
+    return f"The guard {'would have ' if watches(run) else ''}{listed}."
 
 
 def _distance(line: dict[str, Any]) -> int:
@@ -273,6 +276,9 @@ def _alarms(run: Run) -> str:
     if not alarms:
         return ""
     known = [x for line in alarms if isinstance(x := line.get("value"), float | int)]
+    step = steps(run.columns)
+    risk = run.columns.get("risk_10", np.full(len(step), np.nan))
+    known += risk[(risk <= 1) & (step > alarms[0]["step"])].tolist()
     up_to = f", with a probability of up to {100 * max(known):.0f} %" if known else ""
     often = _times(len(alarms))
     first = f"{often}, first" if len(alarms) > 1 else often
@@ -413,6 +419,23 @@ def _led_to(run: Run, troubles: list[dict[str, Any]], asked: int, reason: Reason
     return last_low(asked, step[counts], loss[counts])
 
 
+def _went_on(run: Run, asked: int) -> str:
+    """What became of a loss that after this step was lower than ever before it; "" of another."""
+    loss, step = run.columns.get("loss", np.zeros(0)), steps(run.columns)
+    if len(loss) != len(step):
+        return ""
+    counts = kept(step)
+    loss, step = loss[counts], step[counts]
+    before, after = levels(loss[step < asked]), levels(loss[step >= asked])
+    if len(after) < 3 or (len(before) and after.min() >= before.min()):
+        return ""
+    if after[-1] - after.min() <= LEFT_OF_RISE * (after.max() - after.min()):
+        return "The loss came down after that, and stayed there: there is nothing to do."
+    began = rises_from(int(step[-1]), step, loss)
+    what = f"The loss came down after that, and rises again from about step {began:,} on."
+    return f"{what} {advice('loss', began, lost=True)}"
+
+
 def _rate_rose(run: Run) -> _Rose | None:
     """Where the loss was lowest, and the learning rate there and at the end.
 
@@ -474,6 +497,8 @@ def _advice(
         step, reason = asked
         why = ASKS[reason] + (_length(run, step) if reason == Reason.PARAMETERS else "")
         what = f"From step {step:,} on the guard asked to go back, and nobody did: {why}."
+        if reason == Reason.LOSS and (later := _went_on(run, step)):
+            return f"At step {step:,} the guard asked to go back, and nobody did. {later}"
         began = _led_to(run, troubles, step, reason)
         since = f" That begins at about step {began:,}." if began < step else ""
         if reason == Reason.PARAMETERS and watches(run) and "not finite" not in why:

@@ -70,6 +70,11 @@ def test_a_planted_fault_is_found_where_it_is(changes, verdict, signal, step):
     assert ("restore a checkpoint" in found.sentence) == (verdict in ("diverged", "risen"))
 
 
+def test_a_loss_that_explodes_in_the_last_entries_is_told():
+    found = lbw_optax.diagnose(spoiled(loss=(slice(STEPS - 2, None), plus(1e9))))
+    assert "the last one is 1e+09;" in found.sentence
+
+
 @pytest.mark.parametrize(
     ("change", "most"), [(plus(0), 0), (lambda x: np.where(np.arange(len(x)), x, np.nan), 20)]
 )

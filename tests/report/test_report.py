@@ -122,14 +122,15 @@ FALLING = np.linspace(6.0, 4.0, 223)
         (np.linspace(7.0, 5.4, 200), True),
         (np.concatenate([np.full(60, 7.0), np.full(140, 3.9)]), False),
         (np.full(200, 4.1), False),
+        (np.full(30, 7.0), True),
     ],
-    ids=["a source that goes bad", "it comes back", "less than a quarter"],
+    ids=["a source that goes bad", "it comes back", "less than a quarter", "a short log"],
 )
 def test_a_loss_that_stays_up_comes_first(after, stays):
     clipped = {"action": "clip", "step": 223, "last_step": 272, "count": 50}
     story = told(np.append(FALLING, after), [EARLY, clipped])
     where = "At step 223 the loss jumped, and the loss has stayed up: it was 4.04 before and ends"
-    assert (f"step 1 to 423 and came to its end. {where}" in story) == stays
+    assert (f"step 1 to {223 + len(after)} and came to its end. {where}" in story) == stays
     assert ("restore a checkpoint from before step 223" in story) == stays
     assert ("look at the batches of all steps from 223 on" in story) == stays
     assert ("The first trouble was at step 5" in story) != stays
@@ -163,6 +164,20 @@ def test_a_risen_loss_is_dated_to_where_it_rose():
     assert "From step 307 on the guard asked to go back, and nobody did: the loss has" in story
     assert "That begins at about step 300. What to do: restore a checkpoint from before" in story
     assert "before step 300, and look at the batches of step 300 and just before" in story
+
+
+@pytest.mark.parametrize(
+    ("end", "came_of_it"),
+    [
+        (9.0, "rises again from about step 300 on. What to do: restore a checkpoint from before"),
+        (2.0, "stayed there: there is nothing to do."),
+    ],
+)
+def test_a_loss_that_came_down_after_a_rollback_was_asked_for_is_not_told_as_risen(end, came_of_it):
+    loss = np.concatenate([np.full(20, 50.0), np.linspace(6.0, 2.0, 280), np.full(100, end)])
+    story = told(loss, [EARLY], rollback_asked=np.repeat([0.0, float(Reason.LOSS)], [15, 385]))
+    assert "At step 16 the guard asked to go back, and nobody did. The loss came down" in story
+    assert came_of_it in story
 
 
 @pytest.mark.parametrize(("rise", "is_told"), [(10.0, True), (1.5, False)])
