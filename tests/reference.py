@@ -417,6 +417,7 @@ class LawReference:
         if startled:
             given = min(given, norm - math.log(statistics.SPIKE_FACTOR))
         either = jumped or (spike and not bad)
+        self.was_since_outlier = self.since_outlier
         self.since_outlier = 0 if either else self.since_outlier + 1
         if seen.gradient_norm:
             self.longest_given = max(self.longest_given, given)
@@ -491,7 +492,7 @@ class LawReference:
         wanted = self._bounded(before - most * alarm)
         begins = seen.relative_step is not None and not self.started
         if seen.relative_step is None:
-            applied = wanted
+            applied = by_ceiling = wanted
             self.age = t
         else:
             # Of a step at full scale.
@@ -499,13 +500,15 @@ class LawReference:
             if begins:
                 self.started = True
                 wanted = self._bounded(math.log(control.FIRST_STEP) - length)
-            applied = min(wanted, math.log(ceiling) - length)
-            applied = self._jump(applied, length, t)
+            by_ceiling = min(wanted, math.log(ceiling) - length)
+            applied = self._jump(by_ceiling, length, t)
             self._fall(before, length, t)
         applied = self._under_the_hosts(applied)
         if seen.relative_step is not None:
             self._took(applied + length, t)
-        lasting = applied if begins else max(applied, self._least(before))
+        in_wake = self.since_outlier < control.COOL_DOWN
+        may_last = self._under_the_hosts(by_ceiling) if in_wake else applied
+        lasting = may_last if begins else max(may_last, self._least(before))
         self.log_scale = min(wanted, lasting)
         by_host = self.ceiling_steps > 0 and self.log_scale >= self._under_the_hosts(0.0)
         self.ceiling_steps = max(self.ceiling_steps - 1, 0)
@@ -540,8 +543,10 @@ class LawReference:
             most = min(control.GROWTH / t, control.MOST) if started else control.MOST
             slowly = log_step if t < control.JUMPS_FROM else min(log_step, self.longest + most)
             grown = self.longest + math.log(statistics.AGAIN)
-            alone = grown if self.since_jump >= control.APART else faded
-            self.longest = alone if self.jumping else max(faded, slowly)
+            with_gradient = self.since_outlier == 0 and self.was_since_outlier > 0
+            alone = self.since_jump >= control.APART or with_gradient
+            jumped = grown if alone else faded
+            self.longest = jumped if self.jumping else max(faded, slowly)
         self.since_jump = 0 if self.jumping else self.since_jump + 1
         self.others_in_a_row = self.others_in_a_row + 1 if self.jumping or self.falling else 0
         self.age = t

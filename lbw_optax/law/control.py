@@ -403,13 +403,13 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
     trouble = skip | evidence.spike
     calm = jnp.where(trouble, 0, optax.safe_increment(control.calm_steps))
     moved, begins = _next_scale(control, evidence, calm, bounds)
-    limit, control = _limit(control, evidence, moved, bounds)
+    limit, lasting, control = _limit(control, evidence, moved, bounds)
     # A step that is too long is cut to the limit at once; the scale, which lasts, by at most so
     # much, since the next update may be as short as those before.
     least = jnp.where(
         begins, limit, jnp.minimum(control.log_scale - MOST, _by_host(control, bounds))
     )
-    log_scale = jnp.minimum(moved, jnp.maximum(limit, least))
+    log_scale = jnp.minimum(moved, jnp.maximum(lasting, least))
     # The soft start sets a scale, and so does the host after a rollback: neither turns one.
     by_host = (control.ceiling_steps > 0) & (log_scale >= _by_host(control, bounds))
     turning_point = jnp.where(begins | by_host, log_scale, control.turning_point)
@@ -480,13 +480,14 @@ def _next_scale(
 
 def _limit(
     control: Control, evidence: Evidence, moved: jax.Array, bounds: Bounds
-) -> tuple[jax.Array, Control]:
-    """The log-scale that this step may have at most, and what is remembered of steps' lengths.
+) -> tuple[jax.Array, jax.Array, Control]:
+    """The log-scales that this step and what lasts may have, and what is remembered of lengths.
 
     By the ceiling, by the longest step of late, and for a while after a rollback by what the host
     set. A rate that has jumped for good is found by several steps in a row that are cut for it, one
     that has fallen by several that are far shorter: the run is another one from there, and the law
-    begins anew. Where the scale is full, a fall leaves nothing to mend.
+    begins anew. Where the scale is full, a fall leaves nothing to mend. A step that is long in the
+    wake of a long gradient is cut, and the scale stays: no rate is to blame.
     """
     skip, age = evidence.rejected > 0, (control.age + 1).astype(jnp.float32)
     measured = evidence.has_step & ~skip
@@ -495,24 +496,30 @@ def _limit(
     allowed = jnp.minimum(moved, evidence.log_ceiling - at_full)
     longest = control.log_longest + math.log(JUMP)
     jumps = known & (allowed + at_full > longest)
-    allowed = jnp.where(jumps, longest - at_full, allowed)
-    allowed = jnp.where(measured & jnp.isfinite(allowed), allowed, moved)
+    since_outlier = jnp.minimum(control.since_outlier + 1, COOL_DOWN)
+    since_outlier = jnp.where(evidence.outlier, 0, since_outlier)
+    within = [allowed, jnp.where(jumps, longest - at_full, allowed)]
     falls = known & (at_full < control.log_shortest - math.log(FALL))
     falls = falls & (control.log_scale < math.log(FULL))
-    floor = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32))
-    limit = jnp.maximum(jnp.minimum(allowed, _by_host(control, bounds)), floor)
-    limit = jnp.where(control.pinned, moved, limit)
+    floor, by_host = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32)), _by_host(control, bounds)
+
+    def bounded(allowed: jax.Array) -> jax.Array:
+        allowed = jnp.where(measured & jnp.isfinite(allowed), allowed, moved)
+        limit = jnp.maximum(jnp.minimum(allowed, by_host), floor)
+        return jnp.where(control.pinned, moved, limit)
+
+    by_ceiling, limit = map(bounded, within)
+    lasting = jnp.where(since_outlier < COOL_DOWN, by_ceiling, limit)
     others = jnp.where(jumps | falls, control.others_in_a_row + 1, 0)
-    since_outlier = jnp.minimum(control.since_outlier + 1, COOL_DOWN)
     control = control._replace(
         age=jnp.where(skip, control.age, optax.safe_increment(control.age)),
-        log_longest=_longest(control, limit + at_full, measured, jumps),
+        log_longest=_longest(control, limit + at_full, measured, jumps, evidence.outlier),
         log_shortest=_shortest(control, at_full, measured, falls),
         others_in_a_row=jnp.where(measured, others, control.others_in_a_row),
         since_jump=jnp.where(jumps, 0, jnp.minimum(control.since_jump + measured, APART)),
-        since_outlier=jnp.where(evidence.outlier, 0, since_outlier),
+        since_outlier=since_outlier,
     )
-    return limit, _begin_anew(control)
+    return limit, lasting, _begin_anew(control)
 
 
 def _by_host(control: Control, bounds: Bounds) -> jax.Array:
@@ -522,7 +529,11 @@ def _by_host(control: Control, bounds: Bounds) -> jax.Array:
 
 
 def _longest(
-    control: Control, log_step: jax.Array, measured: jax.Array, jumps: jax.Array
+    control: Control,
+    log_step: jax.Array,
+    measured: jax.Array,
+    jumps: jax.Array,
+    outlier: jax.Array,
 ) -> jax.Array:
     """log of the longest step taken of late; it lengthens no faster than the law's own growth."""
     age = control.age + 1
@@ -532,11 +543,11 @@ def _longest(
     most = jnp.where(started, jnp.minimum(GROWTH / age, MOST), MOST)
     followed = jnp.where(known, jnp.minimum(log_step, control.log_longest + most), log_step)
     faded = control.log_longest - FORGOTTEN / age
-    # A step that jumps alone may be of a rare source of data, which a rate that jumps or drifts is
-    # not: no other one jumped shortly before.
+    # A step that jumps alone, or with its gradient, may be of a rare source of data, which a rate
+    # that jumps or drifts is not: no other one jumped shortly before.
     grown = control.log_longest + math.log(stats.AGAIN)
-    alone = jnp.where(control.since_jump >= APART, grown, faded)
-    longest = jnp.where(jumps, alone, jnp.maximum(faded, followed))
+    alone = (control.since_jump >= APART) | (outlier & (control.since_outlier > 0))
+    longest = jnp.where(jumps, jnp.where(alone, grown, faded), jnp.maximum(faded, followed))
     return jnp.where(measured, jnp.maximum(longest, stats.UNKNOWN), control.log_longest)
 
 
