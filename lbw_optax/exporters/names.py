@@ -61,6 +61,7 @@ NAMES = {
     "activation_drift": Name("signals", "The spread less its slow mean, in standard deviations"),
     "attention_logit": Name("signals", "Largest attention logit"),
     "nonfinite_activations": Name("signals", "Layers with a NaN or an Inf in their activations"),
+    "qk_clips": Name("run", "Scaled layers, or heads that share a key", is_counter=True),
     "activation_peaks": Name("signals", "Max over RMS of the activations of layer k"),
     "gradient_log2": Name("signals", "Sampled gradient coordinates from 2^k to 2^(k+2)"),
     "learning_rate": Name("run", "As the schedule has it"),
