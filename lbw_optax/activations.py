@@ -334,7 +334,7 @@ def _require_numbers(name: str, x: Any) -> None:
         of = f"shapes {', '.join(map(str, map(jnp.shape, parts)))}" if numbers else f"{x!r}"
         raise ValueError(
             f"activations[{name!r}] must be what activation_outliers gives, or a number, or one of "
-            f"these for each layer of a stack, got {of}."
+            f"these for each layer of a stack, or numbers for its layers and heads, got {of}."
         )
 
 

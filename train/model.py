@@ -360,8 +360,9 @@ class Attention(nnx.Module):
             place = jnp.arange(query.shape[1])
             near = (place[:, None] - place[None] <= self.window[0])[None, None]
             mask = near if mask is None else mask & near
-        options = {"mask": mask, "scale": self.scale, "is_causal": True}
-        return attention_logit_max(query, key, **options, per_head=True)
+        return attention_logit_max(
+            query, key, mask=mask, scale=self.scale, is_causal=True, per_head=True
+        )
 
 
 class MLP(nnx.Module):
