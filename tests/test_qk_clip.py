@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from support import assert_same_bits
 
 import lbw_optax
@@ -219,6 +221,32 @@ def test_no_decision_of_a_guard_before_it_is_another_one(guard):
     assert_same_bits(after[0], state)
     of_layer = [x["layers"]["1"] for x in (updates, clipped)]
     assert_same_bits(*of_layer)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_sharded_leaves_are_scaled_where_they_are(kind):
+    """Heads over one axis of a mesh, a stack of layers; shardings stay."""
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(kind, kind))
+    params = stack(model(2))
+    logits = jnp.array([[1.0, 2.0, 30.0, 4.0], [90.0, 5.0, 6.0, 7.0]])
+    tx = qk_clip(LIMIT, layers=functools.partial(by_attention, stacked="layers"))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    expected, _ = apply(tx, params, zeros, logits)
+    place = NamedSharding(mesh, P(None, None, "b"))
+    bias = NamedSharding(mesh, P("a", "b"))
+    spread = jax.tree.map(lambda x: jax.device_put(x, place if x.ndim == 3 else bias), params)
+    with jax.set_mesh(mesh):
+        found, state = jax.jit(lambda p, s: apply(tx, p, jax.tree.map(jnp.zeros_like, p), s))(
+            spread, logits
+        )
+    assert clips(state) == 2
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+    if kind is AxisType.Explicit:
+        where = [
+            x.sharding.is_equivalent_to(y.sharding, x.ndim)
+            for x, y in zip(*map(jax.tree.leaves, (found, spread)), strict=True)
+        ]
+        assert all(where)
 
 
 def test_a_step_without_activations_is_left_as_it_is():
