@@ -171,6 +171,7 @@ class LawReference:
         self.age, self.longest, self.shortest, self.others_in_a_row = 0, None, None, 0
         self.gradient_norms: list[float] = []
         self.jumps, self.in_a_jump, self.longest_given = 0, False, statistics.UNKNOWN
+        self.since_outlier = control.COOL_DOWN
         self.row, self.loss_bound = 0, 0.0
         self.regime = "recovering"
         self.calm_steps = control.COOL_DOWN
@@ -415,9 +416,10 @@ class LawReference:
         startled = spike and not bad and not again
         if startled:
             given = min(given, norm - math.log(statistics.SPIKE_FACTOR))
+        either = jumped or (spike and not bad)
+        self.since_outlier = 0 if either else self.since_outlier + 1
         if seen.gradient_norm:
             self.longest_given = max(self.longest_given, given)
-            either = jumped or (spike and not bad)
             if either and not self.in_a_jump:
                 self.loss_bound = self.loss_threshold()
                 self.jumps += 1
@@ -543,7 +545,8 @@ class LawReference:
         self.since_jump = 0 if self.jumping else self.since_jump + 1
         self.others_in_a_row = self.others_in_a_row + 1 if self.jumping or self.falling else 0
         self.age = t
-        if self.others_in_a_row >= control.OTHER_STEPS:
+        more = control.COOL_DOWN if self.since_outlier < control.COOL_DOWN else 0
+        if self.others_in_a_row >= control.OTHER_STEPS + more:
             self.age, self.longest, self.shortest, self.others_in_a_row = 0, None, None, 0
 
     def _least(self, before: float) -> float:

@@ -160,6 +160,7 @@ class Control(NamedTuple):
     log_shortest: jax.Array  # float32, of those at scale 1 of late; UNKNOWN before one
     others_in_a_row: jax.Array  # int32, steps far longer than the one or far shorter than the other
     since_jump: jax.Array  # int32, steps since one was far longer, up to `APART`
+    since_outlier: jax.Array  # int32, since a gradient or a loss jumped, up to `COOL_DOWN`
     settled: jax.Array  # bool, an alarm has been raised since: growth is no longer quick
     log_ceiling: jax.Array  # float32, of the scale for a while after a rollback
     ceiling_steps: jax.Array  # int32, steps to go under that ceiling
@@ -187,7 +188,8 @@ class Evidence(NamedTuple):
 
     rejected: jax.Array  # int32, a `Signal`: why this step must be skipped, or NONE
     limited: jax.Array  # bool, its gradient was scaled back
-    spike: jax.Array  # bool, the loss jumped
+    outlier: jax.Array  # bool, its gradient or its loss jumped
+    spike: jax.Array  # bool, the loss jumped, and had not done so before
     alarm: jax.Array  # float32 in [-1, 1], > 0: the scale is too large
     log_step: jax.Array  # float32, of the relative step at the scale before; 0 if there is none
     log_ceiling: jax.Array  # float32, of the longest relative step that may be taken
@@ -237,6 +239,7 @@ def init(bounds: Bounds) -> Control:
         log_shortest=jnp.float32(stats.UNKNOWN),
         others_in_a_row=zero,
         since_jump=zero,
+        since_outlier=jnp.int32(COOL_DOWN),
         settled=jnp.array(False),
         log_ceiling=jnp.zeros([], jnp.float32),
         ceiling_steps=zero,
@@ -351,6 +354,7 @@ def judge(
     return Evidence(
         rejected=rejected,
         limited=arrival.limited,
+        outlier=arrival.jumps | arrival.spikes,
         spike=arrival.startles,
         alarm=alarm,
         log_step=log_step,
@@ -499,12 +503,14 @@ def _limit(
     limit = jnp.maximum(jnp.minimum(allowed, _by_host(control, bounds)), floor)
     limit = jnp.where(control.pinned, moved, limit)
     others = jnp.where(jumps | falls, control.others_in_a_row + 1, 0)
+    since_outlier = jnp.minimum(control.since_outlier + 1, COOL_DOWN)
     control = control._replace(
         age=jnp.where(skip, control.age, optax.safe_increment(control.age)),
         log_longest=_longest(control, limit + at_full, measured, jumps),
         log_shortest=_shortest(control, at_full, measured, falls),
         others_in_a_row=jnp.where(measured, others, control.others_in_a_row),
         since_jump=jnp.where(jumps, 0, jnp.minimum(control.since_jump + measured, APART)),
+        since_outlier=jnp.where(evidence.outlier, 0, since_outlier),
     )
     return limit, _begin_anew(control)
 
@@ -545,8 +551,13 @@ def _shortest(
 
 
 def _begin_anew(control: Control) -> Control:
-    """The state as in the law's first step, if the last steps were those of another run."""
-    anew = control.others_in_a_row >= OTHER_STEPS
+    """The state as in the law's first step, if the last steps were those of another run.
+
+    In the wake of a long gradient steps are long, and short again, whatever the rate: there it
+    takes ten more of them.
+    """
+    in_wake = control.since_outlier < COOL_DOWN
+    anew = control.others_in_a_row >= OTHER_STEPS + jnp.where(in_wake, COOL_DOWN, 0)
     return control._replace(
         age=jnp.where(anew, 0, control.age),
         log_longest=jnp.where(anew, stats.UNKNOWN, control.log_longest),

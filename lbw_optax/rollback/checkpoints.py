@@ -1,7 +1,7 @@
 """Orbax's checkpoints of named leaves, one folder a step; no other module reads or writes them.
 
-A checkpoint holds the leaves, their checksums and its step, so that what is read is what was
-written, and of the step that its name says.
+A checkpoint holds the leaves, the scalars among them as one array for each dtype, their checksums
+and its step, so that what is read is what was written, and of the step that its name says.
 """
 
 import re
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lbw_optax.rollback import snapshots
+from lbw_optax.rollback import packing, snapshots
 from lbw_optax.rollback.snapshots import Snapshot
 from lbw_optax.types import PyTree
 
@@ -27,6 +27,8 @@ except ImportError as error:
     ) from error
 
 
+# The entry of a checkpoint's metadata that says which scalars its vectors hold.
+_NAMES = "scalars"
 # What Orbax calls a checkpoint of a step that it has not finished.
 _UNFINISHED = re.compile(r"(\d+)\.orbax-checkpoint-tmp.*")
 
@@ -60,12 +62,14 @@ def save(path: Path, snapshot: Snapshot) -> Callable[[], None]:
     The folder appears under its name when it is complete, never before.
     """
     leaves = {name: x for name, x in snapshot.leaves.items() if x.size}  # Orbax writes no empty one
+    arrays, names = packing.pack(leaves)
     sums = np.asarray(snapshot.sums)
     # Orbax finds out that this cannot be only after it has made coroutines, which nobody awaits.
     path.parent.mkdir(parents=True, exist_ok=True)
     with _uncompressed():
-        content = {"leaves": leaves, "sums": sums, "step": np.array([snapshot.step])}
-        return ocp.save_async(path, content, overwrite=True).result
+        content = {"leaves": arrays, "sums": sums, "step": np.array([snapshot.step])}
+        written = ocp.save_async(path, content, overwrite=True, custom_metadata={_NAMES: names})
+        return written.result
 
 
 def load(path: Path, step: int, like: PyTree) -> PyTree:
@@ -77,25 +81,31 @@ def load(path: Path, step: int, like: PyTree) -> PyTree:
     """
     wanted = snapshots.flatten(like)
     try:
-        stored = ocp.metadata(path).metadata
-        found = {name: (tuple(x.shape), x.dtype) for name, x in stored["leaves"].items()}
+        description = ocp.metadata(path)
+        stored = description.metadata
+        # Before scalars were packed, every leaf had an array of its own.
+        names = (description.custom_metadata or {}).get(_NAMES, {})
+        found = packing.described(stored["leaves"], names)
     except Exception as error:  # whatever Orbax raises for a file that is damaged
         raise Unreadable(f"{type(error).__name__} in its description") from error
     _require_same(found, wanted)
     try:
-        state: dict[str, Any] = {"leaves": {n: _abstract(x) for n, x in wanted.items() if x.size}}
+        leaves = {name: _abstract(x) for name, x in wanted.items() if x.size}
+        state: dict[str, Any] = {"leaves": packing.abstract(leaves, names)}
         if "step" in stored:  # before this was written, the name alone said it
             state["step"] = np.zeros(1, np.int64)
         read = ocp.load(path, {**state, "sums": np.zeros(len(wanted), np.uint32)})
+        leaves = wanted | packing.unpack(read["leaves"], names, wanted)
     except Exception as error:
         raise Unreadable(f"{type(error).__name__} while reading") from error
-    leaves = {name: read["leaves"].get(name, x) for name, x in wanted.items()}
-    if not np.array_equal(np.asarray(snapshots.checksums(leaves)), read["sums"]):
+    # As the state is placed: what is bound to no device may be beside what is spread over many.
+    tree = snapshots.place(leaves, like)
+    if not np.array_equal(snapshots.checksums(snapshots.flatten(tree)), read["sums"]):
         raise Unreadable("its checksums do not match")
     (is_of,) = read.get("step", [step])
     if is_of != step:
         raise Unreadable(f"it is a copy of step {is_of}")
-    return snapshots.place(leaves, like)
+    return tree
 
 
 def is_one(path: Path) -> bool:

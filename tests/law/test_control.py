@@ -215,11 +215,18 @@ def test_no_step_is_above_the_ceiling():
     np.testing.assert_allclose(np.diff(state.log_scale)[3:], -control.MOST, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("long", "anew"), [(1, False), (2, False), (3, True)])
-def test_steps_that_jump_are_limited_and_after_three_the_law_begins_anew(long, anew):
-    """To twice the longest of late, as after a jump of the rate; one alone changes nothing."""
+@pytest.mark.parametrize(
+    ("long", "in_wake", "anew"),
+    [(1, False, False), (2, False, False), (3, False, True), (10, True, False), (11, True, True)],
+)
+def test_steps_that_jump_are_limited_and_after_three_the_law_begins_anew(long, in_wake, anew):
+    """To twice the longest of late, as after a jump of the rate; one alone changes nothing.
+
+    In the wake of a gradient that jumped, ten steps, it takes ten more of them.
+    """
     usual = [Signals(relative_step=0.002, overshoot=-0.1)] * 40
-    jump = [Signals(relative_step=0.2, overshoot=-0.1)] * long
+    jump = [Signals(relative_step=0.2, overshoot=-0.1) for _ in range(long)]
+    jump[0].gradient_norm = 1e3 if in_wake else usual[0].gradient_norm
     state, decision = run_law(batch(usual + jump + usual[:1]))
     taken = 0.2 * decision.scale[40] / decision.scale_before[40]
     np.testing.assert_allclose(taken, 2 * 0.002, rtol=0.02)

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint import v1 as ocp
 from rollback_loop import QUICK, Patient, batch, nan_parameter, plain, run, start, update
 from support import assert_same_bits, slowly
 
 from lbw_optax import AuditLog, RollbackManager, lbw_guard
+from lbw_optax.rollback import snapshots
 
 TESTS = Path(__file__).parent.parent
 
@@ -331,9 +334,42 @@ def test_a_damaged_checkpoint_is_passed_over_by_a_rollback(tmp_path):
     assert np.isfinite(np.asarray(tree[0]["w"])).all()
 
 
+def describe(directory: Path, change) -> None:
+    """Write the newest checkpoint's own metadata anew: which scalars each of its vectors holds."""
+    file = directory / "checkpoints" / str(newest(directory)) / "_CHECKPOINT_METADATA"
+    content = json.loads(file.read_text())
+    names = content["custom_metadata"]["scalars"]
+    change(content, names, names["scalars of float32"])
+    file.write_text(json.dumps(content))
+
+
+UNNAMED, SUMS = "Error in its description", "its checksums do not match"
+METADATA = {
+    "none": (lambda content, names, floats: content.update(custom_metadata=None), UNNAMED),
+    "without_names": (lambda content, names, floats: content["custom_metadata"].clear(), UNNAMED),
+    "without_a_vector": (lambda content, names, floats: names.pop("scalars of int32"), UNNAMED),
+    "another_vector": (lambda content, names, floats: names.update(scalars=floats), UNNAMED),
+    "no_list": (lambda content, names, floats: names.update({"scalars of int32": 3}), UNNAMED),
+    "a_name_less": (lambda content, names, floats: floats.pop(), UNNAMED),
+    "a_name_more": (lambda content, names, floats: floats.append("00001 x"), UNNAMED),
+    "another_order": (lambda content, names, floats: floats.insert(0, floats.pop()), SUMS),
+    "another_name": (lambda content, names, floats: floats.__setitem__(0, "00001 x"), "model"),
+}
+
+
+@pytest.mark.parametrize(("change", "why"), METADATA.values(), ids=METADATA)
+def test_names_of_scalars_that_are_wrong_are_found(directory, change, why):
+    describe(directory, change)
+    step, tree, said = resume_and_listen(directory)
+    assert step == 32
+    assert re.search(f"step 40: .*{why}", said)
+    assert_same_bits(tree, plain(32))
+
+
 def test_another_model(directory):
     params, state = start()
-    tree = {"w": jnp.ones((5, 3)), "extra": params["b"]}, state
+    state = state._replace(guard_steps=state.guard_steps[None], mode=jnp.float32(0))
+    tree = {"w": jnp.ones((5, 3)), "extra": params["b"], "one": jnp.float32(1)}, state
     with (
         RollbackManager(directory, **QUICK) as rollback,
         pytest.raises(ValueError, match="of another model or optimizer") as error,
@@ -342,6 +378,9 @@ def test_another_model(directory):
     assert "0.w: float32[4, 3] in the checkpoint, float32[5, 3] here" in str(error.value)
     assert "0.extra: absent in the checkpoint, float32[1, 3] here" in str(error.value)
     assert "0.b: float32[1, 3] in the checkpoint, absent here" in str(error.value)
+    assert "0.one: absent in the checkpoint, float32[] here" in str(error.value)
+    assert "1.guard_steps: int32[] in the checkpoint, int32[1] here" in str(error.value)
+    assert "1.mode: int32[] in the checkpoint, float32[] here" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -593,6 +632,22 @@ def test_a_journal_of_an_older_version(directory):
     content = {name: content[name] for name in ("checkpoints", "jumps", "rollbacks")}
     write_journals(directory, json.dumps(content))
     assert resume(directory)[0] == 40
+
+
+def test_a_checkpoint_of_an_older_version(directory):
+    """Every leaf, a scalar too, has an array of its own, and no metadata names any."""
+    step, tree = resume(directory)
+    leaves = snapshots.flatten(tree)
+    content = {
+        "leaves": {name: x for name, x in leaves.items() if x.size},
+        "sums": np.asarray(snapshots.checksums(leaves)),
+        "step": np.array([step]),
+    }
+    ocp.save(directory / "checkpoints" / str(step), content, overwrite=True)
+    assert resume_and_listen(directory)[::2] == (step, "")
+    tree, _, used = run(directory, 60)
+    assert used[0] == step
+    assert_same_bits(tree, plain(60))
 
 
 # --- a manager that is used as it should not be -------------------------------------------------

@@ -1,5 +1,6 @@
 """Any state comes back as it was: to the bit, in type, dtype, placement and structure."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
 from support import assert_same_bits, bits
 
 from lbw_optax import RollbackManager, lbw_guard
@@ -90,6 +92,12 @@ def sharded(kind: AxisType = AxisType.Auto) -> Any:
     return jax.tree.map(place, w), jax.tree.map(place, TX.init(w))
 
 
+def partly_sharded() -> Any:
+    """As `init` outside of jit makes it: the guard is bound to no device."""
+    w, _ = sharded()
+    return w, TX.init(jax.tree.map(np.asarray, w))
+
+
 TREES = {
     "raw_params": lambda: (params(), TX.init(params())),
     "keys": lambda: (params(), TX.init(params()), jax.random.split(jax.random.key(7), 3)),
@@ -101,6 +109,7 @@ TREES = {
     "lora_only": lora_only,
     "train_state": train_state,
     "sharded": sharded,
+    "partly_sharded": partly_sharded,
     "explicitly_sharded": lambda: sharded(AxisType.Explicit),
 }
 
@@ -109,7 +118,7 @@ def leaf_bits(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     array = np.asarray(leaf)
-    return bits(array) if array.dtype.kind != "c" else bits(array.view(np.float32))
+    return bits(array) if array.dtype.kind != "c" else bits(array.ravel().view(np.float32))
 
 
 def assert_same(actual: Any, expected: Any, *, weak: bool) -> None:
@@ -210,6 +219,35 @@ def test_a_number_of_any_kind_comes_back(tmp_path, name):
     assert np.asarray(back[1]["extra"]).dtype == np.asarray(tree[1]["extra"]).dtype
 
 
+def arrays_in(path: Path) -> set[str]:
+    return set(ocp.metadata(path).metadata["leaves"])
+
+
+def test_scalars_of_every_kind_are_one_array_each_and_come_back(tmp_path):
+    """To the bit: NaNs that signal are among them."""
+    scalars = {name: (LEAVES[name]()[1], LEAVES[name]()[2]) for name in sorted(WRITABLE)}
+    signalling = {
+        "float32": jnp.asarray(np.uint32(0x7F800001).view(np.float32)),
+        "bfloat16": jnp.asarray(np.uint16(0x7F81).view(jnp.bfloat16)),
+        "float8": jnp.asarray(np.uint8(0x7D).view(jnp.float8_e5m2)),
+    }
+    tree = scalars, signalling, {"python": (True, 7, -0.0), "key": jax.random.key(3)}, params()
+    checkpoints.save(tmp_path / "0", snapshots.take(0, tree, for_disk=True))()
+    assert_same(checkpoints.load(tmp_path / "0", 0, changed(tree)), tree, weak=False)
+    leaves = snapshots.flatten(tree)
+    dtypes = {str(x.dtype) for x in leaves.values() if not x.ndim}
+    others = {name for name, x in leaves.items() if x.ndim}
+    assert arrays_in(tmp_path / "0") == {f"scalars of {dtype}" for dtype in dtypes} | others
+
+
+def test_a_guard_is_a_few_arrays(tmp_path):
+    """Each costs the processor some milliseconds, which are the training step's."""
+    tree = TX.init(params())
+    checkpoints.save(tmp_path / "0", snapshots.take(0, tree, for_disk=True))()
+    assert len(jax.tree.leaves(tree)) > 100
+    assert len(arrays_in(tmp_path / "0")) < 30
+
+
 @pytest.mark.parametrize("name", sorted(LEAVES.keys() - WRITABLE))
 def test_a_leaf_that_no_checkpoint_holds_is_named(tmp_path, name):
     """And not taken for a full disk."""
@@ -222,7 +260,7 @@ def test_a_leaf_that_no_checkpoint_holds_is_named(tmp_path, name):
 def test_pinned_host_memory(tmp_path, monkeypatch):
     """The way that accelerators take; the CPU backend has such a memory too."""
     monkeypatch.setattr(snapshots, "_may_pin", lambda x: True)
-    tree = (params(), jax.random.key(7), iterator())
+    tree = (params(), jax.random.key(7), iterator(), jnp.float32(2.5), jnp.int32(3))
     snapshot = snapshots.take(0, tree, for_disk=True)
     kinds = {x.sharding.memory_kind for x in snapshot.leaves.values() if isinstance(x, jax.Array)}
     assert kinds == {"pinned_host"}
