@@ -1,4 +1,4 @@
-"""Faults of one layer: what the guard's scale, frozen layers and a rollback are each worth.
+"""Faults of one layer: what guard, frozen layers, a rollback and QK-clip are each worth.
 
     python -m benchmarks.freezing --data-dir wikitext-2       # a quarter of an hour
     python -m benchmarks.pages                                # docs/freezing.md
@@ -57,6 +57,7 @@ class Method(NamedTuple):
     guarded: bool = True
     freezes: bool = False
     rollback: bool = False
+    clips: bool = False
 
 
 METHODS = {
@@ -64,6 +65,7 @@ METHODS = {
     "freeze": Method("guard + freezing", freezes=True),
     "rollback": Method("guard + rollback", rollback=True),
     "all": Method("guard + freezing + rollback", freezes=True, rollback=True),
+    "qk-clip": Method("guard + QK-clip", clips=True),
     "adamw": Method("AdamW", guarded=False),
 }
 
@@ -153,6 +155,7 @@ def measure(text: Text, cell: Cell) -> Record:
         "skips": found.skips,
         "rollbacks": found.rollbacks,
         "ended": found.ended,
+        **({"clips": found.clips} if METHODS[cell["method"]].clips else {}),
     }
 
 
@@ -170,6 +173,7 @@ class Run(NamedTuple):
     skips: int
     rollbacks: list[str]
     ended: bool  # the guard or the rollback gave up
+    clips: int  # of QK-clip
 
 
 def _run(text: Text, cell: Cell) -> Run:
@@ -206,6 +210,7 @@ def _run(text: Text, cell: Cell) -> Run:
         skips=int(found.get("skips", 0)),
         rollbacks=reasons,
         ended=ended or bool(found.get("exhausted", False)),
+        clips=int(optax.tree.get(state[1], "qk_clips", default=0)),
     )
 
 
@@ -228,20 +233,22 @@ def _optimizer(method: str, rate: float) -> optax.GradientTransformationExtraArg
     bare = optax.adamw(faults.schedule(rate))
     if not METHODS[method].guarded:
         return optax.with_extra_args_support(bare)
-    return lbw_guard(bare, groups=by_layer if METHODS[method].freezes else None)
+    guarded = lbw_guard(bare, groups=by_layer if METHODS[method].freezes else None)
+    return optax.chain(guarded, lbw_optax.qk_clip()) if METHODS[method].clips else guarded
 
 
 def _step(method: str, rate: float, code: Any, tokens: Any, curve: Any, state: Any) -> Any:
     named = METHODS[method]
-    return _compiled(named.guarded, named.freezes, rate)(code, tokens, curve, state)
+    kind = named.guarded, named.freezes, named.clips
+    return _compiled(kind, rate)(code, tokens, curve, state)
 
 
 @functools.cache
-def _compiled(guarded: bool, freezes: bool, rate: float) -> Callable[..., Any]:
+def _compiled(kind: tuple[bool, bool, bool], rate: float) -> Callable[..., Any]:
     """One step with a fault or without: state, held-out loss, and how many groups are frozen."""
-    kinds = {name: (method.guarded, method.freezes) for name, method in METHODS.items()}
-    name = next(name for name, kind in kinds.items() if kind == (guarded, freezes))
-    tx = _optimizer(name, rate)
+    kinds = {name: (m.guarded, m.freezes, m.clips) for name, m in METHODS.items()}
+    name = next(name for name, own in kinds.items() if own == kind)
+    tx, (guarded, _, clips) = _optimizer(name, rate), kind
 
     @jax.jit
     def step(code: jax.Array, tokens: jax.Array, curve: jax.Array, state: Any) -> Any:
@@ -250,9 +257,14 @@ def _compiled(guarded: bool, freezes: bool, rate: float) -> Callable[..., Any]:
         params = _times(params, r"", jnp.where(struck["weights"], 10.0, 1.0))
         params = _times(params, "[qk]_proj", jnp.where(struck["logits"], GROWTH, 1.0))
         opt_state = _without_moment(opt_state, struck["moment"])
-        loss, grads = jax.value_and_grad(_loss)(params, tokens)
+        if clips:
+            found, grads = jax.value_and_grad(_watched, has_aux=True)(params, tokens)
+            loss, given = found[0], {"activations": found[1]}
+        else:
+            loss, grads = jax.value_and_grad(_loss)(params, tokens)
+            given = {}
         grads = _times(grads, "down_proj", jnp.where(struck["nan"], jnp.nan, 1.0))
-        updates, opt_state = tx.update(grads, opt_state, params, value=loss)
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss, **given)
         params = optax.apply_updates(params, updates)
         frozen = lbw_optax.metrics(opt_state)["frozen_groups"] if guarded else jnp.int32(0)
         return (params, opt_state), _loss(params, curve), frozen
@@ -297,6 +309,12 @@ def _loss(params: Any, tokens: jax.Array) -> jax.Array:
     graphdef, _, rest = _split(0)
     decoder = nnx.merge(graphdef, params, rest)
     return model.cross_entropy(decoder(tokens[:, :-1]), tokens[:, 1:])
+
+
+def _watched(params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
+    """The loss, and what the layers show of themselves."""
+    graphdef, _, rest = _split(0)
+    return model.next_token_loss(graphdef, watched=True)(params, rest, tokens)
 
 
 def _smoothed(curve: np.ndarray) -> np.ndarray:

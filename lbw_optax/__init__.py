@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from lbw_optax.activations import activation_outliers, attention_logit_max, stable_rank
+from lbw_optax.attention import by_attention, qk_clip
 from lbw_optax.audit import (
     AuditLog,
     GuardExhausted,
@@ -37,6 +38,7 @@ __all__ = [
     "adamw",
     "adopt",
     "attention_logit_max",
+    "by_attention",
     "by_layer",
     "chain",
     "check",
@@ -47,6 +49,7 @@ __all__ = [
     "lbw_guard",
     "metrics",
     "override",
+    "qk_clip",
     "reset",
     "stable_rank",
     "strip",

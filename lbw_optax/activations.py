@@ -50,8 +50,9 @@ class Stacked(NamedTuple):
 Activations = Mapping[str, Outliers | ArrayLike]
 """From the name of a layer to its `Outliers`, or to its largest attention logit, a number.
 
-Either may be of a stack of layers, with one axis. Layers are counted in the order of their names,
-in which numbers count as such: ``layers.2`` comes before ``layers.10``.
+Either may be of a stack of layers, with one axis, and logits of each head of such a stack, with a
+second. Layers are counted in the order of their names, in which numbers count as such:
+``layers.2`` comes before ``layers.10``.
 """
 
 
@@ -115,6 +116,7 @@ def attention_logit_max(
     scale: float | None = None,
     is_causal: bool = False,
     queries: int = QUERIES,
+    per_head: bool = False,
 ) -> jax.Array:
     r"""The largest attention logit of evenly spaced queries with all of their keys.
 
@@ -134,6 +136,7 @@ def attention_logit_max(
       scale: of the products; 1 / sqrt(size) by default.
       is_causal: query t sees the keys up to t.
       queries: how many of each sequence are looked at, at least 1.
+      per_head: give the largest of each head, float32[heads], and not the one of all.
 
     Returns:
       A float32 scalar, of products that are summed in float32. NaN if a logit that is seen is; -inf
@@ -180,7 +183,7 @@ def attention_logit_max(
         at = first + stride * jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 2)
         of = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         logits = jnp.where(of <= at, logits, -jnp.inf)
-    return jnp.max(logits)
+    return jnp.max(logits, axis=(*range(logits.ndim - 3), -2, -1) if per_head else None)
 
 
 def stable_rank(w: ArrayLike, iterations: int = ITERATIONS) -> jax.Array:
@@ -255,7 +258,32 @@ def stacked(activations: Activations) -> Stacked:
     outliers = [x for x in named.values() if _is_outliers(x)]
     logits = [x for x in named.values() if not _is_outliers(x)]
     shares, peaks = [x[0] for x in outliers], [x[1] for x in outliers]
+    logits = [jnp.max(x, axis=-1) if jnp.ndim(x) == 2 else x for x in logits]
     return Stacked(Outliers(_joined(shares), _joined(peaks)), _joined(logits))
+
+
+def largest_logits(activations: Activations) -> jax.Array:
+    """The largest attention logits, float32[layers, heads], of layers in the order of their names.
+
+    One for a whole layer stands as that of one head.
+
+    Raises:
+      ValueError: as `stacked`, or if layers differ in their number of heads.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lbw_optax.activations import largest_logits
+      >>> largest_logits({"b.10": 3.0, "b.2": 5.0, "c": jnp.array([7.0, 1.0])}).tolist()
+      [[5.0], [3.0], [7.0], [1.0]]
+    """
+    every = [jnp.asarray(x) for x in _in_order(activations).values() if not _is_outliers(x)]
+    rows = [x.reshape(-1, x.shape[1] if x.ndim == 2 else 1).astype(jnp.float32) for x in every]
+    if len({row.shape[1] for row in rows}) > 1:
+        raise ValueError(
+            "The largest attention logits must be of as many heads in every layer, got "
+            f"{', '.join(str(row.shape[1]) for row in rows)}."
+        )
+    return jnp.concatenate(rows) if rows else jnp.zeros([0, 1], jnp.float32)
 
 
 def layer_names(activations: Activations) -> list[str]:
@@ -283,10 +311,11 @@ def _in_order(activations: Activations) -> dict[str, Any]:
         )
     for name, x in activations.items():
         _require_numbers(name, x)
-    return dict(sorted(activations.items(), key=lambda item: _natural(item[0])))
+    return dict(sorted(activations.items(), key=lambda item: natural(item[0])))
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """What names are sorted by, so that numbers in them count as such."""
     parts = re.split(r"(\d+)", str(name))
     return [(0, int(x), "") if x.isdecimal() else (1, 0, x) for x in parts]
 
@@ -300,11 +329,12 @@ def _require_numbers(name: str, x: Any) -> None:
     parts = list(x) if _is_outliers(x) else [x]
     numbers = all(map(_is_real, parts))
     shapes = {jnp.shape(part) for part in parts} if numbers else {()}
-    if not numbers or len(shapes) != 1 or len(shape := shapes.pop()) > 1 or shape == (0,):
+    axes = 1 if _is_outliers(x) else 2
+    if not numbers or len(shapes) != 1 or len(shape := shapes.pop()) > axes or 0 in shape:
         of = f"shapes {', '.join(map(str, map(jnp.shape, parts)))}" if numbers else f"{x!r}"
         raise ValueError(
             f"activations[{name!r}] must be what activation_outliers gives, or a number, or one of "
-            f"these for each layer of a stack, got {of}."
+            f"these for each layer of a stack, or numbers for its layers and heads, got {of}."
         )
 
 

@@ -310,10 +310,12 @@ def _spread(place: Place, values: jax.Array, leaf: jax.Array) -> jax.Array:
     if not place.slices:
         return values[place.group]
     own = values[place.group : place.group + place.slices]
-    shape = (place.slices,) + (1,) * (leaf.ndim - 1)
-    return jax.lax.broadcast_in_dim(
-        own.reshape(shape), leaf.shape, range(leaf.ndim), out_sharding=_sharding(leaf)
-    )
+    return broadcast(own.reshape((place.slices,) + (1,) * (leaf.ndim - 1)), leaf)
+
+
+def broadcast(x: jax.Array, leaf: jax.Array) -> jax.Array:
+    """An array with as many axes as a leaf, in its shape and on its devices."""
+    return jax.lax.broadcast_in_dim(x, leaf.shape, range(leaf.ndim), out_sharding=_sharding(leaf))
 
 
 def _sharding(x: jax.Array) -> NamedSharding | None:

@@ -13,6 +13,7 @@ from lbw_optax import chained, law, parts
 from lbw_optax import state as states
 from lbw_optax.activations import Activations
 from lbw_optax.apply import either, scaled
+from lbw_optax.attention import QKClipState
 from lbw_optax.chained import ChainedGuard
 from lbw_optax.freeze import Freeze
 from lbw_optax.frozen import Frozen
@@ -313,13 +314,18 @@ def _with_extra_args(inner: optax.GradientTransformation) -> Any:
 
 
 def _refuse_what_goes_around(inner_state: PyTree) -> None:
-    """What does not stay right when its updates are scaled."""
+    """What does not stay right when its updates are scaled, or does nothing there."""
     for kind, sentence in _AROUND.items():
         if any(isinstance(node, kind) for node in _nodes(inner_state, kind)):
             raise ValueError(sentence)
 
 
 _AROUND = {
+    QKClipState: (
+        "lbw_optax.qk_clip acts on the parameters, whatever the guard thinks of the step, and the "
+        "guard keeps activations to itself: put it behind the guard, "
+        "optax.chain(lbw_guard(optimizer), lbw_optax.qk_clip())."
+    ),
     optax.contrib.SAMState: (
         "optax.contrib.sam steps to and fro, which the guard would hold for divergence: put "
         "the guard inside, optax.contrib.sam(lbw_guard(optimizer), adversarial_optimizer)."

@@ -257,7 +257,9 @@ def test_layers_are_counted_in_the_order_of_their_names():
     ("given", "sentence"),
     [
         ([PAIR], "must be a mapping from the name of a layer .* got list"),
-        ({"a": jnp.ones((2, 3))}, r"activations\['a'\] must be .* got shapes \(2, 3\)"),
+        ({"a": jnp.ones((2, 3, 4))}, r"activations\['a'\] must be .* got shapes \(2, 3, 4\)"),
+        ({"a": jnp.ones((2, 0))}, r"activations\['a'\] must be .* got shapes \(2, 0\)"),
+        ({"a": Outliers(*jnp.ones((2, 2, 3)))}, r"activations\['a'\] must be"),
         ({"a": {"b": 1.0}}, r"activations\['a'\] must be"),
         ({"a": Outliers(0.1, jnp.ones(2))}, r"activations\['a'\] must be"),
         ({"a": "high"}, r"activations\['a'\] must be"),

@@ -96,7 +96,7 @@ def train_step(
         seen["activation_peaks"] = stacked(activations).outliers.peak
         updates, opt_state = update(grads, opt_state, params, value=loss, activations=activations)
     params = optax.apply_updates(params, updates)
-    return params, opt_state, _guard_metrics(opt_state) | seen
+    return params, opt_state, _metrics(opt_state) | seen
 
 
 def with_activations(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, Any]]:
@@ -158,11 +158,14 @@ def _parts(batch: Any, count: int) -> Any:
     return jax.tree.map(cut, batch)
 
 
-def _guard_metrics(opt_state: Any) -> dict[str, jax.Array]:
+def _metrics(opt_state: Any) -> dict[str, jax.Array]:
+    """Of a guard in this state, and of QK-clip."""
+    clips = optax.tree.get(opt_state, "qk_clips")
+    counted = {} if clips is None else {"qk_clips": clips}
     try:
-        return lbw_optax.metrics(opt_state)
+        return lbw_optax.metrics(opt_state) | counted
     except ValueError:  # no guard in this state
-        return {}
+        return counted
 
 
 def _record(

@@ -197,7 +197,7 @@ class Glimpse(NamedTuple):
 
     Attributes:
       rows: some of what the layer adds to the stream, (rows, hidden), in its type.
-      logit: its largest attention logit, float32, of some queries.
+      logit: the largest attention logit of each head, float32[heads], of some queries.
     """
 
     rows: jax.Array
@@ -328,7 +328,7 @@ class Attention(nnx.Module):
         mask: jax.Array | None = None,
         watched: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The rows, and if it is watched the largest logit of some queries."""
+        """The rows, and if it is watched the largest logit of each head, of some queries."""
         length = rotation[0].shape[1]
 
         def heads(rows: jax.Array) -> jax.Array:
@@ -360,7 +360,9 @@ class Attention(nnx.Module):
             place = jnp.arange(query.shape[1])
             near = (place[:, None] - place[None] <= self.window[0])[None, None]
             mask = near if mask is None else mask & near
-        return attention_logit_max(query, key, mask=mask, scale=self.scale, is_causal=True)
+        return attention_logit_max(
+            query, key, mask=mask, scale=self.scale, is_causal=True, per_head=True
+        )
 
 
 class MLP(nnx.Module):
@@ -458,7 +460,7 @@ def next_token_loss(
     `z_loss` is the weight of ``logsumexp(logits)^2``, and `balance` that of a mixture's
     `train.experts.balance_loss` over the tokens that are no padding. With `watched` the function
     gives (loss, activations), what the guard's `update` takes: outliers of what each layer adds to
-    the stream, of `WATCHED_ROWS` rows, and its largest attention logit.
+    the stream, of `WATCHED_ROWS` rows, and the largest attention logit of each head.
     """
 
     def loss_fn(params: Any, frozen: Any, batch: Any) -> Any:

@@ -93,6 +93,9 @@ class Options:
     """AdamW's weight decay, on everything that is trained."""
     clip: Positive = 1.0
     """Largest global norm of the gradient, for the optimizers with +clip."""
+    qk_clip: Positive | None = None
+    """Largest attention logit: heads beyond it have their queries and keys scaled down. Kimi K2 had
+    100. For models without QK-norm, not for adapters. None: no limit."""
     max_distance: Count = 50
     """Largest number of steps that a rollback may go back."""
     save_every: Count | None = None

@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules by the names that the scripts' options have."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ def optimizer(options: Options) -> optax.GradientTransformation:
     """AdamW after the schedule, with clipping before it and the guard above both as asked for.
 
     The optimizers without a guard have one that only observes, for what it reports and for the
-    checkpoints that it vouches for.
+    checkpoints that it vouches for. QK-clip comes last, on the parameters.
 
     >>> from pathlib import Path
     >>> options = Options("tiny", Path("runs/x"), optimizer="lbw+clip", steps=10)
@@ -29,7 +30,11 @@ def optimizer(options: Options) -> optax.GradientTransformation:
     if options.optimizer.endswith("+clip"):
         tx = optax.chain(optax.clip_by_global_norm(options.clip), tx)
     governs = options.optimizer.startswith("lbw")
-    return lbw_optax.lbw_guard(tx, mode="govern" if governs else "observe")
+    tx = lbw_optax.lbw_guard(tx, mode="govern" if governs else "observe")
+    if options.qk_clip is None:
+        return tx
+    layers = functools.partial(lbw_optax.by_attention, stacked="layers" if options.scan else None)
+    return optax.chain(tx, lbw_optax.qk_clip(options.qk_clip, layers=layers))
 
 
 def schedule(options: Options) -> optax.Schedule:

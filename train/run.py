@@ -23,6 +23,7 @@ from train import (
     logs,
     loop,
     packing,
+    ranks,
     recipes,
     rundir,
     sharding,
@@ -35,7 +36,7 @@ from train.losses import Batch
 from train.model import Decoder, next_token_loss, split
 from train.options import Options
 from train.presets import PRESETS, Config
-from train.watch import Watch, receivers
+from train.watch import LISTS_EVERY, Watch, receivers
 
 Chosen = TypeVar("Chosen", bound=Options)
 
@@ -269,14 +270,20 @@ def steps(
             batch(rollback.data_step(step)),
             options.microbatches,
         )
-        watch.step(step + 1, metrics, opt_state)
         made = step + 1
+        watch.step(made, metrics | _ranks(made, params, options), opt_state)
         step, state = rollback.step(made, (params, opt_state))
         watch.copies(rollback.report())
         if step < made:
             watch.rolled_back(rollback.history[-1])
         state = watch.obey(step, state, rollback)
         yield step, state
+
+
+def _ranks(made: int, params: Any, options: Options) -> dict[str, jax.Array]:
+    """Stable ranks, after every so many steps."""
+    found = ranks.of_layers(params, scan=options.scan) if made % LISTS_EVERY == 0 else None
+    return {} if found is None else {"stable_ranks": found}
 
 
 def checkpoints(options: Options, place: str | None = None) -> lbw_optax.RollbackManager:

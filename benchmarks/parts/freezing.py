@@ -35,8 +35,8 @@ def faults() -> str:
     return (
         f"{numbers(head, rows)}\n\nFinal test loss over that of the same method and seed without "
         f"the fault, mean of {len(seeds)} seeds, and in brackets the steps that the fault cost, "
-        f"mean of the same. What was done:\n\n{numbers(head, done)}\n\nFreezes, skipped steps and "
-        f"rollbacks, summed over the seeds. {_where(records)}"
+        f"mean of the same. What was done:\n\n{numbers(head, done)}\n\nFreezes, skipped steps, "
+        f"rollbacks and clips of a layer's heads, summed over the seeds. {_where(records)}"
     )
 
 
@@ -101,6 +101,7 @@ def _done(runs: dict[Any, Record], method: str, fault: str, seeds: Iterable[int]
             "freezes": _sum(own, "freezes"),
             "skips": _sum(own, "skips"),
             "rollbacks": sum(len(r["rollbacks"]) for r in own),
+            "clips": sum(r.get("clips", 0) for r in own),
         }
     )
     told = [f"{n} {name if n > 1 else name[:-1]}" for name, n in found.items() if n]

@@ -21,7 +21,8 @@ def metrics():
 
 
 def test_the_list_has_every_metric_and_what_a_loop_logs_beside_them(metrics):
-    beside = {"learning_rate", "tokens_per_second", "mfu", "activation_peaks"}
+    beside = {"learning_rate", "tokens_per_second", "mfu", "qk_clips"}
+    beside |= {"activation_peaks", "stable_ranks"}
     assert set(NAMES) - beside == {parts(name).base for name in metrics}
 
 

@@ -162,12 +162,21 @@ def test_damaged_input_is_named(main, damage, said, place, capsys):
         (["--data", "nowhere"], ["there is no directory nowhere"]),
         (["--track", "trackio"], ["--track trackio needs trackio: pip install trackio"]),
         (["--targets", "q_prog"], ["q_prog", "q_proj"]),
+        (["--qk-clip", "0"], ["--qk-clip 0.0 must be a finite number above 0"]),
+        (["--qk-clip", "100"], ["k_proj/lora_A' is an adapter of one: merge the adapters"]),
     ],
 )
 def test_impossible_options_are_named(given, said, place, capsys):
     message = sentence(qwen_lora.main, [*arguments(place), *given], capsys)[-1]
     assert message.startswith("train.qwen_lora: ")
     assert all(part in message for part in said), message
+
+
+def test_qk_clip_of_a_model_with_norms_of_queries_and_keys_is_refused(place, capsys):
+    changed(place, model_type="qwen3", attention_bias=False, architectures=["Qwen3ForCausalLM"])
+    given = arguments(place, "--qk-clip", "100")
+    message = sentence(tinyllama_full.main, given, capsys)[-1]
+    assert message.startswith("train.tinyllama_full: QK-clip is for attention without norms")
 
 
 def test_a_run_that_cannot_fit_says_so_before_anything_is_loaded(place, capsys):

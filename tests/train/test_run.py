@@ -21,7 +21,7 @@ from support import assert_same_bits
 import lbw_optax
 from lbw_optax import orders
 from lbw_optax.exporters import webhook
-from train import data, logs, loop, model, run, sharding
+from train import data, jsonl, logs, loop, model, run, sharding
 from train.options import Options
 from train.progress import Progress
 from train.watch import Watch
@@ -29,8 +29,8 @@ from train.watch import Watch
 pytestmark = pytest.mark.process
 
 
-def build():
-    return model.Decoder(SMALL, rngs=nnx.Rngs(0))
+def build(scan=False):
+    return model.Decoder(SMALL, rngs=nnx.Rngs(0), scan=scan)
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +176,34 @@ def test_a_run_that_the_guard_gives_up_is_told_before_it_ends(options):
             raise lbw_optax.GuardExhausted("30 skipped in a row")
     (body,) = receiver.bodies
     assert (body["level"], body["text"]) == ("error", "30 skipped in a row")
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["list", "scan"])
+def test_attention_logits_stay_at_their_limit_and_what_was_done_is_logged(options, corpus, scan):
+    """Beside what a step adds; and the stable ranks of all layers are in the log."""
+
+    def with_large_logits():
+        made = build(scan)
+        attention = (made.layers if scan else made.layers[0]).self_attn
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.kernel[...] *= 30
+        return made
+
+    limit = 1.0
+    asked = {"qk_clip": limit, "scan": scan, "learning_rate": 1e-3, "steps": 20, "eval_every": 0}
+    options = dataclasses.replace(options, **asked)
+    cost = run.announce(options, with_large_logits, nnx.Param)
+    run.train(with_large_logits(), nnx.Param, corpus, options, cost)
+    seen = logs.history(options.out)
+    assert seen["attention_logit"][0] > 2 * limit
+    assert seen["attention_logit"][1:].max() < 1.3 * limit
+    assert (np.diff(seen["qk_clips"]) >= 0).all()
+    assert seen["qk_clips"][0] > 0
+    lines = jsonl.read(options.out / "log.jsonl")
+    ranks = {line["step"]: line["stable_ranks"] for line in lines if "stable_ranks" in line}
+    assert list(ranks) == [10, 20]
+    assert len(ranks[20]) == SMALL.num_hidden_layers
+    assert all(1 <= x < SMALL.head_dim * SMALL.num_key_value_heads for x in ranks[20])
 
 
 @pytest.mark.parametrize(
