@@ -139,7 +139,7 @@ def qk_clip(
       1
 
     References:
-      Kimi K2, 2025 (arXiv:2507.20534), which held logits at 100 in this way.
+      Kimi K2, 2025 (arXiv:2507.20534), which was trained with it.
     """
     _validate(threshold, layers)
 
