@@ -353,8 +353,16 @@ def test_a_full_disk(tmp_path):
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
+@pytest.mark.parametrize(
+    ("happens", "said"),
+    [
+        (lambda path: shutil.rmtree(path.parent), "deleted.*open another"),
+        (lambda path: path.rename(path.with_suffix(".1")), "moved.*truncate it in its place"),
+    ],
+    ids=["deleted", "moved"],
+)
 @pytest.mark.parametrize("make", [AuditLog, MetricsLog])
-def test_a_log_that_is_deleted_says_so_once(tmp_path, make):
+def test_a_log_that_is_no_longer_there_says_so_once(tmp_path, make, happens, said):
     path = tmp_path / "run" / "log.jsonl"
     path.parent.mkdir()
 
@@ -363,8 +371,8 @@ def test_a_log_that_is_deleted_says_so_once(tmp_path, make):
 
     with make(path) as log:
         write(log, 1)
-        shutil.rmtree(path.parent)
-        with pytest.warns(RuntimeWarning, match=r"log\.jsonl has been deleted.*open another"):
+        happens(path)
+        with pytest.warns(RuntimeWarning, match=rf"log\.jsonl has been {said}"):
             write(log, 2)
         write(log, 3)  # a warning would be an error
     assert not path.exists()
