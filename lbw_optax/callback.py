@@ -146,6 +146,8 @@ class TrainGuard:
             else:
                 step, state = self._rollback.step(step, state)
         except GuardExhausted as error:
+            if not is_due:
+                self._look(step, state)
             if self._audit is not None:  # one process tells it for all
                 tell(self._on_event, logging.ERROR, str(error), step, {"action": "exhausted"})
             raise

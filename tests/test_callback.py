@@ -291,3 +291,4 @@ def test_a_lost_run_with_rollback_says_so_at_once(tmp_path):
         loop(guard, 200, change=change)
     assert told[-1].level == "error"
     assert json.dumps(told[-1].line) == '{"action": "exhausted"}'
+    assert read(tmp_path / "log.jsonl")[-1]["rollback_asked"]  # the report reads it there
