@@ -12,7 +12,7 @@ IN_GROUPS = $(foreach group,$(1),--group $(group))
 # The lowest versions of what the wheel or its extra needs: "jax>=0.9" becomes "jax==0.9".
 LOWEST = $(shell $(PYTHON) -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*(d.replace('>=', '==') for d in project$(1)))")
 # The tests of the core that take no more than two minutes.
-CORE := tests/law tests/test_guard.py tests/test_activations.py tests/test_audit.py tests/test_audit_log.py tests/test_callback.py tests/test_orders.py tests/test_state.py tests/test_frozen.py tests/test_testing.py tests/exporters \
+CORE := tests/law tests/test_guard.py tests/test_activations.py tests/test_audit.py tests/test_audit_log.py tests/test_callback.py tests/test_orders.py tests/test_qk_clip.py tests/test_state.py tests/test_frozen.py tests/test_testing.py tests/exporters \
   lbw_optax --ignore=lbw_optax/rollback
 # And of the rollback, likewise.
 ROLLBACK := tests/rollback/test_tiers.py tests/rollback/test_verdict.py
