@@ -122,15 +122,15 @@ def delete(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def unfinished(directory: Path) -> dict[int, Path]:
-    """What killed saves have left, by step."""
+def unfinished(directory: Path) -> list[tuple[int, Path]]:
+    """What killed saves have left, each with its step; two may be of one step."""
     found = ((_UNFINISHED.fullmatch(path.name), path) for path in directory.glob("*"))
-    return {int(name[1]): path for name, path in found if name}
+    return [(int(name[1]), path) for name, path in found if name]
 
 
 def clear_unfinished(directory: Path) -> None:
     """Remove what killed saves have left."""
-    for path in unfinished(directory).values():
+    for _, path in unfinished(directory):
         shutil.rmtree(path, ignore_errors=True)
 
 

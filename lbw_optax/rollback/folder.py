@@ -92,7 +92,7 @@ class Folder:
 
     def unfinished(self) -> set[int]:
         """Steps of checkpoints that a kill has left unfinished."""
-        return {*checkpoints.unfinished(self.path / "checkpoints")}
+        return {step for step, _ in checkpoints.unfinished(self.path / "checkpoints")}
 
     def make_room(self, step: int) -> None:
         """What lies where this checkpoint is to be, and is none of ours, gets another name."""
