@@ -56,12 +56,7 @@ def by_attention(path: str, *, stacked: str | None = None) -> str | None:
       >>> by_attention("layers/attn/k_proj/bias", stacked="layers")
       'layers/attn[*]'
     """
-    if not isinstance(path, str):
-        raise ValueError(
-            f"by_attention takes the path of a leaf, a str, got {type(path).__name__}: pass it as "
-            "layers=by_attention, and under optax.inject_hyperparams, which takes a function for a "
-            "schedule, with static_args=('layers',)."
-        )
+    groups.require_path(path, "layers", "by_attention")
     parts = path.split("/")
     norms = [part for part in parts if part in NORMS]
     if norms:

@@ -43,17 +43,22 @@ def by_layer(path: str, *, stacked: str | None = None) -> str:
       >>> by_layer("decoder/layers/attn/q/kernel", stacked="layers")
       'decoder/layers[*]'
     """
-    if not isinstance(path, str):
-        raise ValueError(
-            f"by_layer takes the path of a leaf, a str, got {type(path).__name__}: pass it as "
-            "groups=by_layer, and under optax.inject_hyperparams, which takes a function for a "
-            "schedule, with static_args=('groups',)."
-        )
+    require_path(path, "groups", "by_layer")
     parts = path.split("/")
     if stacked in parts:
         return "/".join(parts[: parts.index(stacked) + 1]) + STACKED
     numbered = (i for i, part in enumerate(parts[:-1]) if re.search(r"\d$", part))
     return "/".join(parts[: next(numbered, 0) + 1])
+
+
+def require_path(path: Any, argument: str, function: str) -> None:
+    """Refuse what is no path, as where Optax calls a function that it takes for a schedule."""
+    if not isinstance(path, str):
+        raise ValueError(
+            f"{function} takes the path of a leaf, a str, got {type(path).__name__}: pass it as "
+            f"{argument}={function}, and under optax.inject_hyperparams, which takes a function "
+            f"for a schedule, with static_args=('{argument}',)."
+        )
 
 
 class Place(NamedTuple):

@@ -496,9 +496,6 @@ def _limit(
     allowed = jnp.minimum(moved, evidence.log_ceiling - at_full)
     longest = control.log_longest + math.log(JUMP)
     jumps = known & (allowed + at_full > longest)
-    since_outlier = jnp.minimum(control.since_outlier + 1, COOL_DOWN)
-    since_outlier = jnp.where(evidence.outlier, 0, since_outlier)
-    within = [allowed, jnp.where(jumps, longest - at_full, allowed)]
     falls = known & (at_full < control.log_shortest - math.log(FALL))
     falls = falls & (control.log_scale < math.log(FULL))
     floor, by_host = jnp.log(jnp.asarray(bounds.min_scale, jnp.float32)), _by_host(control, bounds)
@@ -508,8 +505,10 @@ def _limit(
         limit = jnp.maximum(jnp.minimum(allowed, by_host), floor)
         return jnp.where(control.pinned, moved, limit)
 
-    by_ceiling, limit = map(bounded, within)
-    lasting = jnp.where(since_outlier < COOL_DOWN, by_ceiling, limit)
+    since_outlier = jnp.minimum(control.since_outlier + 1, COOL_DOWN)
+    since_outlier = jnp.where(evidence.outlier, 0, since_outlier)
+    limit = bounded(jnp.where(jumps, longest - at_full, allowed))
+    lasting = jnp.where(since_outlier < COOL_DOWN, bounded(allowed), limit)
     others = jnp.where(jumps | falls, control.others_in_a_row + 1, 0)
     control = control._replace(
         age=jnp.where(skip, control.age, optax.safe_increment(control.age)),

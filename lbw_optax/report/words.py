@@ -412,20 +412,20 @@ def _led_to(run: Run, troubles: list[dict[str, Any]], asked: int, reason: Reason
     if reason == Reason.SKIPS:
         rows = [x["step"] for x in troubles if x["action"] == "skip" and x["step"] < asked]
         return rows[-1] if rows else asked
-    loss, step = run.columns.get("loss", np.zeros(0)), steps(run.columns)
-    if reason != Reason.LOSS or len(loss) != len(step):
-        return asked
+    return last_low(asked, *_losses(run)) if reason == Reason.LOSS else asked
+
+
+def _losses(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and losses of the updates that stayed; none where no loss was logged."""
+    step = steps(run.columns)
+    loss = run.columns.get("loss", np.full(len(step), np.nan))
     counts = kept(step)
-    return last_low(asked, step[counts], loss[counts])
+    return step[counts], loss[counts]
 
 
 def _went_on(run: Run, asked: int) -> str:
     """What became of a loss that after this step was lower than ever before it; "" of another."""
-    loss, step = run.columns.get("loss", np.zeros(0)), steps(run.columns)
-    if len(loss) != len(step):
-        return ""
-    counts = kept(step)
-    loss, step = loss[counts], step[counts]
+    step, loss = _losses(run)
     before, after = levels(loss[step < asked]), levels(loss[step >= asked])
     if len(after) < 3 or (len(before) and after.min() >= before.min()):
         return ""
