@@ -168,12 +168,18 @@ def _may_be_nan(x: Any) -> bool:
 
 @jax.jit
 def _has_nan(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.any(jnp.isnan(x)) for x in arrays])
+    return jnp.stack([jnp.any(jnp.isnan(x)) for x in _on_device(arrays)])
 
 
 @jax.jit
 def _checksums(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([_checksum(x) for x in leaves])
+    return jnp.stack([_checksum(x) for x in _on_device(leaves)])
+
+
+def _on_device(arrays: list[jax.Array]) -> list[jax.Array]:
+    """To compute with: pinned host memory is moved out of, the rest stays free to join a mesh."""
+    host, device = jax.memory.Space.Host, jax.memory.Space.Device
+    return [jax.device_put(x, device) if jax.typeof(x).memory_space == host else x for x in arrays]
 
 
 def _checksum(x: jax.Array) -> jax.Array:
