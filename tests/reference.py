@@ -54,21 +54,11 @@ class RunningReference:
     def __init__(self, memory: statistics.Memory):
         self.memory = memory
         self.entered: list[float] = []
+        self.mean = self.variance = 0.0
 
     @property
     def weight(self) -> float:
         return 1 - self.memory.decay ** len(self.entered)
-
-    @property
-    def mean(self) -> float:
-        return float(np.average(self.entered, weights=self._weights())) if self.entered else 0.0
-
-    @property
-    def variance(self) -> float:
-        if not self.entered:
-            return 0.0
-        squares = np.square(np.array(self.entered) - self.mean)
-        return float(np.average(squares, weights=self._weights()))
 
     @property
     def std(self) -> float:
@@ -83,9 +73,10 @@ class RunningReference:
             limit = statistics.WINSOR * self.std
             x = self.mean + float(np.clip(x - self.mean, -limit, limit))
         self.entered.append(x)
-
-    def _weights(self) -> np.ndarray:
-        return self.memory.decay ** np.arange(len(self.entered))[::-1].astype(float)
+        weights = self.memory.decay ** np.arange(len(self.entered))[::-1].astype(float)
+        self.mean = float(np.average(self.entered, weights=weights))
+        squares = np.square(np.array(self.entered) - self.mean)
+        self.variance = float(np.average(squares, weights=weights))
 
 
 class OvershootReference:

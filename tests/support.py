@@ -79,7 +79,10 @@ class Run(NamedTuple):
 
     def step(self, params: Any, state: Any, gradients: Any, value: Any) -> tuple[Any, Any]:
         updates, state = self.update(gradients, state, params, value=value)
-        return optax.apply_updates(params, updates), state
+        return apply_updates(params, updates), state
+
+
+apply_updates = jax.jit(optax.apply_updates)
 
 
 def run_of(tx: optax.GradientTransformation) -> Run:

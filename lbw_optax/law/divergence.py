@@ -231,6 +231,7 @@ def assess(
     )
 
 
+@jax.jit  # called of concrete states after every step
 def is_suspected(divergence: Divergence) -> jax.Array:
     """Whether something speaks against the state, if not enough to ask for another."""
     first, after, fewest = divergence.first_gradients, FIRST_STEPS + NEXT_STEPS, FIRST_STEPS
