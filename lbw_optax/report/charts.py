@@ -109,6 +109,13 @@ def extent(runs: Sequence[Run]) -> tuple[float, float]:
     return low, max(high, low + max(1.0, 1e-12 * abs(low)))
 
 
+def title_of(chart: Chart, runs: Sequence[Run]) -> str:
+    """What a chart is called, of these runs."""
+    if chart.column == "scale" and all(watches(run) for run in runs):
+        return "Scale: what the updates would have been multiplied by"
+    return chart.title
+
+
 def curves(chart: Chart, runs: Sequence[Run], x: tuple[float, float], detail: float = 1.0) -> str:
     """The chart as SVG; "" where no run has anything for it. `detail` is a share of `BUCKETS`."""
     lines = [line for i, run in enumerate(runs) for line in lines_of(chart, run, i, len(runs))]
@@ -121,15 +128,16 @@ def curves(chart: Chart, runs: Sequence[Run], x: tuple[float, float], detail: fl
     low, high, is_log = value_range(every, chart.is_log)
     frame = Frame(*x, low, high, is_log)
     buckets = max(int(detail * BUCKETS) // max(len(lines) - 1, 1), 60)
-    parts = [_axes(frame, chart.title)]
+    title = title_of(chart, runs)
+    parts = [_axes(frame)]
     parts += [_curve(line, frame, chart, buckets, len(lines)) for line in lines]
     if chart.column == "loss":
         parts += [_jumps(run, i, frame) for i, run in enumerate(runs)]
     data = f'data-x0="{frame.x0:.10g}" data-x1="{frame.x1:.10g}" data-y0="{frame.y0:.6g}"'
     data += f' data-y1="{frame.y1:.6g}" data-log="{int(frame.is_log)}"'
     return (
-        f'<figure><figcaption>{escape(chart.title)}</figcaption><svg class="chart" role="img" '
-        f'aria-label="{escape(_spoken(chart, lines))}" '
+        f'<figure><figcaption>{escape(title)}</figcaption><svg class="chart" role="img" '
+        f'aria-label="{escape(_spoken(title, lines))}" '
         f'viewBox="0 0 {WIDTH} {TOP + HEIGHT + BELOW}" {data}>{"".join(parts)}</svg></figure>'
     )
 
@@ -223,7 +231,7 @@ def value_range(y: np.ndarray, is_log: bool | None) -> tuple[float, float, bool]
     return low - room, high + room, False
 
 
-def _axes(frame: Frame, title: str) -> str:
+def _axes(frame: Frame) -> str:
     parts = [f'<rect class="plot" x="{LEFT}" y="{TOP}" width="{RIGHT - LEFT}" height="{HEIGHT}"/>']
     for value in ticks(frame.y0, frame.y1, frame.is_log):
         y = float(frame.y(value))
@@ -239,6 +247,7 @@ def step_axis(x0: float, x1: float, bottom: float) -> str:
         x = LEFT + (RIGHT - LEFT) * (step - x0) / (x1 - x0)
         parts.append(f'<path class="grid" d="M{x:.1f} {bottom}v4"/>')
         parts.append(f'<text class="tick mid" x="{x:.1f}" y="{bottom + 16}">{step:,.6g}</text>')
+    parts.append(f'<text class="tick end axis" x="{LEFT - 6}" y="{bottom + 16}">step</text>')
     return "".join(parts)
 
 
@@ -268,8 +277,7 @@ def _curve(line: Line, frame: Frame, chart: Chart, buckets: int, lines: int) -> 
         for step, value in line.undone[-12:]
     ]
     parts += [_threshold(line, frame, style)]
-    finite = np.isfinite(line.value)
-    is_smooth = chart.is_noisy and finite.sum() > 60
+    finite, is_smooth = np.isfinite(line.value), has_mean(chart, line)
     raw = "raw" if is_smooth else "undone" if line.is_sparse else "line"
     path = _path(line.step, line.value, frame, buckets)
     name = escape(line.name)
@@ -293,6 +301,11 @@ def _curve(line: Line, frame: Frame, chart: Chart, buckets: int, lines: int) -> 
         parts.append(_shapes(step, value, frame, line.style))
     parts += _not_finite(line, frame, style)
     return "".join(parts)
+
+
+def has_mean(chart: Chart, line: Line) -> bool:
+    """Whether a moving mean is drawn above the numbers."""
+    return chart.is_noisy and bool(np.isfinite(line.value).sum() > 60)
 
 
 def _path(step: np.ndarray, value: np.ndarray, frame: Frame, buckets: int) -> str:
@@ -406,7 +419,7 @@ def _has_ends(line: dict[str, Any]) -> bool:
     return all(type(line.get(x)) is int for x in ("from_step", "to_step"))
 
 
-def _spoken(chart: Chart, lines: Sequence[Line]) -> str:
+def _spoken(title: str, lines: Sequence[Line]) -> str:
     """The chart in words, for whoever cannot see it."""
     said = []
     for line in lines:
@@ -416,7 +429,7 @@ def _spoken(chart: Chart, lines: Sequence[Line]) -> str:
                 f"{line.name} from {words.number(finite[0])} to {words.number(finite[-1])}, "
                 f"least {words.number(finite.min())}, largest {words.number(finite.max())}"
             )
-    return f"{chart.title}. {'; '.join(said)}"
+    return f"{title}. {'; '.join(said)}"
 
 
 # --- The time line -------------------------------------------------------------------------------
@@ -530,6 +543,7 @@ def _lane(
     )
     acts = not watches(run)
     marks = [_mark([lines[i] for i in group], shape, frame, y, acts) for group in groups]
+    marks += _counts([[lines[i] for i in group] for group in groups], frame, y)
     return (
         f'<text class="tick end" x="{LEFT - 6}" y="{y + 3.5}">{_SHORT.get(action, action)}</text>'
         f'<path class="grid" d="M{LEFT} {y}H{RIGHT}"/>'
@@ -539,6 +553,19 @@ def _lane(
 
 
 _SHORT = {"rollback": "back", "asked": "back?", "seen": "jump", "rejecting": "rejects"}
+
+
+def _counts(groups: list[list[dict[str, Any]]], frame: Frame, y: float) -> list[str]:
+    """Beside a mark that stands for several, how many, where there is room for it."""
+    starts = [float(frame.x(group[0]["step"])) for group in groups]
+    found = []
+    for group, x, following in zip(groups, starts, [*starts[1:], math.inf], strict=True):
+        total = sum(words.multiplicity(line) for line in group)
+        if total > 1 and following - x > 50:
+            end = float(frame.x(group[-1].get("last_step", group[-1]["step"])))
+            at = min(max(x, end), following - 34, RIGHT - 34) + 8
+            found.append(f'<text class="name" x="{at:.1f}" y="{y + 3.5}">×{total:,}</text>')
+    return found
 
 
 def _mark(lines: list[dict[str, Any]], shape: str, frame: Frame, y: float, acts: bool) -> str:

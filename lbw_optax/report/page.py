@@ -202,13 +202,18 @@ def _key(told: Sequence[Told]) -> str:
         for regime in charts.WORST_FIRST
         if any(regime in one.run.columns.get("regime", ()) for one in told)
     ]
+    items += [
+        f'<li><svg class="sample" viewBox="0 0 44 14" aria-hidden="true"><path class="{kind} r0" '
+        f'd="M2 7H42"/></svg> {title}</li>'
+        for kind, title in _strokes([one.run for one in told])
+    ]
     lines = [
         "Each picture keeps the least and the largest number of every place: no spike is lost. "
-        "A cross at the upper edge is a number that is not finite. Faint dots are steps that were "
-        "undone and made again; an arrow leads from the step that was left to that gone back to. "
-        "A dashed line, or a short dash, is a threshold as it was recorded. Steps of interventions "
-        "are the guard's own count, from 0, as that of the batches; a line of the log counts the "
-        "updates made: what was done in step 30 is in the log at step 31.",
+        "A cross at the upper edge is a number that is not finite. An arrow leads from the step "
+        "that was left to that gone back to. A number beside a mark is of how many it stands for. "
+        "Thresholds are as they were recorded, at every step or where one was passed. Steps of "
+        "interventions are the guard's own count, from 0, as that of the batches; a line of the "
+        "log counts the updates made: what was done in step 30 is in the log at step 31.",
         "Keys: Tab to a lane of marks, left and right in it; a mark shows its line of the audit "
         "log. Left and right in a chart move the reading.",
     ]
@@ -216,6 +221,24 @@ def _key(told: Sequence[Told]) -> str:
     return (
         f'<section><h2>How to read it</h2><ul class="legend">{"".join(items)}</ul>{said}</section>'
     )
+
+
+def _strokes(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """What the kinds of lines mean, as far as they occur: class of the style sheet, and words."""
+    drawn = [
+        (chart, line)
+        for chart in charts.CHARTS
+        for run in runs
+        for line in charts.lines_of(chart, run, 0, 1)
+    ]
+    has_mean = any(charts.has_mean(chart, line) for chart, line in drawn)
+    kinds = [
+        ("raw", "a number of each step", has_mean),
+        ("line", "its moving mean, over a sixtieth of the run", has_mean),
+        ("threshold", "a threshold", any(len(line.threshold[0]) for _, line in drawn)),
+        ("undone", "steps undone and made again", any(line.undone for _, line in drawn)),
+    ]
+    return [(kind, title) for kind, title, occurs in kinds if occurs]
 
 
 def _table(run: Run) -> str:

@@ -65,6 +65,8 @@ def picture(told: Sequence[Told], path: Path) -> None:
         axes.set_xlim(*x)
         axes.tick_params(labelsize=8)
         draw(axes)
+        how = {"ha": "right", "va": "top", "fontsize": 8, "textcoords": "offset points"}
+        axes.annotate("step", (0, 0), (-6, -6), xycoords="axes fraction", **how)
         at -= 0.2
     new = path.with_name(f"{path.name}.new")
     figure.savefig(new, format="png", metadata={"Software": _MARK})
@@ -140,14 +142,15 @@ def _curves(chart: charts.Chart, runs: Sequence[Run], x: tuple[float, float]) ->
     ends = (10.0**low, 10.0**high) if is_log else (low, high)
 
     def draw(axes: Any) -> None:
-        axes.set_title(chart.title, loc="left", fontsize=10, fontweight="bold")
+        title = charts.title_of(chart, runs)
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
         axes.set_yscale("log" if is_log else "linear")
         axes.set_yticks(ticks := charts.ticks(low, high, is_log), [f"{y:.4g}" for y in ticks])
         axes.set_yticks([], minor=True)
         axes.set_ylim(*ends)
         axes.grid(axis="y", color="#d9dee4", linewidth=0.6)
         for line in lines:
-            _curve(axes, line, chart.is_noisy, is_log, x)
+            _curve(axes, line, charts.has_mean(chart, line), is_log, x)
         if chart.column == "loss":
             for i, run in enumerate(runs):
                 _jumps(axes, run, i)
@@ -158,12 +161,11 @@ def _curves(chart: charts.Chart, runs: Sequence[Run], x: tuple[float, float]) ->
 
 
 def _curve(
-    axes: Any, line: charts.Line, is_noisy: bool, is_log: bool, x: tuple[float, float]
+    axes: Any, line: charts.Line, is_smooth: bool, is_log: bool, x: tuple[float, float]
 ) -> None:
     colour, dashes = COLOURS[line.style % 6], DASHES[line.style % 6]
     finite = np.isfinite(line.value)
     step, value = line.step[finite], line.value[finite]
-    is_smooth = is_noisy and len(step) > 60
     pick = sampling.extremes(step, value, *x, POINTS // 2)
     # Numbers that are not finite leave a gap, and a cross at the upper edge.
     gaps = np.where(finite, line.value, np.nan) if len(line.step) <= POINTS else None
@@ -226,9 +228,12 @@ def _times(told: Told, x: tuple[float, float]) -> Panel | None:
             how = {"hatch": _HATCHES[regime], "facecolor": "none", "edgecolor": "#5c6570"}
             axes.barh(0, max(end - start, 1e-9), 0.8, left=start, linewidth=0.5, **how)
         for action in lanes:
-            at = [y["step"] for y in told.marks if y["action"] == action and "step" in y]
-            places = [rows.index(action)] * len(at)
-            axes.plot(at, places, _MARKERS[action], color=COLOURS[0], markersize=5)
+            marked = [y for y in told.marks if y["action"] == action and "step" in y]
+            at, ends = ([y.get(k, y["step"]) for y in marked] for k in ("step", "last_step"))
+            place = rows.index(action)
+            axes.hlines([place] * len(at), at, ends, color=COLOURS[0], linewidth=3, alpha=0.35)
+            marks = axes.plot(at, [place] * len(at), _MARKERS[action], color=COLOURS[0])
+            marks[0].set(markersize=5, clip_on=False)
         used = dict.fromkeys(regime for _, _, regime in stretches)
         if used:
             patch = [axes.bar(0, 0, hatch=_HATCHES[y], facecolor="none", label=y) for y in used]

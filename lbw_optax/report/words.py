@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lbw_optax.law import classifier
 from lbw_optax.law.control import LOW
 from lbw_optax.law.divergence import SKIP_STEPS, Reason
 from lbw_optax.report.levels import LEFT_OF_RISE, last_low, levels, lowest_at, rises_from
@@ -271,19 +272,29 @@ def _times(count: int) -> str:
 
 
 def _alarms(run: Run) -> str:
-    """What the classifier has warned of, which moves nothing by itself."""
+    """What the classifier has warned of, which moves nothing by itself.
+
+    The audit log has no line of an alarm that begins in the step of another intervention; the
+    metrics have its probability.
+    """
     alarms = [line for line in run.audit if line["action"] == "alarm" and "step" in line]
-    if not alarms:
-        return ""
-    known = [x for line in alarms if isinstance(x := line.get("value"), float | int)]
     step = steps(run.columns)
     risk = run.columns.get("risk_10", np.full(len(step), np.nan))
-    known += risk[(risk <= 1) & (step > alarms[0]["step"])].tolist()
+    given = risk <= 1
+    # A line of the metrics counts the updates made: that of step 30 is at 31.
+    high = step[given & (risk > float(classifier.shipped().alarm))] - 1
+    begins = [line["step"] for line in alarms[:1]] + high[:1].tolist()
+    if not begins:
+        return ""
+    known = [x for line in alarms if isinstance(x := line.get("value"), float | int)]
+    known += risk[given].tolist()
     up_to = f", with a probability of up to {100 * max(known):.0f} %" if known else ""
-    often = _times(len(alarms))
-    first = f"{often}, first" if len(alarms) > 1 else often
+    is_all = bool(alarms) and alarms[0]["step"] == min(begins)
+    often = (
+        "first" if not is_all else "once" if len(alarms) == 1 else f"{_times(len(alarms))}, first"
+    )
     return (
-        f"The classifier's alarm was raised {first} at step {alarms[0]['step']:,}: a divergence "
+        f"The classifier's alarm was raised {often} at step {min(begins):,.0f}: a divergence "
         f"within ten steps{up_to}."
     )
 

@@ -111,7 +111,8 @@ class Disk:
         except OSError as error:
             raise OSError(
                 f"The first checkpoint cannot be written to {self._folder.path} "
-                f"({first_line(error)}): free space there, or pass another directory."
+                f"({first_line(error)}): free space there, let this user write to it, or pass "
+                "another directory."
             ) from error
         self._count_from(step)
         self._cadence.saved(step)
@@ -409,8 +410,8 @@ class Disk:
         where = "the beginning" if newest is None else f"step {newest}"
         warn(
             f"The checkpoint of step {step} could not be written to {self._folder.path} "
-            f"({why}): free space there; the next try is after {self._cadence}. A run that stops "
-            f"now goes on from {where}."
+            f"({why}): free space there, or let this user write to it; the next try is after "
+            f"{self._cadence}. A run that stops now goes on from {where}."
         )
 
     def _drop(self, steps: list[int]) -> None:

@@ -21,6 +21,7 @@ from support import storm
 import lbw_optax
 from lbw_optax.law.divergence import Reason
 from lbw_optax.report import charts, command, frozen, heat, reading, report, sampling, words
+from lbw_optax.state import Mode
 
 BAD = (30, 31, 32, 55)
 
@@ -230,6 +231,10 @@ def test_what_ended_a_run_comes_before_what_it_got_over():
     warned.append({"action": "alarm", "step": 236, "signal": "risk", "value": 0.5})
     story = told(np.full(267, 6.2), warned, exhausted=np.ones(267))
     assert "The classifier's alarm was raised once at step 236" in story
+    risk = np.where(np.arange(1, 268) < 31, 0.0, 0.97)  # it began beside what has a line of its own
+    story = told(np.full(267, 6.2), [EARLY], exhausted=np.ones(267), risk_10=risk)
+    assert "was raised first at step 30: a divergence within ten steps, with a prob" in story
+    assert "of up to 97 %" in story
 
 
 def test_a_guard_that_only_watched_is_told_of():
@@ -288,6 +293,24 @@ def test_the_share_of_rejected_steps_is_no_threshold_of_the_loss(tmp_path):
     run = reading.read(tmp_path)
     (line,) = charts.lines_of(charts.CHARTS[0], run, 0, 1)
     assert not len(line.threshold[0])
+
+
+@pytest.mark.parametrize(("mode", "would"), [("govern", ""), ("observe", "would have been ")])
+def test_a_chart_says_what_is_drawn(mode, would, tmp_path):
+    steps = range(1, 301)
+    columns = {"scale": 0.5, "mode": Mode[mode.upper()].value, "loss_threshold": 9}
+    lines = [{"step": i, "loss": 4 + np.sin(i), **columns} for i in steps]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    clip = {"number": 0, "step": 100, "action": "clip", "signal": "loss"}
+    (tmp_path / "events.jsonl").write_text(json.dumps(clip | {"count": 3, "last_step": 102}) + "\n")
+    page = page_of(tmp_path)
+    drawn = drawings(page)
+    assert f"Scale: what the updates {would or 'are '}multiplied by" in drawn
+    assert "×3" in "".join(drawn[f"Regimes and interventions: {tmp_path.name}"].itertext())
+    assert "step" in [x.text for x in drawn["Loss"].iter("text")]
+    key = page[page.index("How to read it") :]
+    assert all(x in key for x in ["a number of each step", "its moving mean", "a threshold"])
+    assert "undone and made again" not in key
 
 
 def test_the_page_needs_nothing_but_itself(stormy):
