@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from lbw_optax import stable_rank
 from lbw_optax.activations import natural
 
+EVERY = 100
+"""Steps: each matrix is read forty times, and its rank moves slowly."""
+
 
 def of_layers(params: Any, *, scan: bool) -> jax.Array | None:
     """The least stable rank of the matrices of each layer, float32[layers]; None of no matrix.

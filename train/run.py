@@ -36,7 +36,7 @@ from train.losses import Batch
 from train.model import Decoder, next_token_loss, split
 from train.options import Options
 from train.presets import PRESETS, Config
-from train.watch import LISTS_EVERY, Watch, receivers
+from train.watch import Watch, receivers
 
 Chosen = TypeVar("Chosen", bound=Options)
 
@@ -281,8 +281,8 @@ def steps(
 
 
 def _ranks(made: int, params: Any, options: Options) -> dict[str, jax.Array]:
-    """Stable ranks, after every so many steps."""
-    found = ranks.of_layers(params, scan=options.scan) if made % LISTS_EVERY == 0 else None
+    """Stable ranks, after the first step and from there after every so many."""
+    found = ranks.of_layers(params, scan=options.scan) if made % ranks.EVERY == 1 else None
     return {} if found is None else {"stable_ranks": found}
 
 

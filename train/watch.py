@@ -28,7 +28,7 @@ COPIES = (
 )
 """What is logged of the copies of the state, under names with "rollback_" before them."""
 LISTS, LISTS_EVERY = ("gradient_log2", "activation_peaks"), 10
-"""Many numbers, which move slowly: they are logged every so many steps, and so are stable ranks."""
+"""Many numbers, which move slowly: they are logged every so many steps."""
 
 
 class _Step(NamedTuple):
