@@ -78,8 +78,8 @@ def lbw_guard(
       min_scale: the smallest scale, in (0, 1].
       max_skips: after this many skipped steps in a row the state is exhausted and
         :func:`lbw_optax.check` raises; skipping itself goes on.
-      max_interventions: the budget: skips, cuts and holds that may be outstanding; one is earned
-        back in ten steps. When it is spent the state is exhausted too.
+      max_interventions: the budget: skips and cuts that may be outstanding; one is earned back in
+        ten steps. A step that is skipped when it is spent leaves the state exhausted too.
       mode: "govern", or "observe" to watch and decide but apply what ``inner`` proposes.
       groups: which layers may be frozen alone, while the rest trains: a function from the path of
         a leaf, its keys with "/" between them, to the name of its group, or None; for example

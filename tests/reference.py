@@ -612,7 +612,8 @@ class LawReference:
         self.outstanding += 1 if spends else -control.EARNED
         self.skips_in_a_row = self.skips_in_a_row + 1 if skip else 0
         self.skips += skip
-        if self.skips_in_a_row >= self.max_skips or self.outstanding > self.max_interventions:
+        is_over = self.outstanding > self.max_interventions
+        if self.skips_in_a_row >= self.max_skips or (skip and is_over):
             self.exhausted = True
         self.outstanding = min(max(self.outstanding, 0.0), float(self.max_interventions))
 

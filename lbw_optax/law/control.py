@@ -422,7 +422,8 @@ def decide(control: Control, evidence: Evidence, bounds: Bounds) -> tuple[Contro
     intervened = (action == Action.SKIP) | (action == Action.CUT)
     outstanding = control.outstanding + jnp.where(intervened, 1.0, -EARNED)
     in_a_row = jnp.where(skip, optax.safe_increment(control.skips_in_a_row), 0)
-    spent = (in_a_row >= bounds.max_skips) | (outstanding > bounds.max_interventions)
+    # Cuts spend, too, but end no run: their reason is a guess, and they may swing in a sound one.
+    spent = (in_a_row >= bounds.max_skips) | (skip & (outstanding > bounds.max_interventions))
     alarmed = (control.age + 1 >= SETTLED_FROM) & (evidence.alarm > FIRST_ALARM)
     new = control._replace(
         log_scale=log_scale,

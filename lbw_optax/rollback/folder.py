@@ -4,8 +4,10 @@ With several processes only the first writes here; the folder is shared by all, 
 on the first is an error on all of them.
 """
 
+import contextlib
 import itertools
 import shutil
+import uuid
 import warnings
 from collections.abc import Callable
 from io import FileIO
@@ -33,6 +35,7 @@ class Folder:
         self._journal = self.path / "journal.json"
         self._is_first = jax.process_index() == 0
         self._lock: FileIO | None = None
+        self._mark = b""  # in the lock's file, by which it is known
         self._calls = 0  # of `step`, when the journal was read, or written by `write_calls`
         try:
             self._on_first(self._claim)
@@ -168,26 +171,64 @@ class Folder:
             lock.release(self._lock)
 
     def _claim(self) -> None:
+        self._lock = self._claimed()
+        mark, wrote = uuid.uuid4().bytes, 0
+        with contextlib.suppress(OSError):
+            self._lock.truncate(0)
+            wrote = self._lock.write(mark)
+        self._mark = mark if wrote == len(mark) else b""  # there may be no room for it
+
+    def _hold(self) -> None:
+        """Claim anew what somebody has deleted or moved: a second run could write here unseen."""
+        if self._lock is None or self._lock.closed or not self._mark:
+            return
+        try:
+            found = (self.path / "lock").read_bytes()
+        except FileNotFoundError:
+            found = b""
+        except OSError:
+            return  # what cannot be read tells nothing
+        if found == self._mark:
+            return
+        held = self._lock
+        self._claim()
+        lock.release(held)
+        warnings.warn(
+            f"The lock of {self.path} has been deleted or moved, or the whole directory: it is "
+            "made again, and checkpoints are written there from now on.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _claimed(self) -> FileIO:
+        """The lock's file.
+
+        Raises:
+          OSError: if it cannot be written, or another process has it.
+        """
         try:
             if not self.path.exists():
                 self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FileIO(self.path / "lock", "a")
+            file = FileIO(self.path / "lock", "a")
         except OSError as error:
             what, advice = self._unwritable
             raise OSError(
                 f"{what} cannot be written to {self.path} ({error.strerror}): {advice}."
             ) from error
-        if not lock.claim(self._lock):
+        if not lock.claim(file):
+            file.close()
             raise OSError(
                 f"Another process uses {self.path} for its checkpoints: wait until it has ended, "
                 "or pass another directory."
             )
+        return file
 
     def _on_first(self, act: Callable[[], None]) -> None:
         """Act on the first process; its error is everybody's, before anybody waits for it."""
         problem: OSError | None = None
         if self._is_first:
             try:
+                self._hold()
                 act()
             except OSError as error:
                 problem = error

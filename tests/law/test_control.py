@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from trajectories import (
     run_law,
 )
 
+from lbw_optax import lbw_guard
 from lbw_optax.law import control, statistics, telemetry
 from lbw_optax.law.control import Action, Bounds, Control, Decision, Evidence, Regime, Signal
 
@@ -371,6 +373,23 @@ def test_exhausted_by_the_budget():
     # Spends 1, earns 0.1: 0.9, 1.8, 2.7 outstanding, and the fourth is one too many.
     assert state.exhausted.argmax() == 6
     assert state.exhausted[6:].all()
+
+
+def test_cuts_alone_exhaust_nothing():
+    """Two batches in turn, without noise: steps of two lengths, and a cut at every other one."""
+    tx = lbw_guard(optax.sgd(0.1), max_interventions=5)
+
+    def step(carry, i):
+        params, state = carry
+        loss, grads = jax.value_and_grad(lambda p: jnp.sum((p - i % 2) ** 2))(params)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return (optax.apply_updates(params, updates), state), state.law.control
+
+    start = jnp.ones(3)
+    _, control = jax.lax.scan(step, (start, tx.init(start)), jnp.arange(400))
+    assert control.outstanding.max() > 4  # it is at its end, and the run goes on
+    assert not control.skips[-1]
+    assert not control.exhausted.any()
 
 
 def test_pinned_scale_holds():

@@ -766,6 +766,42 @@ def test_a_forked_data_worker_does_not_keep_the_lock(tmp_path, end):
             trainer.kill()
 
 
+def without_lock(path, how):
+    if how == "lock":
+        (path / "lock").unlink()
+    elif how == "directory":
+        shutil.rmtree(path)
+    else:
+        path.rename(path.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("lost", ["lock", "directory", "moved"])
+@pytest.mark.parametrize("is_taken", [False, True], ids=["", "taken"])
+def test_a_lock_that_is_gone_is_told_and_made_again(lost, is_taken, tmp_path):
+    path, other = tmp_path / "run", contextlib.ExitStack()
+
+    def lose(rollback, step, tree):
+        if step == 20:
+            rollback._candidates._disk._write()  # nothing is on its way there
+            without_lock(path, lost)
+            if is_taken:
+                other.enter_context(RollbackManager(path, **QUICK)).resume(start())
+
+    with other, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tree, _, _ = run(path, 40, on_step=lose)
+        assert_same_bits(tree, plain(40))
+        said = [str(x.message) for x in caught]
+        if is_taken:
+            assert any("Another process uses" in x and "could not be written" in x for x in said)
+            assert not any("made again" in x for x in said)
+        else:
+            assert sum("deleted or moved" in x and "made again" in x for x in said) == 1
+    if not is_taken:
+        with RollbackManager(path, **QUICK) as rollback:
+            assert rollback.resume(start())[0] > 20
+
+
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot be written to .*file/run \(Not a directory\)"):
