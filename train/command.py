@@ -181,7 +181,8 @@ def guarded_main(prog: str, job: Callable[[], int]) -> int:
     except (ValueError, ImportError) as error:
         fail(prog, str(error))
     except OSError as error:
-        fail(prog, f"{error.strerror or error}: {error.filename or 'a file of the run'}")
+        where = f": {error.filename or 'a file of the run'}"
+        fail(prog, f"{error.strerror}{where}" if error.strerror else str(error))
 
 
 @contextlib.contextmanager

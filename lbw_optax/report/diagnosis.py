@@ -136,7 +136,9 @@ def of_columns(columns: Columns, name: str, complaints: tuple[str, ...] = ()) ->
     """
     given = [x for x in ("loss", "gradient_norm") if x in columns]
     if not given:
-        others = ", ".join(list(columns)[:12]) or "none"
+        if not columns:
+            raise ValueError(f"{name} has no entry with a number yet: has the run made a step?")
+        others = ", ".join(list(columns)[:12])
         raise ValueError(
             f"{name} has neither a loss nor a gradient norm among its columns ({others}): call "
             "one of them loss or grad_norm."
@@ -337,7 +339,7 @@ def _sentence(
         first = findings[0] if asked is None else _led_to(asked, findings)
         said = _troubles(first, asked, findings, step, loss)
         began = first.step if asked is not first else rises_from(asked.step, step, loss)
-        what_to_do = advice(_cause(first), began, lost=verdict == "diverged")
+        what_to_do = _of_jumps(findings) or advice(_cause(first), began, lost=verdict == "diverged")
     else:
         began = rises_from(int(step[-1]), step, loss)
         what_to_do = advice("loss", began, lost=True)
@@ -350,6 +352,19 @@ def _sentence(
         "risen": "",
     }
     return " ".join(x for x in (*said, came_of_it[verdict], _end(loss), what_to_do) if x)
+
+
+def _of_jumps(findings: tuple[Finding, ...]) -> str:
+    """What to do about finite jumps of one entry each, and of nothing else: "" of others."""
+    if any(x.times > 1 or x.signal not in ("loss", "gradient_norm") for x in findings):
+        return ""
+    at = ", ".join(f"{x.step:,}" for x in findings[:4])
+    more = f" and {len(findings) - 4:,} more" if len(findings) > 4 else ""
+    which = "step" if len(findings) == 1 else "steps"
+    return (
+        f"What to do: nothing, what was gone at the next entry did no harm; where it comes more "
+        f"often, look at the batches of {which} {at}{more}."
+    )
 
 
 def _risen(findings: tuple[Finding, ...], step: np.ndarray, loss: np.ndarray) -> list[str]:

@@ -108,7 +108,7 @@ def _figure() -> Any:
 
 def _story(told: Told, runs: int) -> str:
     name = f"{told.run.name}: " if runs > 1 else ""
-    return _plain(textwrap.fill(f"{name}{told.story}", 150))
+    return _plain(textwrap.fill(f"{name}{told.story}", 135))
 
 
 def _plain(text: str) -> str:

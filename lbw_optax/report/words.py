@@ -63,6 +63,8 @@ def paragraph(run: Run) -> str:
     last = _ends_with(run, troubles, risen)
     froze = freezes(run)
     is_urgent = asks is not None or (last is not None and last is not troubles[0])
+    what_to_do += _batches(run) if "batch" in what_to_do else ""
+    ends_low = (_last_scale(run) or 1.0) < LOW  # which a later sentence tells
     if is_urgent:
         # What the reader must know stands first; what came before it and was got over, later.
         sentences += [what_to_do, _done(run)]
@@ -76,10 +78,9 @@ def paragraph(run: Run) -> str:
     elif froze:
         sentences.append(_frozen(froze))
     elif any(line["action"] not in ("order", "alarm") for line in run.audit):
-        ends_low = (_last_scale(run) or 1.0) < LOW  # which a later sentence tells
         sentences.append("" if ends_low else "The guard did nothing but let the updates grow.")
     else:
-        sentences.append("The guard had nothing to do." if run.guarded else "")
+        sentences.append("The guard had nothing to do." if run.guarded and not ends_low else "")
     if froze and _frozen(froze) not in sentences:
         sentences.append(_frozen(froze))
     # A jump of the data's is no matter of the rate, whatever the scale came to after it.
@@ -265,6 +266,17 @@ def _done(run: Run) -> str:
 def _distance(line: dict[str, Any]) -> int:
     left, back = line.get("from_step"), line.get("to_step")
     return max(left - back, 0) if isinstance(left, int) and isinstance(back, int) else 0
+
+
+def _batches(run: Run) -> str:
+    """How a step is read after rollbacks, which go on with later batches; "" without any."""
+    later = sum(_distance(line) for line in run.audit if line["action"] == "rollback")
+    if not later:
+        return ""
+    return (
+        f" A step after the last rollback had the batch {later} further on, if the loop takes its "
+        "batches by `data_step`."
+    )
 
 
 def _times(count: int) -> str:

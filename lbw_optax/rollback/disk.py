@@ -472,7 +472,8 @@ def _try(wait: Callable[[], Any]) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error says first."""
-    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+    said = str(error).strip().partition("\n")[0]
+    return (said if len(said) <= 200 else f"{said[:199]}…") or type(error).__name__
 
 
 def warn(message: str) -> None:

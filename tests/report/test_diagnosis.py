@@ -10,6 +10,7 @@ from support import gradients_of, run_of, small_params
 
 import lbw_optax
 from lbw_optax.report import columns, words
+from lbw_optax.report.diagnosis import of_columns
 
 STEPS = 400
 
@@ -68,6 +69,8 @@ def test_a_planted_fault_is_found_where_it_is(changes, verdict, signal, step):
         assert first.step == step
         assert f"step {step}" in found.sentence
     assert ("restore a checkpoint" in found.sentence) == (verdict in ("diverged", "risen"))
+    gone = verdict == "jumps" and signal in ("loss", "gradient_norm")
+    assert ("What to do: nothing" in found.sentence) == gone
 
 
 def test_a_loss_that_explodes_in_the_last_entries_is_told():
@@ -257,6 +260,12 @@ def test_what_cannot_be_read_is_said_in_a_sentence(name, content, error, said, t
         (tmp_path / name).write_text(content)
     with pytest.raises(error, match=said):
         lbw_optax.diagnose(tmp_path / name)
+
+
+def test_a_run_that_has_made_no_step_is_told_so():
+    """As one that has made a directory for TensorBoard, and no more."""
+    with pytest.raises(ValueError, match="run has no entry with a number yet: has the run made"):
+        of_columns({}, "run")
 
 
 @pytest.mark.parametrize("log", [{"loss": np.ones((2, 2))}, {"loss": [1.0], "step": [1, 2]}])

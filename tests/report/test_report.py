@@ -143,6 +143,24 @@ def test_cuts_that_were_earned_back_ask_for_nothing():
     assert story.endswith("There is nothing to do.")
 
 
+@pytest.mark.parametrize(("scale", "nothing"), [(1.0, True), (0.02, False)])
+def test_a_guard_that_holds_the_updates_has_not_had_nothing_to_do(scale, nothing):
+    story = told(FALLING, [], scale=np.full(223, scale))
+    assert ("The guard had nothing to do." in story) == nothing
+    assert ("held at 2 %" in story) != nothing
+
+
+def test_after_a_rollback_a_step_has_a_later_batch():
+    skipped = {"action": "skip", "signal": "nonfinite_gradients"}
+    back = {"action": "rollback", "signal": "skips", "step": 117, "from_step": 141, "to_step": 117}
+    lines = [skipped | {"step": 120, "last_step": 140, "count": 21}, back]
+    lines.append(skipped | {"step": 117, "last_step": 147, "count": 31})
+    story = told(np.full(148, 2.0), lines, exhausted=np.ones(148))
+    assert "look at the batches of step 117" in story
+    assert "A step after the last rollback had the batch 24 further on" in story
+    assert "further on" not in told(np.full(148, 2.0), lines[:1])
+
+
 def test_a_rollback_that_nobody_made_comes_first():
     asked = np.repeat([0.0, 1.0], [237, 100])
     audit = [EARLY, {"action": "clip", "step": 236}]

@@ -163,6 +163,24 @@ def test_out_of_memory_names_what_needs_less(capsys):
     assert capsys.readouterr().err.startswith("train.x: out of memory: more --microbatches, ")
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError("There is no room: free some."), "There is no room: free some."),
+        (FileNotFoundError(2, "No such file", "a/b"), "No such file: a/b"),
+        (OSError(28, "No space left"), "No space left: a file of the run"),
+    ],
+)
+def test_an_error_of_a_file_is_one_sentence(error, said, capsys):
+    def job():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        guarded_main("train.x", job)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"train.x: {said}\n"
+
+
 def test_the_sentence_comes_within_seconds(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "train.qwen_lora", "--lr", "3"]
     done = subprocess.run(
