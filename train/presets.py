@@ -148,8 +148,9 @@ def near(name: str) -> str:
     """Which presets a misspelt name may have meant, as the rest of a sentence."""
     short = {full.rpartition("/")[2].lower(): full for full in PRESETS}
     wanted = name.rpartition("/")[2].lower()
-    close = difflib.get_close_matches(wanted, short, n=3, cutoff=0.4) or sorted(short)
-    return "; near are " + ", ".join(short[found] for found in close)
+    close = difflib.get_close_matches(wanted, short, n=3, cutoff=0.4)
+    listed = ", ".join(short[found] for found in close or sorted(short))
+    return f"; {'near' if close else 'there'} are {listed}"
 
 
 def _qwen2(hidden: int, mlp: int, layers: int, heads: int, shared: int, **other: Any) -> Config:
