@@ -572,17 +572,31 @@ def _advice(
 def _began(troubles: list[dict[str, Any]]) -> dict[str, Any]:
     """The trouble that the end began with.
 
-    A last row of skips that is long enough to end a run, or else the first of the troubles that
-    follow one another up to the last, with short gaps.
+    A last row of skips that is long enough to end a run, or the first such row where rollbacks have
+    not ended it; or else the first of the troubles that follow one another up to the last, with
+    short gaps.
     """
     first = troubles[-1]
-    if first["action"] == "skip" and multiplicity(first) >= SKIP_STEPS:
+    if _is_long_row(first):
+        after_rollback = False
+        for line in reversed(troubles[:-1]):
+            if line["action"] == "rollback":
+                after_rollback = True
+                continue
+            same = _is_long_row(line) and line.get("signal") == first.get("signal")
+            if not (after_rollback and same):
+                break
+            first, after_rollback = line, False
         return first
     for line in reversed(troubles[:-1]):
         if abs(first["step"] - line.get("last_step", line["step"])) > NEAR:
             break
         first = line
     return first
+
+
+def _is_long_row(line: dict[str, Any]) -> bool:
+    return bool(line["action"] == "skip" and multiplicity(line) >= SKIP_STEPS)
 
 
 def _where(lines: list[dict[str, Any]]) -> str:

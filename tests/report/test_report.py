@@ -156,7 +156,8 @@ def test_after_a_rollback_a_step_has_a_later_batch():
     lines = [skipped | {"step": 120, "last_step": 140, "count": 21}, back]
     lines.append(skipped | {"step": 117, "last_step": 147, "count": 31})
     story = told(np.full(148, 2.0), lines, exhausted=np.ones(148))
-    assert "look at the batches of step 117" in story
+    assert "what ended it began at step 120: gradients are not finite" in story
+    assert "look at the batches of step 120" in story
     assert "A step after the last rollback had the batch 24 further on" in story
     assert "further on" not in told(np.full(148, 2.0), lines[:1])
 
