@@ -542,8 +542,9 @@ def _lane(
         order, np.flatnonzero(np.diff(sampling.bucket_of(at[order], *frame[:2], buckets))) + 1
     )
     acts = not watches(run)
-    marks = [_mark([lines[i] for i in group], shape, frame, y, acts) for group in groups]
-    marks += _counts([[lines[i] for i in group] for group in groups], frame, y)
+    grouped = [[lines[i] for i in group] for group in groups]
+    marks = [_mark(group, shape, frame, y, acts) for group in grouped]
+    marks += _counts(grouped, frame, y)
     return (
         f'<text class="tick end" x="{LEFT - 6}" y="{y + 3.5}">{_SHORT.get(action, action)}</text>'
         f'<path class="grid" d="M{LEFT} {y}H{RIGHT}"/>'

@@ -339,7 +339,9 @@ def _sentence(
         first = findings[0] if asked is None else _led_to(asked, findings)
         said = _troubles(first, asked, findings, step, loss)
         began = first.step if asked is not first else rises_from(asked.step, step, loss)
-        what_to_do = _of_jumps(findings) or advice(_cause(first), began, lost=verdict == "diverged")
+        what_to_do = _of_jumps(findings, int(step[-1])) or advice(
+            _cause(first), began, lost=verdict == "diverged"
+        )
     else:
         began = rises_from(int(step[-1]), step, loss)
         what_to_do = advice("loss", began, lost=True)
@@ -354,9 +356,13 @@ def _sentence(
     return " ".join(x for x in (*said, came_of_it[verdict], _end(loss), what_to_do) if x)
 
 
-def _of_jumps(findings: tuple[Finding, ...]) -> str:
-    """What to do about finite jumps of one entry each, and of nothing else: "" of others."""
-    if any(x.times > 1 or x.signal not in ("loss", "gradient_norm") for x in findings):
+def _of_jumps(findings: tuple[Finding, ...], last: int) -> str:
+    """What to do about finite jumps of one entry each, and of nothing else: "" of others.
+
+    Of the last step nobody knows yet whether it is gone.
+    """
+    finite = all(x.signal in ("loss", "gradient_norm") for x in findings)
+    if not finite or any(x.times > 1 or x.step >= last for x in findings):
         return ""
     at = ", ".join(f"{x.step:,}" for x in findings[:4])
     more = f" and {len(findings) - 4:,} more" if len(findings) > 4 else ""

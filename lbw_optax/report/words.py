@@ -301,10 +301,9 @@ def _alarms(run: Run) -> str:
     known = [x for line in alarms if isinstance(x := line.get("value"), float | int)]
     known += risk[given].tolist()
     up_to = f", with a probability of up to {100 * max(known):.0f} %" if known else ""
-    is_all = bool(alarms) and alarms[0]["step"] == min(begins)
-    often = (
-        "first" if not is_all else "once" if len(alarms) == 1 else f"{_times(len(alarms))}, first"
-    )
+    often = f"{_times(len(alarms))}, first" if len(alarms) > 1 else "once"
+    if not alarms or alarms[0]["step"] > min(begins):  # not all of them have a line
+        often = "first"
     return (
         f"The classifier's alarm was raised {often} at step {min(begins):,.0f}: a divergence "
         f"within ten steps{up_to}."

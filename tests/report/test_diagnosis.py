@@ -73,6 +73,14 @@ def test_a_planted_fault_is_found_where_it_is(changes, verdict, signal, step):
     assert ("What to do: nothing" in found.sentence) == gone
 
 
+@pytest.mark.parametrize(("at", "gone"), [(STEPS - 2, True), (STEPS - 1, False)])
+def test_a_jump_of_the_last_entry_is_not_said_to_be_gone(at, gone):
+    found = lbw_optax.diagnose(spoiled(loss=(slice(at, at + 1), plus(3))))
+    assert found.verdict == "jumps"
+    assert ("What to do: nothing" in found.sentence) == gone
+    assert "look at the batches of step" in found.sentence
+
+
 def test_a_loss_that_explodes_in_the_last_entries_is_told():
     found = lbw_optax.diagnose(spoiled(loss=(slice(STEPS - 2, None), plus(1e9))))
     assert "the last one is 1e+09;" in found.sentence
